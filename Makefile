@@ -1,0 +1,66 @@
+# Everything a contributor runs. `make demo` and `make test` also install what they need (root on Debian 12).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SYSTEM_PACKAGES := runc erofs-utils libfuse3-dev fuse3 pkg-config gcc libc6-dev python3-dev python3-venv busybox-static
+TEST_PACKAGES := containerd docker-registry umoci debootstrap
+SOURCES := core discovery layerstore snapshotter afslet proxy client tests benchmarks examples
+
+.PHONY: help
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: system venv  ## Install, start a cluster, run one command in an image, show what came back, stop
+	$(BIN)/python examples/demo.py
+
+.PHONY: test
+test: system test-system venv  ## The whole test suite
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+.PHONY: check
+check: venv  ## Linters, type checkers, import rules, generated stubs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/codespell $(SOURCES) docs *.md
+	$(BIN)/python proto/generate.py --check
+
+.PHONY: format
+format: venv  ## Sort imports and format
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+.PHONY: stubs
+stubs: venv  ## Generate the gRPC stubs from proto/
+	$(BIN)/python proto/generate.py
+
+.PHONY: bench
+bench: system test-system venv  ## Measure against runc and containerd; writes benchmarks/results
+	$(BIN)/python -m benchmarks.run
+
+.PHONY: lock
+lock: venv  ## Resolve the dependencies anew into requirements.lock
+	$(BIN)/pip install -q uv
+	$(BIN)/uv pip compile --upgrade --generate-hashes --no-emit-index-url --no-annotate --no-header \
+	  --python-version 3.11 --group dev pyproject.toml -o requirements.lock
+
+.PHONY: system test-system
+system:  ## Install the system packages that AFS runs on
+	@./packaging/apt-install $(SYSTEM_PACKAGES)
+test-system:
+	@./packaging/apt-install $(TEST_PACKAGES)
+
+.PHONY: venv
+venv: $(VENV)/.installed  ## A virtual environment with AFS in it, editable
+$(VENV)/.installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+.PHONY: clean
+clean:  ## Remove the virtual environment and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .cache

@@ -1,0 +1,1 @@
+"""What every AFS service shares: errors, digests, configuration, gRPC set-up, processes, mounts."""

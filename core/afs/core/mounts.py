@@ -1,0 +1,63 @@
+"""What is mounted on this machine, from /proc/self/mountinfo (proc_pid_mountinfo(5)), and taking it down."""
+
+import errno
+import logging
+import os
+import re
+from dataclasses import dataclass
+
+from afs.core import syscalls
+
+log = logging.getLogger(__name__)
+_ESCAPE = re.compile(r"\\([0-7]{3})")
+
+
+@dataclass(frozen=True, slots=True)
+class MountPoint:
+    """One line of mountinfo."""
+
+    target: str
+    fstype: str
+    source: str
+
+
+def _unescape(field: str) -> str:
+    return _ESCAPE.sub(lambda match: chr(int(match[1], 8)), field)
+
+
+def list_mounts(below: str = "/") -> list[MountPoint]:
+    """The mounts at or below directory *below*, in the order they were made: unmount them backwards."""
+    prefix = below.rstrip("/") + "/"
+    found = []
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            before, _, after = line.partition(" - ")
+            target = _unescape(before.split(" ")[4])
+            fstype, source = after.split(" ")[:2]
+            if target == below or target.startswith(prefix):
+                found.append(MountPoint(target, fstype, _unescape(source)))
+    return found
+
+
+def unmount(target: str) -> None:
+    """Unmount *target*. A busy one is detached: it leaves the tree at once and goes when its last user does.
+
+    Not being mounted is no error: the wanted state is reached.
+    """
+    try:
+        syscalls.umount(target)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.ENOENT):
+            return
+        if error.errno not in (errno.EBUSY, errno.ENOTCONN, errno.EIO):
+            raise
+        log.info("detaching %s, which is in use: %s", target, error.strerror)
+        syscalls.umount(target, syscalls.MNT_DETACH)
+
+
+def unmount_below(directory: str) -> int:
+    """Unmount all that is mounted at or below *directory*, newest first; returns how many."""
+    targets = [mount.target for mount in list_mounts(os.path.realpath(directory))]
+    for target in reversed(targets):
+        unmount(target)
+    return len(targets)

@@ -1,0 +1,179 @@
+"""gRPC set-up and the mapping between AfsError and gRPC status; no other module knows status codes.
+
+Addresses are ``host:port`` or ``unix:PATH``. Without certificates a server binds loopback addresses and unix sockets
+only, unless told ``insecure``.
+"""
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import os
+import stat
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Never
+
+import grpc
+import grpc.aio
+
+from afs.core.errors import AfsError, Cancelled, Internal, InvalidArgument, error_for_grpc, status_of
+
+log = logging.getLogger(__name__)
+
+MAX_MESSAGE = 16 << 20
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE),
+    ("grpc.max_send_message_length", MAX_MESSAGE),
+    ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
+    ("grpc.http2.lookahead_bytes", 4 << 20),  # one window holds a 1 MiB chunk with room to spare
+)
+
+
+def to_afs_error(error: grpc.aio.AioRpcError, peer: str) -> AfsError:
+    """The AfsError that *error* carries; a connection failure names the *peer* that was called."""
+    details = error.details() or ""
+    cls = error_for_grpc(error.code().name)
+    if error.code() is grpc.StatusCode.UNAVAILABLE and ("connect" in details or "Socket closed" in details or not details):
+        return cls(f"{peer} does not answer: {details or 'no connection'}")
+    return cls(details or f"{peer} answered {error.code().name}")
+
+
+@contextlib.contextmanager
+def calling(peer: str) -> "contextlib._GeneratorContextManager[None]":  # type: ignore[misc]
+    """Turn gRPC errors of the block into AfsErrors; *peer* says who was called, e.g. ``layerstore 127.0.0.1:50051``."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        raise to_afs_error(error, peer) from None
+
+
+async def abort(context: "grpc.aio.ServicerContext[Any, Any]", error: BaseException) -> Never:
+    """End the call with the status of *error*. Only unforeseen exceptions are logged with their traceback."""
+    if not isinstance(error, AfsError):
+        log.error("unexpected %s", type(error).__name__, exc_info=error)
+        error = error if isinstance(error, OSError) else Internal(f"internal error: {type(error).__name__}: {error}")
+    line = error.line if isinstance(error, AfsError) else str(error)
+    await context.abort(grpc.StatusCode[status_of(error).grpc], line)
+
+
+class _ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Maps exceptions of every handler; handlers themselves just raise AfsErrors."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any]"]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> "grpc.RpcMethodHandler[Any, Any]":
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return handler
+        if handler.response_streaming:
+            inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
+            make = grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
+            return make(_guard_stream(inner), handler.request_deserializer, handler.response_serializer)  # type: ignore[arg-type]
+        inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
+        make = grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
+        return make(_guard_unary(inner), handler.request_deserializer, handler.response_serializer)  # type: ignore[arg-type]
+
+
+def _guard_unary(inner: Any) -> Any:  # noqa: ANN401 - any handler
+    async def guarded(request: Any, context: Any) -> Any:  # noqa: ANN401
+        try:
+            return await inner(request, context)
+        except (asyncio.CancelledError, grpc.aio.AbortError):
+            raise
+        except Exception as error:
+            await abort(context, error)
+
+    return guarded
+
+
+def _guard_stream(inner: Any) -> Any:  # noqa: ANN401 - any handler
+    async def guarded(request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: ANN401
+        try:
+            async for message in inner(request, context):
+                yield message
+        except (asyncio.CancelledError, grpc.aio.AbortError):
+            raise
+        except Exception as error:
+            await abort(context, error)
+
+    return guarded
+
+
+def _check_address(address: str, insecure: bool) -> None:
+    if address.startswith("unix:") or insecure:
+        return
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    if not port.isdigit():
+        raise InvalidArgument(f"not an address: {address!r}; write HOST:PORT or unix:PATH")
+    with contextlib.suppress(ValueError):
+        if ipaddress.ip_address(host).is_loopback:
+            return
+    if host != "localhost":
+        raise InvalidArgument(f"{address} is not a loopback address: give certificates or --insecure to serve it in the clear")
+
+
+def _clear_socket(path: str) -> None:
+    """Remove what a killed server left. A live server's socket is refused by its lock at a higher level, or replaced."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise InvalidArgument(f"{path} is in the way: not a socket")
+        os.unlink(path)
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    addresses: list[str], register: Callable[[grpc.aio.Server], None], *, insecure: bool = False, grace_s: float = 1.0
+) -> AsyncIterator[list[str]]:
+    """Serve on all *addresses* while the block runs and give the bound ones (port 0 becomes the real port).
+
+    Unix sockets get mode 0600. On exit running calls have *grace_s* seconds, then they are cancelled.
+    """
+    server = grpc.aio.server(interceptors=[_ErrorInterceptor()], options=_OPTIONS)
+    register(server)
+    bound = []
+    for address in addresses:
+        _check_address(address, insecure)
+        if address.startswith("unix:"):
+            path = address.removeprefix("unix:")
+            if len(os.fsencode(path)) > 107:  # sun_path of unix(7)
+                raise InvalidArgument(f"socket path is longer than 107 bytes: {path}")
+            _clear_socket(path)
+            old = os.umask(0o177)
+            try:
+                server.add_insecure_port(address)
+            finally:
+                os.umask(old)
+            bound.append(address)
+            continue
+        try:
+            port = server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise AddressInUse(f"cannot listen on {address}: {error}") from None
+        bound.append(f"{address.rpartition(':')[0]}:{port}")
+    await server.start()
+    try:
+        yield bound
+    finally:
+        await server.stop(grace_s)
+        for address in bound:
+            if address.startswith("unix:"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(address.removeprefix("unix:"))
+
+
+class AddressInUse(AfsError):
+    """A server could not bind its address."""
+
+
+def channel(address: str) -> grpc.aio.Channel:
+    """A channel to *address*; it connects at the first call and reconnects within a second after a restart."""
+    options = (*_OPTIONS, ("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000))
+    return grpc.aio.insecure_channel(address, options=options)
+
+
+def cancelled(what: str) -> Cancelled:
+    """The error for work whose caller went away."""
+    return Cancelled(f"{what}: the caller went away")

@@ -1,0 +1,94 @@
+"""Every child process of AFS starts here, but for the container's, whose pipes :mod:`afs.afslet.runc` owns.
+
+Children get their own argv only, never a shell. A failure is logged once, with a command line that can be pasted.
+"""
+
+import asyncio
+import logging
+import os
+import shlex
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from typing import IO
+
+from afs.core.errors import Internal
+
+log = logging.getLogger(__name__)
+
+
+class CommandFailed(Internal):
+    """A helper program failed; *returncode* is negative for a signal."""
+
+    def __init__(self, argv: Sequence[str], returncode: int, stderr: str) -> None:
+        self.argv = tuple(argv)
+        self.returncode = returncode
+        self.stderr = stderr
+        super().__init__(f"{shlex.join(argv)} failed with status {returncode}: {stderr.strip() or 'no message'}")
+
+
+def run(argv: Sequence[str], *, stdin: bytes | None = None, env: Mapping[str, str] | None = None, cwd: str | None = None) -> bytes:
+    """Run *argv* to its end and return its stdout; CommandFailed on a non-zero status."""
+    done = subprocess.run(list(argv), input=stdin, capture_output=True, check=False, env=env, cwd=cwd)
+    if done.returncode:
+        failure = CommandFailed(argv, done.returncode, done.stderr.decode(errors="replace"))
+        log.warning("%s", failure.line)
+        raise failure
+    return done.stdout
+
+
+def popen(
+    argv: Sequence[str],
+    *,
+    stdin: int | IO[bytes] = subprocess.DEVNULL,
+    stdout: int | IO[bytes] | None = None,
+    stderr: int | IO[bytes] | None = None,
+    env: Mapping[str, str] | None = None,
+    cwd: str | None = None,
+    pass_fds: Sequence[int] = (),
+    new_session: bool = False,
+) -> "subprocess.Popen[bytes]":
+    """Start *argv*; the caller owns the process and its pipes."""
+    return subprocess.Popen(
+        list(argv),
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        env=env,
+        cwd=cwd,
+        pass_fds=pass_fds,
+        start_new_session=new_session,
+    )
+
+
+async def wait(process: "subprocess.Popen[bytes]") -> int:
+    """Wait for *process* without blocking the loop and return its status; negative for a signal.
+
+    A pidfd becomes readable when the process is a zombie (pidfd_open(2)), so no thread and no SIGCHLD handler is needed.
+    """
+    if process.poll() is not None:
+        return process.returncode
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    pidfd = os.pidfd_open(process.pid)
+    try:
+        loop.add_reader(pidfd, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(pidfd)
+    finally:
+        os.close(pidfd)
+    return process.wait()
+
+
+async def stop(process: "subprocess.Popen[bytes]", grace_s: float) -> int:
+    """Send SIGTERM, after *grace_s* seconds SIGKILL, and return the status."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            return await asyncio.wait_for(wait(process), grace_s)
+        except TimeoutError:
+            log.warning("pid %d ignores SIGTERM for %.0f s: killing it", process.pid, grace_s)
+            process.kill()
+    return await wait(process)

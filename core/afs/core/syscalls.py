@@ -1,0 +1,65 @@
+"""Linux system calls that Python's os module lacks. One thin wrapper each; OSError names the object."""
+
+import ctypes
+import os
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
+_libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
+_libc.syscall.restype = ctypes.c_long
+_libc.prctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong)
+
+MS_RDONLY = 1
+MS_NOSUID = 2
+MS_NODEV = 4
+MS_BIND = 4096
+MS_REC = 16384
+MS_PRIVATE = 1 << 18
+MNT_DETACH = 2
+UMOUNT_NOFOLLOW = 8
+
+_NR_OPENAT2 = 437  # the same number on every architecture: it came after the tables were unified
+RESOLVE_NO_MAGICLINKS = 0x02
+RESOLVE_NO_SYMLINKS = 0x04
+RESOLVE_BENEATH = 0x08
+RESOLVE_IN_ROOT = 0x10
+
+_PR_SET_PDEATHSIG = 1
+
+
+class _OpenHow(ctypes.Structure):
+    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
+
+
+def _check(result: int, path: str | bytes) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), os.fsdecode(path))
+    return result
+
+
+def mount(source: str, target: str, fstype: str, flags: int = 0, data: str = "") -> None:
+    """mount(2). *data* is at most a page; the kernel truncates more, so that is refused here."""
+    encoded = os.fsencode(data)
+    if len(encoded) >= os.sysconf("SC_PAGESIZE"):
+        raise OSError(7, f"mount options are {len(encoded)} bytes, more than a page", target)
+    _check(_libc.mount(os.fsencode(source), os.fsencode(target), fstype.encode(), flags, encoded), target)
+
+
+def umount(target: str, flags: int = 0) -> None:
+    """umount2(2); never follows a symlink at *target*."""
+    _check(_libc.umount2(os.fsencode(target), flags | UMOUNT_NOFOLLOW), target)
+
+
+def openat2(dir_fd: int, path: bytes, flags: int, resolve: int, mode: int = 0) -> int:
+    """openat2(2): open *path* below *dir_fd* under the RESOLVE_* rules and return the descriptor (close-on-exec)."""
+    how = _OpenHow(flags | os.O_CLOEXEC, mode, resolve)
+    fd = _libc.syscall(
+        ctypes.c_long(_NR_OPENAT2), ctypes.c_int(dir_fd), ctypes.c_char_p(path), ctypes.byref(how), ctypes.c_size_t(ctypes.sizeof(how))
+    )
+    return _check(fd, path)
+
+
+def set_parent_death_signal(signum: int) -> None:
+    """prctl(PR_SET_PDEATHSIG): get *signum* when the thread that started this process ends."""
+    _check(_libc.prctl(_PR_SET_PDEATHSIG, signum, 0, 0, 0), "prctl")
