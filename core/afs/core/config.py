@@ -99,14 +99,22 @@ def options(cls: type, service: str) -> Callable[[Callable[..., Any]], Callable[
                 option = click.option(declared, field.name, default=None, help=field.metadata["help"])
             else:
                 shown = ",".join(field.default) if many else field.default
-                text = f"{field.metadata['help']} [default: {shown}]" if shown not in ("", None) else field.metadata["help"]
+                text = (
+                    f"{field.metadata['help']} [default: {shown}]"
+                    if shown not in ("", None)
+                    else field.metadata["help"]
+                )
                 kind = tuple_type = str if many or field.metadata.get("parse") else hints[field.name]
                 kind = click.Path(path_type=Path) if tuple_type is Path else tuple_type
                 option = click.option(_flag(field), field.name, type=kind, multiple=many, default=None, help=text)
             function = option(function)
         variable = f"AFS_{service}_CONFIG".upper()
         return click.option(
-            "--config", "config_file", type=click.Path(path_type=Path), envvar=[variable, "AFS_CONFIG"], help="TOML file."
+            "--config",
+            "config_file",
+            type=click.Path(path_type=Path),
+            envvar=[variable, "AFS_CONFIG"],
+            help="TOML file.",
         )(function)
 
     return decorate

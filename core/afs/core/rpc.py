@@ -33,7 +33,9 @@ def to_afs_error(error: grpc.aio.AioRpcError, peer: str) -> AfsError:
     """The AfsError that *error* carries; a connection failure names the *peer* that was called."""
     details = error.details() or ""
     cls = error_for_grpc(error.code().name)
-    if error.code() is grpc.StatusCode.UNAVAILABLE and ("connect" in details or "Socket closed" in details or not details):
+    if error.code() is grpc.StatusCode.UNAVAILABLE and (
+        "connect" in details or "Socket closed" in details or not details
+    ):
         return cls(f"{peer} does not answer: {details or 'no connection'}")
     return cls(details or f"{peer} answered {error.code().name}")
 
@@ -69,10 +71,16 @@ class _ErrorInterceptor(grpc.aio.ServerInterceptor):
             return handler
         if handler.response_streaming:
             inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
-            make = grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
+            make = (
+                grpc.stream_stream_rpc_method_handler
+                if handler.request_streaming
+                else grpc.unary_stream_rpc_method_handler
+            )
             return make(_guard_stream(inner), handler.request_deserializer, handler.response_serializer)  # type: ignore[arg-type]
         inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
-        make = grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
+        make = (
+            grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
+        )
         return make(_guard_unary(inner), handler.request_deserializer, handler.response_serializer)  # type: ignore[arg-type]
 
 
@@ -112,7 +120,9 @@ def _check_address(address: str, insecure: bool) -> None:
         if ipaddress.ip_address(host).is_loopback:
             return
     if host != "localhost":
-        raise InvalidArgument(f"{address} is not a loopback address: give certificates or --insecure to serve it in the clear")
+        raise InvalidArgument(
+            f"{address} is not a loopback address: give certificates or --insecure to serve it in the clear"
+        )
 
 
 def _clear_socket(path: str) -> None:

@@ -27,7 +27,9 @@ class CommandFailed(Internal):
         super().__init__(f"{shlex.join(argv)} failed with status {returncode}: {stderr.strip() or 'no message'}")
 
 
-def run(argv: Sequence[str], *, stdin: bytes | None = None, env: Mapping[str, str] | None = None, cwd: str | None = None) -> bytes:
+def run(
+    argv: Sequence[str], *, stdin: bytes | None = None, env: Mapping[str, str] | None = None, cwd: str | None = None
+) -> bytes:
     """Run *argv* to its end and return its stdout; CommandFailed on a non-zero status."""
     done = subprocess.run(list(argv), input=stdin, capture_output=True, check=False, env=env, cwd=cwd)
     if done.returncode:
