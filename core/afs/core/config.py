@@ -19,7 +19,7 @@ ConfigT = TypeVar("ConfigT")
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 
-def setting(default: Any, help: str, parse: Callable[[str], Any] | None = None) -> Any:  # noqa: A002, ANN401 - click's word; a dataclass field is Any by nature
+def setting(default: Any, help: str, parse: Callable[[str], Any] | None = None) -> Any:
     """A field with its *default* and *help*; *parse* turns text (flags, environment, TOML strings) into the value."""
     return dataclasses.field(default=default, metadata={"help": help, "parse": parse})
 
@@ -98,7 +98,7 @@ def options(cls: type, service: str) -> Callable[[Callable[..., Any]], Callable[
                 declared = f"{_flag(field)}/--no-{_flag(field)[2:]}"
                 option = click.option(declared, field.name, default=None, help=field.metadata["help"])
             else:
-                shown = ",".join(field.default) if many else field.default
+                shown = ",".join(cast("tuple[str, ...]", field.default)) if many else field.default
                 text = (
                     f"{field.metadata['help']} [default: {shown}]"
                     if shown not in ("", None)

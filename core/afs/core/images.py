@@ -8,6 +8,8 @@ import platform as host_platform
 import re
 from dataclasses import dataclass
 
+from typing_extensions import override
+
 from afs.core.digests import check_digest
 from afs.core.errors import InvalidArgument
 
@@ -32,6 +34,7 @@ class ImageRef:
     tag: str = ""
     digest: str = ""
 
+    @override
     def __str__(self) -> str:
         name = self.location if self.scheme == "registry" else f"{self.scheme}:{self.location}"
         if self.digest:
@@ -62,6 +65,7 @@ class Platform:
     architecture: str
     variant: str = ""
 
+    @override
     def __str__(self) -> str:
         return "/".join(part for part in (self.os, self.architecture, self.variant) if part)
 

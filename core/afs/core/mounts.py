@@ -5,6 +5,7 @@ import logging
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from afs.core import syscalls
 
@@ -55,7 +56,7 @@ def unmount(target: str) -> None:
         syscalls.umount(target, syscalls.MNT_DETACH)
 
 
-def unmount_below(directory: str) -> int:
+def unmount_below(directory: str | Path) -> int:
     """Unmount all that is mounted at or below *directory*, newest first; returns how many."""
     targets = [mount.target for mount in list_mounts(os.path.realpath(directory))]
     for target in reversed(targets):

@@ -10,16 +10,18 @@ import ipaddress
 import logging
 import os
 import stat
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, Never
 
 import grpc
 import grpc.aio
+from typing_extensions import override
 
 from afs.core.errors import AfsError, Cancelled, Internal, InvalidArgument, error_for_grpc, status_of
 
 log = logging.getLogger(__name__)
 
+EOF: object = getattr(grpc.aio, "EOF")  # noqa: B009 - what read() gives at the end; type stubs disagree on it
 MAX_MESSAGE = 16 << 20
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE),
@@ -41,7 +43,7 @@ def to_afs_error(error: grpc.aio.AioRpcError, peer: str) -> AfsError:
 
 
 @contextlib.contextmanager
-def calling(peer: str) -> "contextlib._GeneratorContextManager[None]":  # type: ignore[misc]
+def calling(peer: str) -> Iterator[None]:
     """Turn gRPC errors of the block into AfsErrors; *peer* says who was called, e.g. ``layerstore 127.0.0.1:50051``."""
     try:
         yield
@@ -61,11 +63,12 @@ async def abort(context: "grpc.aio.ServicerContext[Any, Any]", error: BaseExcept
 class _ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Maps exceptions of every handler; handlers themselves just raise AfsErrors."""
 
+    @override
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any]"]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any] | None"]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> "grpc.RpcMethodHandler[Any, Any]":
+    ) -> "grpc.RpcMethodHandler[Any, Any] | None":
         handler = await continuation(handler_call_details)
         if handler is None:
             return handler
@@ -76,16 +79,16 @@ class _ErrorInterceptor(grpc.aio.ServerInterceptor):
                 if handler.request_streaming
                 else grpc.unary_stream_rpc_method_handler
             )
-            return make(_guard_stream(inner), handler.request_deserializer, handler.response_serializer)  # type: ignore[arg-type]
+            return make(_guard_stream(inner), handler.request_deserializer, handler.response_serializer)
         inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
         make = (
             grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
         )
-        return make(_guard_unary(inner), handler.request_deserializer, handler.response_serializer)  # type: ignore[arg-type]
+        return make(_guard_unary(inner), handler.request_deserializer, handler.response_serializer)
 
 
-def _guard_unary(inner: Any) -> Any:  # noqa: ANN401 - any handler
-    async def guarded(request: Any, context: Any) -> Any:  # noqa: ANN401
+def _guard_unary(inner: Any) -> Any:
+    async def guarded(request: Any, context: Any) -> Any:
         try:
             return await inner(request, context)
         except (asyncio.CancelledError, grpc.aio.AbortError):
@@ -96,8 +99,8 @@ def _guard_unary(inner: Any) -> Any:  # noqa: ANN401 - any handler
     return guarded
 
 
-def _guard_stream(inner: Any) -> Any:  # noqa: ANN401 - any handler
-    async def guarded(request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: ANN401
+def _guard_stream(inner: Any) -> Any:
+    async def guarded(request: Any, context: Any) -> AsyncIterator[Any]:
         try:
             async for message in inner(request, context):
                 yield message

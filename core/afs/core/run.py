@@ -15,6 +15,8 @@ from typing import IO
 from afs.core.errors import Internal
 
 log = logging.getLogger(__name__)
+Child = subprocess.Popen[bytes]
+PIPE = subprocess.PIPE
 
 
 class CommandFailed(Internal):
@@ -49,7 +51,7 @@ def popen(
     cwd: str | None = None,
     pass_fds: Sequence[int] = (),
     new_session: bool = False,
-) -> "subprocess.Popen[bytes]":
+) -> Child:
     """Start *argv*; the caller owns the process and its pipes."""
     return subprocess.Popen(
         list(argv),
@@ -63,7 +65,7 @@ def popen(
     )
 
 
-async def wait(process: "subprocess.Popen[bytes]") -> int:
+async def wait(process: Child) -> int:
     """Wait for *process* without blocking the loop and return its status; negative for a signal.
 
     A pidfd becomes readable when the process is a zombie (pidfd_open(2)), so no thread and no SIGCHLD handler is needed.
@@ -84,7 +86,7 @@ async def wait(process: "subprocess.Popen[bytes]") -> int:
     return process.wait()
 
 
-async def stop(process: "subprocess.Popen[bytes]", grace_s: float) -> int:
+async def stop(process: Child, grace_s: float) -> int:
     """Send SIGTERM, after *grace_s* seconds SIGKILL, and return the status."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)

@@ -50,9 +50,9 @@ def run_service(name: str, serve: Callable[[asyncio.Event], Awaitable[None]], *,
     try:
         asyncio.run(main())
     except AfsError as error:
-        print(f"{name}: {error.line}", file=sys.stderr)  # noqa: T201
+        sys.stderr.write(f"{name}: {error.line}\n")
         return status_of(error).exit_code
     except OSError as error:
-        print(f"{name}: {error}", file=sys.stderr)  # noqa: T201
+        sys.stderr.write(f"{name}: {error}\n")
         return status_of(error).exit_code
     return 0

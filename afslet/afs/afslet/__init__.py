@@ -1,0 +1,1 @@
+"""Running one command in an image: admission, upload, the container, the diff."""

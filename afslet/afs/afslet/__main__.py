@@ -1,0 +1,103 @@
+"""``afslet``: the execution service of a node."""
+
+import asyncio
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import re
+import resource
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from afs.core.cli import daemon_command
+from afs.core.config import setting
+from afs.core.service import notify
+from afs.core.units import parse_duration
+
+log = logging.getLogger(__name__)
+SERVICE = "afslet"
+MAX_FILES = 524288  # as systemd gives services
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Configuration of afslet."""
+
+    root: Path = setting(
+        Path("/var/lib/afs/afslet"), "Directory for uploads and bundles, on a file system fit for overlayfs."
+    )
+    run_dir: Path = setting(Path("/run/afs"), "Directory of the snapshotter's socket and of the runtime's state.")
+    listen: str = setting("127.0.0.1:61051", "Address to serve on.")
+    node_id: str = setting("", "Name of this node in the cluster; the host name if empty.")
+    cpu_cores: int = setting(0, "CPU cores to give away; all of the machine's if 0.")
+    memory_mb: int = setting(0, "MiB of memory to give away; nine tenths of the machine's if 0.")
+    runtime: str = setting("runc", "OCI runtime.")
+    max_pids: int = setting(4096, "Processes and threads of one run.")
+    default_timeout: float = setting(3600.0, "Timeout of a run that asks for none.", parse_duration)
+    term_grace: float = setting(2.0, "Time between SIGTERM and SIGKILL after a timeout.", parse_duration)
+    insecure: bool = setting(False, "Serve other than loopback addresses in the clear.")
+    log_level: str = setting("INFO", "Least level to log.")
+
+
+def cgroup_parent(node_id: str, root: Path) -> str:
+    """A name for the node's cgroups that no other afslet of this machine has: it uses another root."""
+    readable = re.sub(r"[^A-Za-z0-9_-]", "-", node_id)[:40]
+    return f"afs-{readable}-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]}"
+
+
+async def serve(config: Config, stop: asyncio.Event) -> None:
+    """Serve until *stop* is set."""
+    from afs.afslet.admission import Admission, Capacity
+    from afs.afslet.cgroups import clean_up
+    from afs.afslet.execution import Node
+    from afs.afslet.runc import Runtime
+    from afs.afslet.server import AfsletService
+    from afs.core.errors import FailedPrecondition
+    from afs.core.files import remove_tree
+    from afs.core.rpc import serving
+    from afs.proto.v1.afslet_pb2_grpc import add_AfsletServicer_to_server
+    from afs.snapshotter.client import Mounts
+
+    node_id = config.node_id or socket.gethostname()
+    scratch, state = config.root / "runs", config.run_dir / "runtime"
+    config.root.mkdir(parents=True, exist_ok=True)
+    parent = cgroup_parent(node_id, config.root)
+    async with contextlib.AsyncExitStack() as stack:
+        lock = os.open(config.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        stack.callback(os.close, lock)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FailedPrecondition(f"{config.root} is in use by another afslet") from None
+        if left := await asyncio.to_thread(clean_up, parent):
+            log.warning("killed %d runs that an earlier afslet left", left)
+        stack.callback(clean_up, parent)
+        for directory in (scratch, state):
+            remove_tree(directory)
+            directory.mkdir(parents=True, mode=0o711)
+            stack.callback(remove_tree, directory)
+        mounts = Mounts(f"unix:{config.run_dir}/mounts.sock")
+        stack.push_async_callback(mounts.close)
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
+        limit = Capacity(config.cpu_cores or os.cpu_count() or 1, config.memory_mb or total * 9 // 10)
+        files = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], MAX_FILES)
+        runtime = Runtime(config.runtime, state, parent, config.term_grace, files)
+        node = Node(node_id, scratch, mounts, Admission(limit), runtime, config.default_timeout, config.max_pids)
+        service = AfsletService(node)
+        stack.push_async_callback(service.drained)
+        bound = await stack.enter_async_context(
+            serving(
+                [config.listen], lambda server: add_AfsletServicer_to_server(service, server), insecure=config.insecure
+            )
+        )
+        notify(f"READY=1\nSTATUS=serving on {bound[0]}")
+        await stop.wait()
+
+
+main = daemon_command("afslet", SERVICE, Config, serve, "Run commands in images on this node.")
+
+if __name__ == "__main__":
+    main()

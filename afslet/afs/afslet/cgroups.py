@@ -1,0 +1,241 @@
+"""The control group of one run: limits, what happened to them, and an end of every process in it.
+
+AFS sets the limits on a group of its own, and the runtime makes the container's group inside it. So the counters
+(peak memory, CPU time, OOM kills) outlive the runtime, which deletes the container's group as soon as the command ends.
+
+cgroup v1: Documentation/admin-guide/cgroup-v1/memory.rst; v2: cgroup-v2.rst. On a hybrid machine ("unified" beside v1)
+the v1 controllers count, as for runc.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import re
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from afs.core.errors import FailedPrecondition
+
+log = logging.getLogger(__name__)
+CPU_PERIOD_US = 100_000
+CONTAINER = "c"  # the runtime's group inside ours
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """*cpus* may be a fraction; memory is in bytes, without swap."""
+
+    cpus: float
+    memory: int
+    pids: int
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """*oom* tells whether the kernel killed for want of memory; peak in bytes, CPU time in microseconds."""
+
+    oom: bool
+    peak_memory: int
+    cpu_us: int
+
+
+class Cgroup(Protocol):
+    """The group of one run."""
+
+    path: str  # what the runtime gets as cgroupsPath
+
+    def counters(self) -> Counters:
+        """Read after the command ended."""
+        ...
+
+    def kill(self) -> bool:
+        """SIGKILL every process in it; False if there was none."""
+        ...
+
+    def remove(self) -> None:
+        """Remove the group; its processes must be dead."""
+        ...
+
+
+def hierarchies() -> dict[str, Path]:
+    """Mount points by v1 controller; ``{"": path}`` on a machine with cgroup v2 only."""
+    found: dict[str, Path] = {}
+    unified = None
+    with open("/proc/self/mountinfo", encoding="utf-8") as lines:
+        for line in lines:
+            before, _, after = line.partition(" - ")
+            target = Path(before.split(" ")[4])
+            fstype, _, options = after.split(" ")[:3]
+            if fstype == "cgroup2":
+                unified = target
+            elif fstype == "cgroup":
+                # Named hierarchies without a controller show name=systemd.
+                for controller in options.strip().split(","):
+                    if controller not in ("rw", "ro", "xattr", "clone_children"):
+                        found[controller] = target
+    if "memory" in found:
+        # The bare v2 hierarchy gets the runtime's groups too, and has to be cleaned like the others.
+        return found | ({"unified": unified} if unified else {})
+    if unified is None:
+        raise FailedPrecondition("no cgroup hierarchy with a memory controller is mounted")
+    return {"": unified}
+
+
+def open_cgroup(parent: str, name: str, limits: Limits) -> Cgroup:
+    """Make the group ``/parent/name`` with *limits*."""
+    mounts = hierarchies()
+    return CgroupV2(mounts[""], parent, name, limits) if "" in mounts else CgroupV1(mounts, parent, name, limits)
+
+
+def clean_up(parent: str) -> int:
+    """Kill what is left in groups below ``/parent`` and remove them all; returns how many runs were left."""
+    runs = 0
+    for mount in set(hierarchies().values()):
+        top = mount / parent
+        if not top.is_dir():
+            continue
+        runs = max(runs, sum(1 for entry in top.iterdir() if entry.is_dir()))
+        while _kill_tree(top):
+            pass
+        _remove_tree(top)
+    return runs
+
+
+def _write(path: Path, value: object) -> None:
+    path.write_text(f"{value}\n", encoding="ascii")
+
+
+def _read_int(path: Path) -> int:
+    return int(path.read_text(encoding="ascii"))
+
+
+def _pids(top: Path) -> Iterator[int]:
+    for directory, _, _ in os.walk(top, topdown=False):
+        # A group may go away while it is read.
+        with contextlib.suppress(FileNotFoundError), open(f"{directory}/cgroup.procs", encoding="ascii") as lines:
+            yield from (int(line) for line in lines)
+
+
+def _kill_tree(top: Path) -> bool:
+    found = False
+    for pid in _pids(top):
+        if pid == 0:  # a process of another pid namespace; not ours to see
+            continue
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            found = True
+    return found
+
+
+def _remove_tree(top: Path) -> None:
+    """rmdir the group and its children. EBUSY for a moment after the last process died is normal: zombies count."""
+    for directory, _, _ in os.walk(top, topdown=False):
+        for attempt in range(200):
+            try:
+                os.rmdir(directory)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                if error.errno != errno.EBUSY or attempt == 199:
+                    raise
+                os.sched_yield()
+                continue
+            break
+
+
+class CgroupV1:
+    """One directory per hierarchy; the limits are in memory, cpu and pids."""
+
+    def __init__(self, mounts: dict[str, Path], parent: str, name: str, limits: Limits) -> None:
+        self.path = f"/{parent}/{name}/{CONTAINER}"
+        self._directories = {mount: mount / parent / name for mount in set(mounts.values())}
+        self._memory = self._directories[mounts["memory"]]
+        self._cpuacct = self._directories[mounts["cpuacct"]] if "cpuacct" in mounts else None
+        self._oom = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        try:
+            for controller in ("memory", "cpu", "pids"):
+                self._directories[mounts[controller]].mkdir(parents=True, exist_ok=True)
+            self._limit(self._directories[mounts["cpu"]], self._directories[mounts["pids"]], limits)
+        except KeyError as error:
+            self.remove()
+            raise FailedPrecondition(f"cgroup controller {error} is not mounted") from None
+        except BaseException:
+            self.remove()
+            raise
+
+    def _limit(self, cpu: Path, pids: Path, limits: Limits) -> None:
+        _write(self._memory / "memory.limit_in_bytes", limits.memory)
+        with contextlib.suppress(FileNotFoundError):  # absent without swap accounting
+            _write(self._memory / "memory.memsw.limit_in_bytes", limits.memory)
+        _write(cpu / "cpu.cfs_period_us", CPU_PERIOD_US)
+        _write(cpu / "cpu.cfs_quota_us", int(limits.cpus * CPU_PERIOD_US))
+        _write(pids / "pids.max", limits.pids)
+        # The eventfd is signalled when the limit of this group leads to an OOM kill anywhere below it. (The oom_kill
+        # counter of v1 counts in the victim's own group only, which is gone by the time we could read it.)
+        control = os.open(self._memory / "memory.oom_control", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _write(self._memory / "cgroup.event_control", f"{self._oom} {control}")
+        finally:
+            os.close(control)
+
+    def counters(self) -> Counters:
+        try:
+            oom = os.eventfd_read(self._oom) > 0
+        except BlockingIOError:
+            oom = False
+        cpu = _read_int(self._cpuacct / "cpuacct.usage") // 1000 if self._cpuacct and self._cpuacct.is_dir() else 0
+        return Counters(oom, _read_int(self._memory / "memory.max_usage_in_bytes"), cpu)
+
+    def kill(self) -> bool:
+        return _kill_tree(self._memory)
+
+    def remove(self) -> None:
+        if self._oom >= 0:
+            os.close(self._oom)
+            self._oom = -1
+        for directory in self._directories.values():
+            _remove_tree(directory)
+
+
+class CgroupV2:
+    """One directory; controllers have to be enabled from the root down."""
+
+    def __init__(self, mount: Path, parent: str, name: str, limits: Limits) -> None:
+        self.path = f"/{parent}/{name}/{CONTAINER}"
+        self._directory = mount / parent / name
+        try:
+            self._directory.mkdir(parents=True)
+            for ancestor in (mount, mount / parent, self._directory):
+                _write(ancestor / "cgroup.subtree_control", "+cpu +memory +pids")
+            _write(self._directory / "memory.max", limits.memory)
+            with contextlib.suppress(FileNotFoundError):  # absent without swap accounting
+                _write(self._directory / "memory.swap.max", 0)
+            _write(self._directory / "cpu.max", f"{int(limits.cpus * CPU_PERIOD_US)} {CPU_PERIOD_US}")
+            _write(self._directory / "pids.max", limits.pids)
+        except BaseException:
+            self.remove()
+            raise
+
+    def counters(self) -> Counters:
+        # memory.events is hierarchical: it counts kills in the runtime's group below.
+        events = self._table("memory.events")
+        peak = self._directory / "memory.peak"  # kernel 5.19
+        return Counters(
+            events.get("oom_kill", 0) > 0,
+            _read_int(peak) if peak.exists() else 0,
+            self._table("cpu.stat").get("usage_usec", 0),
+        )
+
+    def _table(self, name: str) -> dict[str, int]:
+        text = (self._directory / name).read_text(encoding="ascii")
+        return {key: int(value) for key, value in re.findall(r"(\w+) (\d+)", text)}
+
+    def kill(self) -> bool:
+        return _kill_tree(self._directory)
+
+    def remove(self) -> None:
+        _remove_tree(self._directory)

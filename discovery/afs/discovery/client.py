@@ -1,0 +1,154 @@
+"""How a layerstore talks to discovery: it announces itself and asks who holds what.
+
+State and locks: ``_held``/``_images`` are what this node has now, ``_sent`` what discovery was told last. Only
+:meth:`Announcer.flush` sends, under ``_sending``, so heartbeats leave in the order of their sequence numbers. Between
+building a heartbeat and its answer the sets may change; the difference to ``_sent`` then goes into the next one.
+"""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from afs.core.errors import AfsError
+from afs.core.rpc import calling, channel
+from afs.proto.v1 import discovery_pb2 as pb
+from afs.proto.v1.discovery_pb2_grpc import DiscoveryStub
+
+log = logging.getLogger(__name__)
+CALL_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A live layerstore. *capacity* in bytes is its weight in placement."""
+
+    node_id: str
+    endpoint: str
+    capacity: int
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Holders by diff_id (complete ones first) and by image key; this node is never among them."""
+
+    layers: dict[str, list[Peer]]
+    images: dict[str, list[Peer]]
+
+
+class Announcer:
+    """Keeps discovery informed of one node, and knows the live peers from the answers."""
+
+    def __init__(self, address: str, me: Peer) -> None:
+        self.me = me
+        self.peers: list[Peer] = [me]
+        self._address = f"discovery {address}"
+        self._channel = channel(address)
+        self._stub = DiscoveryStub(self._channel)
+        self._incarnation = secrets.randbits(63)
+        self._sequence = 0
+        self._full = True
+        self._held: dict[str, tuple[int, bool]] = {}
+        self._images: set[str] = set()
+        self._sent: dict[str, tuple[int, bool]] = {}
+        self._sent_images: set[str] = set()
+        self._sending = asyncio.Lock()
+        self._interval = 1.0
+        self._reachable = True
+
+    def serve_at(self, endpoint: str) -> None:
+        """Peers reach this node at *endpoint*; the port may be known only once the server is bound."""
+        self.me = Peer(self.me.node_id, endpoint, self.me.capacity)
+        self.peers = [self.me]
+
+    def hold(self, diff_id: str, size: int, *, complete: bool) -> None:
+        """This node has (a part of) the layer now; told with the next heartbeat or :meth:`flush`."""
+        self._held[diff_id] = (size, complete)
+
+    def drop(self, diff_id: str) -> None:
+        """This node no longer has the layer."""
+        self._held.pop(diff_id, None)
+
+    def know_image(self, key: str) -> None:
+        """This node can tell what image *key* consists of."""
+        self._images.add(key)
+
+    async def flush(self) -> None:
+        """Send a heartbeat now. Discovery being away is logged once and is no error: the state is soft."""
+        async with self._sending:
+            for _ in range(2):  # a resend request is answered at once
+                if not await self._beat():
+                    return
+
+    async def _beat(self) -> bool:
+        held, images = dict(self._held), set(self._images)
+        request = self._request(held, images)
+        self._sequence = request.sequence
+        try:
+            with calling(self._address):
+                response = await self._stub.Heartbeat(request, timeout=CALL_TIMEOUT_S)
+        except AfsError as error:
+            self._full = True
+            if self._reachable:
+                log.warning("no heartbeat: %s; going on with what is known", error.line)
+            self._reachable = False
+            return False
+        if not self._reachable:
+            log.info("%s is back", self._address)
+        self._reachable = True
+        self._full = response.resend
+        self._interval = response.interval_ms / 1000 or self._interval
+        self.peers = [Peer(node.node_id, node.endpoint, node.capacity_bytes) for node in response.nodes] or [self.me]
+        if not response.resend:
+            self._sent, self._sent_images = held, images
+        return response.resend
+
+    def _request(self, held: dict[str, tuple[int, bool]], images: set[str]) -> pb.HeartbeatRequest:
+        old, old_images = ({}, set[str]()) if self._full else (self._sent, self._sent_images)
+        changed = [item for item in held.items() if old.get(item[0]) != item[1]]
+        return pb.HeartbeatRequest(
+            node_id=self.me.node_id,
+            endpoint=self.me.endpoint,
+            capacity_bytes=self.me.capacity,
+            incarnation=self._incarnation,
+            sequence=self._sequence + 1,
+            full=self._full,
+            layers=[pb.HeldLayer(diff_id=diff_id, size_bytes=size, complete=full) for diff_id, (size, full) in changed],
+            removed_layers=sorted(old.keys() - held.keys()),
+            images=sorted(images - old_images),
+            removed_images=sorted(old_images - images),
+        )
+
+    async def run(self) -> None:
+        """Heartbeats for ever; cancel it to stop."""
+        while True:
+            await self.flush()
+            await asyncio.sleep(self._interval)
+
+    async def leave(self) -> None:
+        """Say good-bye, so that nobody asks this node any more, and close the channel."""
+        with contextlib.suppress(AfsError), calling(self._address):
+            request = pb.HeartbeatRequest(
+                node_id=self.me.node_id, endpoint=self.me.endpoint, incarnation=self._incarnation, leaving=True
+            )
+            await self._stub.Heartbeat(request, timeout=CALL_TIMEOUT_S)
+        await self._channel.close()
+
+    async def locate(self, diff_ids: Iterable[str] = (), images: Iterable[str] = ()) -> Located:
+        """Ask who holds these. With discovery away nobody is known to: the answer is empty, and it is logged."""
+        try:
+            with calling(self._address):
+                request = pb.LocateRequest(diff_ids=list(diff_ids), images=list(images))
+                response = await self._stub.Locate(request, timeout=CALL_TIMEOUT_S)
+        except AfsError as error:
+            log.warning("cannot locate: %s", error.line)
+            return Located({}, {})
+        return Located(
+            {key: self._others(value) for key, value in response.layers.items()},
+            {key: self._others(value) for key, value in response.images.items()},
+        )
+
+    def _others(self, holders: pb.Holders) -> list[Peer]:
+        return [Peer(item.node_id, item.endpoint, 0) for item in holders.holders if item.node_id != self.me.node_id]

@@ -1,0 +1,99 @@
+"""The soft state of discovery: live layerstores and what they hold. Plain data, no I/O, time is given.
+
+State: ``_nodes`` maps node id to what its heartbeats said. A node that was silent for the time-to-live is dropped when
+anything is asked, so no timer is needed. Everything runs on one event loop without an await: no locks.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class NodeState:
+    """What one layerstore reported. *layers* maps diff_id to (size in bytes, complete)."""
+
+    node_id: str
+    endpoint: str
+    capacity: int
+    incarnation: int
+    sequence: int
+    seen: float  # monotonic seconds
+    seen_unix: int
+    layers: dict[str, tuple[int, bool]] = field(default_factory=dict)
+    images: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One heartbeat; see HeartbeatRequest."""
+
+    node_id: str
+    endpoint: str
+    capacity: int
+    incarnation: int
+    sequence: int
+    full: bool = False
+    layers: tuple[tuple[str, int, bool], ...] = ()
+    removed_layers: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
+    removed_images: tuple[str, ...] = ()
+
+
+class Directory:
+    """All live nodes. *ttl* is in seconds: how long a silent node still counts as alive."""
+
+    def __init__(self, ttl: float) -> None:
+        self._ttl = ttl
+        self._nodes: dict[str, NodeState] = {}
+
+    def heartbeat(self, report: Report, *, now: float, now_unix: int) -> bool:
+        """Take *report* in; True if the node must send everything again.
+
+        A delta counts only when it follows the last one without a gap. A node that is asked to resend still counts as
+        alive, and what it said before stays: an old answer costs a reader one failed try, no answer costs a pull.
+        """
+        node = self._nodes.get(report.node_id)
+        follows = (
+            node is not None
+            and node.incarnation == report.incarnation
+            and report.sequence == node.sequence + 1
+            and node.endpoint == report.endpoint
+        )
+        if node is None or node.incarnation != report.incarnation or node.endpoint != report.endpoint:
+            node = NodeState(
+                report.node_id, report.endpoint, report.capacity, report.incarnation, report.sequence, now, now_unix
+            )
+            self._nodes[report.node_id] = node
+        node.capacity, node.seen, node.seen_unix = report.capacity, now, now_unix
+        if not follows and not report.full:
+            return True
+        node.sequence = report.sequence
+        if report.full:
+            node.layers.clear()
+            node.images.clear()
+        node.layers.update((diff_id, (size, complete)) for diff_id, size, complete in report.layers)
+        node.images.update(report.images)
+        for diff_id in report.removed_layers:
+            node.layers.pop(diff_id, None)
+        node.images.difference_update(report.removed_images)
+        return False
+
+    def leave(self, node_id: str, incarnation: int) -> None:
+        """Forget a node that stops cleanly, unless a newer incarnation took its place."""
+        node = self._nodes.get(node_id)
+        if node is not None and node.incarnation == incarnation:
+            del self._nodes[node_id]
+
+    def nodes(self, now: float) -> list[NodeState]:
+        """The live nodes, by node id."""
+        for node_id in [node.node_id for node in self._nodes.values() if now - node.seen > self._ttl]:
+            del self._nodes[node_id]
+        return [self._nodes[node_id] for node_id in sorted(self._nodes)]
+
+    def layer_holders(self, diff_id: str, now: float) -> list[tuple[NodeState, bool]]:
+        """Nodes with at least a part of the layer, and whether they have all of it; complete ones first."""
+        found = [(node, node.layers[diff_id][1]) for node in self.nodes(now) if diff_id in node.layers]
+        return sorted(found, key=lambda pair: not pair[1])
+
+    def image_holders(self, key: str, now: float) -> list[NodeState]:
+        """Nodes that know what image *key* consists of."""
+        return [node for node in self.nodes(now) if key in node.images]

@@ -1,0 +1,77 @@
+"""The Discovery gRPC service over a :class:`~afs.discovery.directory.Directory`."""
+
+import time
+from typing import Any
+
+import grpc.aio
+from typing_extensions import override
+
+from afs.core.errors import InvalidArgument
+from afs.discovery.directory import Directory, NodeState, Report
+from afs.proto.v1 import discovery_pb2 as pb
+from afs.proto.v1 import discovery_pb2_grpc as pb_grpc
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+def _node(state: NodeState, *, contents: bool) -> pb.Node:
+    node = pb.Node(
+        node_id=state.node_id, endpoint=state.endpoint, capacity_bytes=state.capacity, last_seen_unix=state.seen_unix
+    )
+    if contents:
+        node.layers.extend(
+            pb.HeldLayer(diff_id=diff_id, size_bytes=size, complete=complete)
+            for diff_id, (size, complete) in sorted(state.layers.items())
+        )
+        node.images.extend(sorted(state.images))
+    return node
+
+
+class DiscoveryService(pb_grpc.DiscoveryServicer):
+    """Answers from memory; *interval* is the time in seconds that nodes shall wait between heartbeats."""
+
+    def __init__(self, directory: Directory, interval: float) -> None:
+        self._directory = directory
+        self._interval = interval
+
+    @override
+    async def Heartbeat(self, request: pb.HeartbeatRequest, context: Context) -> pb.HeartbeatResponse:
+        if not request.node_id or not request.endpoint:
+            raise InvalidArgument("a heartbeat needs node_id and endpoint")
+        now = time.monotonic()
+        if request.leaving:
+            self._directory.leave(request.node_id, request.incarnation)
+            return pb.HeartbeatResponse()
+        report = Report(
+            request.node_id,
+            request.endpoint,
+            request.capacity_bytes,
+            request.incarnation,
+            request.sequence,
+            request.full,
+            tuple((layer.diff_id, layer.size_bytes, layer.complete) for layer in request.layers),
+            tuple(request.removed_layers),
+            tuple(request.images),
+            tuple(request.removed_images),
+        )
+        resend = self._directory.heartbeat(report, now=now, now_unix=int(time.time()))
+        nodes = [_node(state, contents=False) for state in self._directory.nodes(now)]
+        return pb.HeartbeatResponse(resend=resend, nodes=nodes, interval_ms=int(self._interval * 1000))
+
+    @override
+    async def ListNodes(self, request: pb.ListNodesRequest, context: Context) -> pb.ListNodesResponse:
+        nodes = self._directory.nodes(time.monotonic())
+        return pb.ListNodesResponse(nodes=[_node(state, contents=request.include_contents) for state in nodes])
+
+    @override
+    async def Locate(self, request: pb.LocateRequest, context: Context) -> pb.LocateResponse:
+        now, response = time.monotonic(), pb.LocateResponse()
+        for diff_id in request.diff_ids:
+            for node, complete in self._directory.layer_holders(diff_id, now):
+                holder = pb.Holder(node_id=node.node_id, endpoint=node.endpoint, complete=complete)
+                response.layers[diff_id].holders.append(holder)
+        for key in request.images:
+            for node in self._directory.image_holders(key, now):
+                holder = pb.Holder(node_id=node.node_id, endpoint=node.endpoint, complete=True)
+                response.images[key].holders.append(holder)
+        return response

@@ -1,0 +1,107 @@
+"""``afs_layerstore_grpcd``: the node's cache of layers, and its server to peers."""
+
+import asyncio
+import contextlib
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from afs.core.cli import daemon_command
+from afs.core.config import setting
+from afs.core.service import notify
+from afs.core.units import parse_duration, parse_size
+
+SERVICE = "layerstore"
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Configuration of afs_layerstore_grpcd."""
+
+    root: Path = setting(Path("/var/lib/afs/layerstore"), "Directory of the cache.")
+    run_dir: Path = setting(Path("/run/afs"), "Directory of the unix sockets.")
+    listen: str = setting("127.0.0.1:50051", "Address to serve peers on.")
+    advertise: str = setting("", "Address that peers use, if it is not the one listened on.")
+    node_id: str = setting("", "Name of this node in the cluster; the host name if empty.")
+    discovery: str = setting("127.0.0.1:60051", "Address of afs_discovery_grpcd.")
+    capacity: int = setting(
+        0, "Size of the cache, the node's weight in placement; the file system's size if 0.", parse_size
+    )
+    image_ttl: float = setting(300.0, "How long a tag is believed before the registry is asked again.", parse_duration)
+    read_deadline: float = setting(
+        30.0, "How long a chunk may take, over all tries, before readers get EIO.", parse_duration
+    )
+    pulls: int = setting(2, "Layers pulled at the same time.")
+    plain_http: tuple[str, ...] = setting((), "HOST:PORT of a registry without TLS; loopback ones always are.")
+    docker_config: Path = setting(Path("/root/.docker/config.json"), "Docker's file of registry credentials.")
+    insecure: bool = setting(False, "Serve other than loopback addresses in the clear.")
+    log_level: str = setting("INFO", "Least level to log.")
+
+
+async def serve(config: Config, stop: asyncio.Event) -> None:
+    """Serve until *stop* is set."""
+    import grpc.aio
+
+    from afs.core.rpc import serving
+    from afs.core.version import version
+    from afs.discovery.client import Announcer, Peer
+    from afs.layerstore.fillserver import serving_fills
+    from afs.layerstore.images import Images
+    from afs.layerstore.layers import Layers
+    from afs.layerstore.peers import Peers
+    from afs.layerstore.pull import Puller
+    from afs.layerstore.registry import RegistryOptions
+    from afs.layerstore.server import NodeService, PeerService
+    from afs.layerstore.store import LayerStore
+    from afs.proto.v1 import layerstore_pb2_grpc as pb_grpc
+
+    node_id = config.node_id or socket.gethostname()
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    async with contextlib.AsyncExitStack() as stack:
+        store = LayerStore(config.root)
+        stack.callback(store.close)
+        registry = RegistryOptions(config.plain_http, config.docker_config, f"afs/{version()}", node_id)
+        puller = Puller(store, registry, config.pulls)
+        stack.push_async_callback(puller.close)
+        peers = Peers()
+        stack.push_async_callback(peers.close)
+        capacity = config.capacity or _size_of_file_system(config.root)
+        announcer = Announcer(config.discovery, Peer(node_id, config.advertise or config.listen, capacity))
+        stack.push_async_callback(announcer.leave)
+        layers = Layers(store, puller, peers, announcer, config.read_deadline)
+        await asyncio.to_thread(layers.restore)
+        stack.push_async_callback(layers.close)
+        images = Images(store, puller, peers, announcer, config.image_ttl)
+        stack.push_async_callback(images.close)
+        peer_service, node_service = PeerService(images, layers), NodeService(images, layers)
+
+        def to_peers(server: grpc.aio.Server) -> None:
+            pb_grpc.add_LayerstorePeerServicer_to_server(peer_service, server)
+
+        def to_node(server: grpc.aio.Server) -> None:
+            pb_grpc.add_LayerstoreNodeServicer_to_server(node_service, server)
+            to_peers(server)
+
+        await stack.enter_async_context(serving_fills(config.run_dir / "fill.sock", layers))
+        await stack.enter_async_context(serving([f"unix:{config.run_dir}/layerstore.sock"], to_node))
+        bound = await stack.enter_async_context(serving([config.listen], to_peers, insecure=config.insecure))
+        announcer.serve_at(config.advertise or bound[0])
+        await announcer.flush()
+        beating = asyncio.create_task(announcer.run())
+        stack.callback(beating.cancel)
+        notify(f"READY=1\nSTATUS=serving on {bound[0]}")
+        await stop.wait()
+
+
+def _size_of_file_system(path: Path) -> int:
+    status = os.statvfs(path)
+    return status.f_blocks * status.f_frsize
+
+
+main = daemon_command(
+    "afs_layerstore_grpcd", SERVICE, Config, serve, "Keep this node's layers and serve their chunks to peers."
+)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""From a layer's blob to an ``.afslyr`` file in one pass, with a few MiB of blocks in flight.
+
+Three threads: one reads, hashes and inflates the blob; one writes and hashes the tar; the caller's parses its headers.
+Inflating, hashing and writing release the GIL, so on two cores the whole costs hardly more than inflating alone.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from afs.core.errors import Cancelled
+from afs.core.files import unlinked_on_error
+from afs.layerstore.afslyr.erofs import Index
+from afs.layerstore.afslyr.errors import CorruptLayer, DigestMismatch, LayerLimit
+from afs.layerstore.afslyr.inflate import READ_SIZE, inflate
+from afs.layerstore.afslyr.layout import BLOCK_BITS, MAX_EROFS_END, TAR_OFFSET, align_up, make_layout
+from afs.layerstore.afslyr.limits import DEFAULT_LIMITS, Limits
+from afs.layerstore.afslyr.pipeline import Pipeline, Stopped
+from afs.layerstore.afslyr.tarstream import ByteStream, entries
+from afs.layerstore.afslyr.tree import TreeBuilder
+from afs.layerstore.afslyr.writer import LayerWriter
+
+__all__ = ["Converted", "Limits", "convert"]
+
+_DEPTH = 4  # blocks of 1 to 2 MiB that a channel holds
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """What a conversion made. Sizes in bytes, digests with their ``sha256:`` prefix; ``entries`` counts the tar's."""
+
+    diff_id: str
+    blob_digest: str
+    blob_size: int
+    tar_size: int
+    file_size: int
+    entries: int
+    root_digest: str
+
+
+def convert(
+    read: Callable[[int], bytes],
+    out: Path,
+    *,
+    diff_id: str | None = None,
+    blob_digest: str | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Converted:
+    """Convert the blob behind *read* to the new file *out*.
+
+    *read(n)* returns at most *n* bytes, and none at the end; it and *cancelled* are called from another thread, one call
+    at a time, and *read* must return or raise in finite time. *out* must not exist; it is durable on return, its name
+    is not. Given *diff_id* and *blob_digest* are compared with what came.
+
+    Raises CorruptLayer (DigestMismatch among them, the blob's first), LayerLimit, Cancelled, FileExistsError, OSError from
+    writing and whatever *read* raises. After any of them *out* does not exist and no thread is left.
+    """
+    writer = LayerWriter(out)
+    with unlinked_on_error(out):
+        try:
+            return _Conversion(_Blob(read, cancelled), writer, limits).run(diff_id, blob_digest)
+        finally:
+            writer.close()
+
+
+class _Blob:
+    """The compressed bytes, hashed and counted as they pass."""
+
+    def __init__(self, read: Callable[[int], bytes], cancelled: Callable[[], bool]) -> None:
+        self._read, self._cancelled = read, cancelled
+        self._hash = hashlib.sha256()
+        self.size = 0
+        self.failed = False
+
+    def read(self, count: int) -> bytes:
+        """As the source's; raises Cancelled when asked to."""
+        if self._cancelled():
+            raise Cancelled("conversion of a layer was cancelled")
+        try:
+            data = self._read(count)
+        except BaseException:
+            self.failed = True
+            raise
+        self._hash.update(data)
+        self.size += len(data)
+        return data
+
+    def check_cancelled(self) -> None:
+        """Raise Cancelled when asked to."""
+        if self._cancelled():
+            raise Cancelled("conversion of a layer was cancelled")
+
+    def drain(self, most: int) -> None:
+        """Read what is left, *most* bytes at most, so that the digest covers it."""
+        end = self.size + most
+        while self.size < end and self.read(READ_SIZE):
+            pass
+
+    @property
+    def digest(self) -> str:
+        """Of the bytes so far."""
+        return "sha256:" + self._hash.hexdigest()
+
+
+class _Conversion:
+    """One run of the pipeline."""
+
+    def __init__(self, blob: _Blob, writer: LayerWriter, limits: Limits) -> None:
+        self._blob, self._writer, self._limits = blob, writer, limits
+        self._tar_hash = hashlib.sha256()
+        self._tar_size = 0
+        self._pipeline = Pipeline()
+        self._to_parser = self._pipeline.channel(_DEPTH)
+        self._to_writer = self._pipeline.channel(_DEPTH)
+
+    def run(self, diff_id: str | None, blob_digest: str | None) -> Converted:
+        """Do everything."""
+        try:
+            builder = self._stream()
+        except CorruptLayer as error:
+            if blob_digest is not None and not self._blob.failed:
+                # A damaged blob makes a damaged tar: the digest is the better thing to tell.
+                self._blob.drain(self._limits.max_tar_bytes)
+                _compare("blob", blob_digest, self._blob.digest, error)
+            raise
+        actual = "sha256:" + self._tar_hash.hexdigest()
+        _compare("blob", blob_digest, self._blob.digest)
+        _compare("uncompressed tar", diff_id, actual)
+        return self._finish(builder, actual)
+
+    # The pass over the tar
+
+    def _stream(self) -> TreeBuilder:
+        """Run the threads until the blob is read, hashed, written and parsed."""
+        pipeline = self._pipeline
+        pipeline.start("afslyr-inflate", self._inflate)
+        pipeline.start("afslyr-write", self._write)
+        builder = TreeBuilder(self._limits)
+        try:
+            self._parse(builder)
+            pipeline.join()
+        except Stopped:
+            pass
+        except BaseException as error:  # KeyboardInterrupt too: no thread may outlive this call
+            pipeline.stop(error)
+        pipeline.join()
+        if pipeline.error is not None:
+            raise pipeline.error
+        return builder
+
+    def _inflate(self) -> None:
+        for block in inflate(self._blob.read):
+            self._tar_size += len(block)
+            if self._tar_size > self._limits.max_tar_bytes:
+                raise LayerLimit("uncompressed tar", self._limits.max_tar_bytes, "bytes")
+            self._to_writer.put(block)
+            self._to_parser.put(block)
+        self._to_writer.close()
+        self._to_parser.close()
+
+    def _write(self) -> None:
+        for block in self._to_writer:
+            self._tar_hash.update(block)
+            self._writer.append(block)
+
+    def _parse(self, builder: TreeBuilder) -> None:
+        blocks: Iterator[bytes] = iter(self._to_parser)
+        for entry in entries(ByteStream(blocks)):
+            builder.add(entry)
+        for _ in blocks:  # behind the end marker: part of the tar, but not parsed
+            pass
+
+    # What follows the tar
+
+    def _finish(self, builder: TreeBuilder, diff_id: str) -> Converted:
+        writer = self._writer
+        index = Index(builder.finish())
+        writer.pad(align_up(TAR_OFFSET + self._tar_size))
+        extras_offset = writer.offset
+        self._append_extras(builder)
+        layout = make_layout(diff_id, self._tar_size, writer.offset - extras_offset, index.length)
+        if layout.erofs_end > MAX_EROFS_END:
+            raise LayerLimit("file", MAX_EROFS_END, "bytes")
+        writer.pad(layout.meta_offset)
+        writer.append(index.pack(layout.meta_offset))
+        self._blob.check_cancelled()
+        table = writer.finish(layout, index.inodes)
+        return Converted(
+            diff_id=diff_id,
+            blob_digest=self._blob.digest,
+            blob_size=self._blob.size,
+            tar_size=self._tar_size,
+            file_size=layout.file_size,
+            entries=builder.entries,
+            root_digest=table.root_digest,
+        )
+
+    def _append_extras(self, builder: TreeBuilder) -> None:
+        """Expand the sparse files that are still reachable, each from an aligned offset on."""
+        writer = self._writer
+        found = [(node, pieces, offset) for node, pieces, offset in builder.sparse if node.nlink]
+        if sum(align_up(node.size) for node, _, _ in found) > self._limits.max_extras_bytes:
+            raise LayerLimit("expanded sparse files", self._limits.max_extras_bytes, "bytes")
+        for node, pieces, offset in found:
+            self._blob.check_cancelled()
+            node.addr = writer.offset >> BLOCK_BITS
+            writer.append_sparse(pieces, node.size, TAR_OFFSET + offset)
+            writer.pad(align_up(writer.offset))
+
+
+def _compare(what: str, expected: str | None, actual: str, cause: BaseException | None = None) -> None:
+    if expected is not None and expected != actual:
+        raise DigestMismatch(f"the {what}'s digest", expected, actual) from cause

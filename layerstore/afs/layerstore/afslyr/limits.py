@@ -1,0 +1,25 @@
+"""How large a layer may be. A hostile one must not take a node's disk, memory or time."""
+
+from dataclasses import dataclass
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Going beyond one raises LayerLimit. Sizes in bytes.
+
+    ``max_entries`` counts implied parents and replaced entries too; ``max_depth`` the directories above an entry;
+    ``max_extras_bytes`` the expanded sparse files; ``max_metadata_bytes`` the index, which is held in memory with some
+    400 bytes per entry beside it; ``max_extents`` the pieces of all sparse files.
+    """
+
+    max_tar_bytes: int = 64 << 30
+    max_entries: int = 4_000_000
+    max_depth: int = 1024
+    max_extras_bytes: int = 16 << 30
+    max_metadata_bytes: int = 1024 * _MIB
+    max_extents: int = 1_000_000
+
+
+DEFAULT_LIMITS = Limits()

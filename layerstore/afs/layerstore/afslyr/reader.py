@@ -1,0 +1,73 @@
+"""Opening and checking a finished ``.afslyr`` file. Descriptors are read with pread and stay where they are."""
+
+import hashlib
+import os
+
+from afs.layerstore.afslyr.errors import CorruptLayer
+from afs.layerstore.afslyr.layout import (
+    FOOTER_SIZE,
+    HEADER_SIZE,
+    ChunkTable,
+    Layout,
+    parse_footer,
+    parse_header,
+)
+
+
+def pread_exact(fd: int, length: int, offset: int) -> bytes:
+    """Exactly *length* bytes at *offset* of *fd*; CorruptLayer if the file ends before, OSError as pread(2) gives it."""
+    data = os.pread(fd, length, offset)
+    while len(data) < length:  # regular files return less only at the end or above 2 GiB; FUSE may do it anywhere
+        more = os.pread(fd, length - len(data), offset + len(data))
+        if not more:
+            raise CorruptLayer(f"file ends at {offset + len(data)}, {length} bytes at {offset} wanted")
+        data += more
+    return data
+
+
+def layout_from_bytes(header: bytes, file_size: int) -> Layout:
+    """The layout of a file of *file_size* bytes from its first 1024 bytes or more; CorruptLayer if it cannot be one."""
+    return parse_header(header[:HEADER_SIZE], file_size)
+
+
+def table_from_bytes(layout: Layout, tail: bytes) -> ChunkTable:
+    """The chunk table from everything behind ``layout.erofs_end``: table and footer. CorruptLayer if they disagree."""
+    if len(tail) != layout.table_length + FOOTER_SIZE:
+        raise CorruptLayer(f"{len(tail)} bytes of table and footer", layer=layout.diff_id)
+    root = parse_footer(tail[-FOOTER_SIZE:], layout)
+    table = ChunkTable(tail[:-FOOTER_SIZE])
+    if hashlib.sha256(table.digests).digest() != root:
+        raise CorruptLayer("the chunk table's digest is not the footer's", layer=layout.diff_id)
+    return table
+
+
+def read_layer(fd: int) -> tuple[Layout, ChunkTable]:
+    """Layout and chunk table of the open file *fd*.
+
+    Checks everything but the chunks. Raises CorruptLayer, and OSError from reading.
+    """
+    size = os.fstat(fd).st_size
+    layout = layout_from_bytes(os.pread(fd, HEADER_SIZE, 0), size)
+    tail = pread_exact(fd, layout.table_length + FOOTER_SIZE, layout.table_offset)
+    return layout, table_from_bytes(layout, tail)
+
+
+def verify_layer(fd: int) -> tuple[Layout, ChunkTable]:
+    """Check every chunk of *fd* against the table and the tar against the diff_id; what read_layer returns.
+
+    Raises CorruptLayer naming the layer and the chunk.
+    """
+    layout, table = read_layer(fd)
+    tar = hashlib.sha256()
+    tar_end = layout.tar_offset + layout.tar_length
+    for index in range(table.count):
+        offset, length = table.chunk_range(index, layout)
+        data = pread_exact(fd, length, offset)
+        if not table.verify(index, data):
+            raise CorruptLayer("bytes do not match the chunk table", layer=layout.diff_id, chunk=index)
+        if offset < tar_end:
+            tar.update(memoryview(data)[max(0, layout.tar_offset - offset) : tar_end - offset])
+    actual = "sha256:" + tar.hexdigest()
+    if actual != layout.diff_id:
+        raise CorruptLayer(f"the tar inside is {actual}", layer=layout.diff_id)
+    return layout, table

@@ -1,0 +1,274 @@
+"""A streaming tar parser: v7, ustar, GNU and PAX, nothing kept but the entry at hand.
+
+Unlike tarfile it keeps names as bytes, tells where data stands, reads what containerd reads and refuses the rest with
+the entry's name. Ends as Go's archive/tar does, which containerd uses: at two zero blocks, or at the end of the stream.
+"""
+
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from afs.layerstore.afslyr import pax, sparse, tarheader
+from afs.layerstore.afslyr.errors import CorruptLayer
+from afs.layerstore.afslyr.sparse import SparseMap
+from afs.layerstore.afslyr.tarheader import BLOCK, ZERO_BLOCK, Header
+
+HARD_LINK = 0  # Entry.type of hard links; all others are stat's S_IF numbers
+MAX_DEFAULTS = 256  # global records in force; they are merged into every entry, so many would cost much time
+MAX_RECORD = 1 << 20  # bytes of a long name or extended header, as in Go's archive/tar
+
+_TYPES = {
+    b"0": stat.S_IFREG,
+    b"\0": stat.S_IFREG,
+    b"7": stat.S_IFREG,  # contiguous: regular everywhere but on RTU
+    b"S": stat.S_IFREG,
+    b"1": HARD_LINK,
+    b"2": stat.S_IFLNK,
+    b"3": stat.S_IFCHR,
+    b"4": stat.S_IFBLK,
+    b"5": stat.S_IFDIR,
+    b"D": stat.S_IFDIR,  # GNU incremental: a directory with a list of names as its data
+    b"6": stat.S_IFIFO,
+}
+_WITH_DATA = b"0\x007SDV"  # the size field of all others says nothing about data
+
+
+@dataclass(slots=True)
+class Entry:
+    """One file of a tar.
+
+    ``type`` is an S_IF number or HARD_LINK, ``mode`` the low 12 bits, ``mtime_ns`` nanoseconds, ``size`` the file's bytes,
+    ``link`` the target of a hard or symbolic link, ``offset`` where the data starts in the tar. With ``sparse`` set
+    the tar holds only those pieces of the file.
+    """
+
+    name: bytes
+    type: int
+    mode: int = 0o644
+    uid: int = 0
+    gid: int = 0
+    size: int = 0
+    mtime_ns: int = 0
+    link: bytes = b""
+    devmajor: int = 0
+    devminor: int = 0
+    offset: int = 0
+    xattrs: dict[bytes, bytes] | None = None
+    sparse: SparseMap | None = None
+
+
+class ByteStream:
+    """Blocks of any size as one stream with a position in bytes."""
+
+    def __init__(self, blocks: Iterator[bytes]) -> None:
+        self._blocks, self._block, self._at = blocks, b"", 0
+        self.position = 0
+
+    def read(self, count: int) -> bytes:
+        """*count* bytes, fewer only at the end."""
+        end = self._at + count
+        if end > len(self._block):
+            return self._read_across(count)
+        data = self._block[self._at : end]
+        self._at = end
+        self.position += count
+        return data
+
+    def _read_across(self, count: int) -> bytes:
+        parts = []
+        while count:
+            if self._at == len(self._block) and not self._next():
+                break
+            part = self._block[self._at : self._at + count]
+            self._at += len(part)
+            self.position += len(part)
+            count -= len(part)
+            parts.append(part)
+        return b"".join(parts)
+
+    def skip(self, count: int) -> bool:
+        """Pass over *count* bytes; False if the stream ends before."""
+        while count > (left := len(self._block) - self._at):
+            count -= left
+            self.position += left
+            if not self._next():
+                return False
+        self._at += count
+        self.position += count
+        return True
+
+    def _next(self) -> bool:
+        self._block, self._at = next(self._blocks, b""), 0
+        return bool(self._block)
+
+
+@dataclass(slots=True)
+class _Extended:
+    """What the headers in front of an entry say about it."""
+
+    records: pax.Records = field(default_factory=list)
+    name: bytes | None = None
+    link: bytes | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.records) or self.name is not None or self.link is not None
+
+
+def entries(stream: ByteStream) -> Iterator[Entry]:
+    """The entries of the tar in *stream*, in order.
+
+    Afterwards *stream* stands behind the end marker. Raises CorruptLayer, naming the entry where there is one.
+    """
+    defaults: dict[bytes, bytes] = {}
+    extended = _Extended()
+    while (block := _header_block(stream)) is not None:
+        header = tarheader.decode(block)
+        kind = header.kind
+        if kind in b"xXgLK":
+            _extend(stream, header, extended, defaults)
+            continue
+        if kind == b"V":  # volume label
+            _skip_data(stream, header.size, header.name)
+            continue
+        try:
+            entry, stored = _entry(stream, block, header, extended, defaults)
+        except ValueError as error:
+            raise CorruptLayer(str(error), entry=header.name) from error
+        extended = _Extended()
+        yield entry
+        _skip_data(stream, stored, entry.name)
+    if extended:
+        raise CorruptLayer("tar ends between an extended header and its entry")
+
+
+def _header_block(stream: ByteStream) -> bytes | None:
+    """The next header, or None at the end."""
+    block = stream.read(BLOCK)
+    if not block:
+        return None
+    if len(block) < BLOCK:
+        raise CorruptLayer(f"tar is truncated: {len(block)} bytes of a header at {stream.position - len(block)}")
+    if block != ZERO_BLOCK:
+        return block
+    if stream.read(BLOCK) not in {b"", ZERO_BLOCK}:
+        raise CorruptLayer(f"tar has a lone zero block at {stream.position - 2 * BLOCK}")
+    return None
+
+
+def _extend(stream: ByteStream, header: Header, extended: _Extended, defaults: dict[bytes, bytes]) -> None:
+    """Read an extended header ('x', 'X', 'g') or a GNU long name ('L', 'K')."""
+    size = header.size
+    if not 0 <= size <= MAX_RECORD:
+        raise CorruptLayer(f"extended header of {size} bytes, at most {MAX_RECORD} allowed", entry=header.name)
+    data = stream.read(size)
+    if len(data) < size or not stream.skip(-size % BLOCK):
+        raise CorruptLayer("tar is truncated in an extended header", entry=header.name)
+    if header.kind == b"L":
+        extended.name = tarheader.text(data)
+    elif header.kind == b"K":
+        extended.link = tarheader.text(data)
+    else:
+        try:
+            records = pax.parse_records(data)
+        except ValueError as error:
+            raise CorruptLayer(str(error), entry=header.name) from error
+        if header.kind == b"g":
+            defaults.update(records)
+            if len(defaults) > MAX_DEFAULTS:
+                raise CorruptLayer(f"more than {MAX_DEFAULTS} global records", entry=header.name)
+        else:
+            extended.records = records
+
+
+def _skip_data(stream: ByteStream, size: int, name: bytes) -> None:
+    if size < 0:
+        raise CorruptLayer(f"negative size {size}", entry=name)
+    if not stream.skip(size + -size % BLOCK):
+        raise CorruptLayer("tar is truncated in the data", entry=name)
+
+
+def _entry(
+    stream: ByteStream, block: bytes, header: Header, extended: _Extended, defaults: dict[bytes, bytes]
+) -> tuple[Entry, int]:
+    """The entry of *header*, and how many bytes of data follow. ValueError if its fields make no sense."""
+    kind = _TYPES.get(header.kind)
+    if kind is None:
+        raise ValueError(f"unsupported tar entry type {header.kind!r}")
+    entry = Entry(
+        extended.name if extended.name is not None else header.name,
+        kind,
+        header.mode,
+        header.uid,
+        header.gid,
+        header.size,
+        header.mtime * 1_000_000_000,
+        extended.link if extended.link is not None else header.link,
+        header.devmajor,
+        header.devminor,
+    )
+    records: dict[bytes, bytes] = {}
+    if defaults or extended.records:
+        records = {**defaults, **dict(extended.records)}
+        _apply(entry, records)
+    if b"\0" in entry.name or b"\0" in entry.link:
+        raise ValueError("NUL in a name")
+    if entry.size < 0:
+        raise ValueError(f"negative size {entry.size}")
+    stored = entry.size if header.kind in _WITH_DATA else 0
+    if kind == stat.S_IFREG:
+        if header.kind == b"S" or b"GNU.sparse.size" in records or b"GNU.sparse.realsize" in records:
+            stored = _make_sparse(entry, stream, block, header, extended, records)
+        elif entry.name.endswith(b"/"):
+            entry.type = stat.S_IFDIR  # v7 had no type for directories
+    entry.offset = stream.position
+    if entry.type != stat.S_IFREG:
+        entry.size = 0
+    return entry, stored
+
+
+def _apply(entry: Entry, records: dict[bytes, bytes]) -> None:
+    """Let PAX records override the header; an empty value means the header's (POSIX: it deletes the default)."""
+    entry.name = records.get(b"path") or entry.name
+    entry.link = records.get(b"linkpath") or entry.link
+    if value := records.get(b"size"):
+        entry.size = pax.integer(value)
+    if value := records.get(b"uid"):
+        entry.uid = pax.integer(value)
+    if value := records.get(b"gid"):
+        entry.gid = pax.integer(value)
+    if value := records.get(b"mtime"):
+        entry.mtime_ns = pax.time_ns(value)
+    entry.xattrs = pax.xattrs(records)
+
+
+def _make_sparse(
+    entry: Entry,
+    stream: ByteStream,
+    block: bytes,
+    header: Header,
+    extended: _Extended,
+    records: dict[bytes, bytes],
+) -> int:
+    """Set size and sparse map of *entry*, and return the bytes of data that follow."""
+
+    def read_block() -> bytes:
+        data = stream.read(BLOCK)
+        if len(data) < BLOCK:
+            raise ValueError("tar is truncated in a sparse map")
+        return data
+
+    stored = entry.size
+    if header.kind == b"S":
+        pairs, entry.size = sparse.old_gnu(block, read_block)
+    else:
+        entry.name = records.get(b"GNU.sparse.name") or entry.name
+        entry.size = pax.integer(records.get(b"GNU.sparse.realsize") or records.get(b"GNU.sparse.size") or b"")
+        if records.get(b"GNU.sparse.major", b"0") == b"0":
+            pairs = sparse.pax_0(extended.records)
+        elif (records[b"GNU.sparse.major"], records.get(b"GNU.sparse.minor")) == (b"1", b"0"):
+            pairs, used = sparse.pax_1(read_block)
+            stored -= used
+        else:
+            raise ValueError("unknown version of GNU sparse format")
+    entry.sparse = sparse.checked(pairs, entry.size, stored)
+    return stored

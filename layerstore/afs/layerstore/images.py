@@ -1,0 +1,144 @@
+"""From an image's name to its manifest, config and diff_ids, asking the registry as seldom as can be.
+
+State: ``_known`` maps image keys to what was resolved, mirrored on disk by the store. Single flight by key: the awaits
+of one resolution never interleave with another one of the same image.
+"""
+
+import asyncio
+import functools
+import logging
+import os
+import time
+
+from afs.core.errors import AfsError, NotFound, Unavailable
+from afs.core.images import ImageRef, Platform
+from afs.core.singleflight import SingleFlight
+from afs.discovery.client import Announcer
+from afs.layerstore.errors import ImageNotFound
+from afs.layerstore.manifests import Image, image_key, resolve
+from afs.layerstore.peers import Peers
+from afs.layerstore.placement import ranked
+from afs.layerstore.pull import Puller
+from afs.layerstore.store import LayerStore
+
+log = logging.getLogger(__name__)
+
+
+class Images:
+    """The node's view of images. *ttl* in seconds: how long a tag is believed before its source is asked again."""
+
+    def __init__(self, store: LayerStore, puller: Puller, peers: Peers, announcer: Announcer, ttl: float) -> None:
+        self._store = store
+        self._puller = puller
+        self._peers = peers
+        self._announcer = announcer
+        self._ttl = ttl
+        self._known: dict[str, Image] = {}
+        # Local sources: what the file looked like when it was read; a changed file is read again at once.
+        self._fingerprints: dict[str, tuple[int, ...]] = {}
+        self._resolving: SingleFlight[str, Image] = SingleFlight()
+        for image in store.load_images():
+            self._known[image.key] = image
+            announcer.know_image(image.key)
+
+    async def close(self) -> None:
+        """End what is under way."""
+        await self._resolving.close(cancel=True)
+
+    async def resolve(self, ref: ImageRef, platform: Platform, *, here: bool = False) -> Image:
+        """What *ref* consists of. *here*: this node asks the source itself, as the owner or because it was told to."""
+        key = image_key(str(ref), platform)
+        image = self._known.get(key)
+        if image is not None and self._fresh(ref, image):
+            return image
+        return await self._resolving.run(key, lambda: self._resolve(ref, platform, here=here))
+
+    def known(self, ref: ImageRef, platform: Platform) -> Image:
+        """What this node knows, however old; NotFound if nothing."""
+        image = self._known.get(image_key(str(ref), platform))
+        if image is None:
+            raise NotFound(f"image {ref} is not known here")
+        return image
+
+    def _fresh(self, ref: ImageRef, image: Image) -> bool:
+        if ref.is_local:
+            fingerprint = _fingerprint(ref)
+            return bool(fingerprint) and fingerprint == self._fingerprints.get(image.key)
+        return bool(ref.digest) or time.time() < image.resolved_unix + self._ttl
+
+    async def _resolve(self, ref: ImageRef, platform: Platform, *, here: bool) -> Image:
+        key = image_key(str(ref), platform)
+        old = self._known.get(key)
+        if ref.is_local:
+            fingerprint = _fingerprint(ref)
+            if not fingerprint:
+                found = old or await self._ask_holders(ref, platform)
+                if found is None:
+                    raise ImageNotFound(str(ref), f"no {ref.location} on node {self._announcer.me.node_id}")
+                return await self._remember(ref, platform, found)
+            image = await self._remember(ref, platform, await self._ask_source(ref, platform))
+            self._fingerprints[key] = fingerprint
+            return image
+        if old is None and not here:
+            old = await self._ask_holders(ref, platform)
+            if old is not None and self._fresh(ref, old):
+                return await self._remember(ref, platform, old)
+        try:
+            image = await (self._ask_source(ref, platform) if here else self._ask_owner(ref, platform))
+        except Unavailable as error:
+            if old is None:
+                raise
+            log.warning("using image %s as of %d s ago: %s", ref, time.time() - old.resolved_unix, error.line)
+            return old
+        return await self._remember(ref, platform, image)
+
+    async def _ask_holders(self, ref: ImageRef, platform: Platform) -> Image | None:
+        key, best = image_key(str(ref), platform), None
+        for peer in (await self._announcer.locate(images=[key])).images.get(key, []):
+            try:
+                image = await self._peers.resolve_image(peer, ref, platform, only_known=True)
+            except AfsError as error:
+                log.info("layerstore %s cannot tell about %s: %s", peer.endpoint, ref, error.line)
+                continue
+            if best is None or image.resolved_unix > best.resolved_unix:
+                best = image
+            if self._fresh(ref, best):
+                break
+        return best
+
+    async def _ask_owner(self, ref: ImageRef, platform: Platform) -> Image:
+        owner = ranked(image_key(str(ref), platform), self._announcer.peers)[0]
+        if owner.node_id == self._announcer.me.node_id:
+            return await self._ask_source(ref, platform)
+        try:
+            return await self._peers.resolve_image(owner, ref, platform, only_known=False)
+        except Unavailable as error:
+            log.warning("owner %s of image %s: %s; asking the registry from here", owner.node_id, ref, error.line)
+            return await self._ask_source(ref, platform)
+
+    async def _ask_source(self, ref: ImageRef, platform: Platform) -> Image:
+        source = self._puller.source(ref)
+        reference = ref.digest or ref.tag
+        now = int(time.time())
+        work = functools.partial(resolve, str(ref), reference, platform, source.get_manifest, source.get_blob, now)
+        return await asyncio.to_thread(work)
+
+    async def _remember(self, ref: ImageRef, platform: Platform, image: Image) -> Image:
+        old = self._known.get(image.key)
+        self._known[image.key] = image
+        if old is None or (old.manifest, old.resolved_unix) != (image.manifest, image.resolved_unix):
+            await asyncio.to_thread(self._store.save_image, str(ref), platform, image)
+        if old is None:
+            self._announcer.know_image(image.key)
+            await self._announcer.flush()
+        return image
+
+
+def _fingerprint(ref: ImageRef) -> tuple[int, ...]:
+    """Identity and change time of a local source; empty if it is not there."""
+    path = os.path.join(ref.location, "index.json") if ref.scheme == "oci" else ref.location
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return ()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

@@ -1,0 +1,163 @@
+"""A layer of which this node has some chunks: a sparse file and a map of what is in it.
+
+State and locks. One :class:`PartialLayer` per diff_id, owned by the layerstore's event loop.
+
+- ``chunks`` is a shared memory map, one byte per chunk. It is set after the chunk's bytes were verified and written,
+  never cleared while the layer is open: whoever sees 1 may read the file. ``afs_fused`` maps the same file read-only.
+- ``_filling`` maps a chunk to the task that fetches it. A second demand for the chunk awaits the same task, so a chunk
+  is fetched once. A task removes itself when it ends; failures are not remembered.
+- Writes of different chunks touch different ranges, so they need no lock.
+- After a crash a byte may be on disk whose data is not: the map is trusted only after every marked chunk was hashed
+  again (:meth:`PartialLayer.open`).
+"""
+
+import asyncio
+import functools
+import logging
+import mmap
+import os
+from collections.abc import Awaitable, Callable, Iterable
+from pathlib import Path
+from typing import Self
+
+from afs.core.files import fsync_dir, remove_tree
+from afs.layerstore.afslyr.layout import HEADER_SIZE, ChunkTable, Layout
+from afs.layerstore.afslyr.reader import layout_from_bytes, read_layer, verify_layer
+
+log = logging.getLogger(__name__)
+
+# Fetches one verified chunk: (layer, index) -> bytes. The layerstore supplies it.
+Fetch = Callable[["PartialLayer", int], Awaitable[bytes]]
+
+
+class PartialLayer:
+    """Made by :meth:`create` or :meth:`open`; both block and run in a thread."""
+
+    def __init__(self, diff_id: str, directory: Path, layout: Layout, table: ChunkTable) -> None:
+        self.diff_id = diff_id
+        self.directory = directory
+        self.layout = layout
+        self.table = table
+        self._data = os.open(self.data_path, os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(self.map_path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            self._chunks = mmap.mmap(fd, table.count)
+        finally:
+            os.close(fd)
+        self._filling: dict[int, asyncio.Task[None]] = {}
+
+    @property
+    def data_path(self) -> Path:
+        """The sparse file, as long as the whole layer file."""
+        return self.directory / "data"
+
+    @property
+    def map_path(self) -> Path:
+        """The chunk map."""
+        return self.directory / "chunks"
+
+    @classmethod
+    def create(cls, diff_id: str, directory: Path, size: int, header: bytes, table: ChunkTable, footer: bytes) -> Self:
+        """Start a partial layer from what a peer described; *size* is that of the whole file. Raises CorruptLayer."""
+        layout = layout_from_bytes(header, size)
+        if layout.diff_id != diff_id:
+            from afs.core.errors import DataLoss
+
+            raise DataLoss(f"a peer described layer {layout.diff_id} as {diff_id}")
+        building = directory.with_name(f".{directory.name}.new")
+        remove_tree(building)
+        building.mkdir()
+        with (building / "data").open("wb") as data:
+            data.truncate(size)
+            # Table and footer are no chunk of their own: they describe the chunks.
+            os.pwrite(data.fileno(), table.digests + footer, layout.table_offset)
+            os.fsync(data.fileno())
+        (building / "chunks").write_bytes(bytes(table.count))
+        # Sizes come from a peer: reading back through the parser checks them against each other.
+        fd = os.open(building / "data", os.O_RDWR)
+        try:
+            os.pwrite(fd, header[:HEADER_SIZE], 0)
+            read_layer(fd)
+        finally:
+            os.close(fd)
+        remove_tree(directory)
+        building.rename(directory)
+        fsync_dir(directory.parent)
+        return cls(diff_id, directory, layout, table)
+
+    @classmethod
+    def open(cls, diff_id: str, directory: Path) -> Self:
+        """Reopen after a restart; chunks whose bytes are not what the table says count as missing."""
+        fd = os.open(directory / "data", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            layout, table = read_layer(fd)
+        finally:
+            os.close(fd)
+        layer = cls(diff_id, directory, layout, table)
+        for index in range(table.count):
+            if layer.has(index) and not table.verify(index, layer.read(index)):
+                log.warning("layer %s: chunk %d was not on disk after a crash", diff_id, index)
+                layer._chunks[index] = 0
+        return layer
+
+    def close(self) -> None:
+        """Close the files; the layer stays on disk."""
+        os.close(self._data)
+        self._chunks.close()
+
+    def has(self, index: int) -> bool:
+        """Whether chunk *index* may be read."""
+        return self._chunks[index] == 1
+
+    def missing(self) -> list[int]:
+        """The chunks that are not here yet."""
+        return [index for index in range(self.table.count) if not self.has(index)]
+
+    def metadata_chunks(self) -> list[int]:
+        """The chunks a mount reads at once: superblock first, then the EROFS metadata."""
+        size = self.layout.chunk_size
+        first, last = self.layout.meta_offset // size, (self.layout.erofs_end - 1) // size
+        return sorted({0, *range(first, last + 1)})
+
+    def read(self, index: int) -> bytes:
+        """The bytes of chunk *index*. Blocking; only meaningful if :meth:`has` it."""
+        offset, length = self.table.chunk_range(index, self.layout)
+        return os.pread(self._data, length, offset)
+
+    async def fill(self, indices: Iterable[int], fetch: Fetch) -> None:
+        """Have all of *indices* on return; raises what *fetch* raised for the first that failed."""
+        wanted = [index for index in indices if not self.has(index)]
+        for index in wanted:
+            if index not in self._filling:
+                task = asyncio.create_task(self._fill_one(index, fetch), name=f"fill {self.diff_id[:19]} {index}")
+                self._filling[index] = task
+                task.add_done_callback(functools.partial(self._filled, index))
+        # Shielded: a reader that gives up must not take the chunk away from the others.
+        tasks = [asyncio.shield(self._filling[index]) for index in wanted if index in self._filling]
+        if tasks:
+            await asyncio.gather(*tasks)
+
+    def _filled(self, index: int, _: "asyncio.Task[None]") -> None:
+        del self._filling[index]
+
+    async def _fill_one(self, index: int, fetch: Fetch) -> None:
+        data = await fetch(self, index)
+        await asyncio.to_thread(self._write, index, data)
+
+    def _write(self, index: int, data: bytes) -> None:
+        offset, _ = self.table.chunk_range(index, self.layout)
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(self._data, view, offset)
+            view, offset = view[written:], offset + written
+        self._chunks[index] = 1
+
+    async def idle(self) -> None:
+        """Wait until nothing is being fetched; before closing."""
+        while self._filling:
+            await asyncio.gather(*self._filling.values(), return_exceptions=True)
+
+    def verify_and_sync(self) -> None:
+        """Check all chunks and the tar against the diff_id and put them on disk. Blocking; raises CorruptLayer."""
+        verify_layer(self._data)
+        os.fsync(self._data)

@@ -1,0 +1,1 @@
+"""The cluster's front door: choosing an afslet, forwarding to it, and the cluster's status."""

@@ -1,0 +1,77 @@
+"""``afs_snapshotter``: the node's mounts."""
+
+import asyncio
+import contextlib
+import fcntl
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from afs.core.cli import daemon_command
+from afs.core.config import setting
+from afs.core.service import notify
+from afs.core.units import parse_duration
+
+SERVICE = "snapshotter"
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Configuration of afs_snapshotter."""
+
+    root: Path = setting(Path("/var/lib/afs/snapshotter"), "Directory of upper directories.")
+    run_dir: Path = setting(Path("/run/afs"), "Directory of the layer mounts and of the unix sockets.")
+    read_deadline: float = setting(40.0, "How long a read of a partial layer waits for the layerstore.", parse_duration)
+    keep_layers: int = setting(200, "Unused layers that stay mounted for the next run.")
+    log_level: str = setting("INFO", "Least level to log.")
+
+
+async def serve(config: Config, stop: asyncio.Event) -> None:
+    """Serve until *stop* is set."""
+    from afs.core.errors import FailedPrecondition
+    from afs.core.mounts import unmount_below
+    from afs.core.rpc import serving
+    from afs.proto.v1.mounts_pb2_grpc import add_MountsServicer_to_server
+    from afs.snapshotter.fusedprocess import FusedProcess
+    from afs.snapshotter.layermounts import LayerMounts, check_kernel
+    from afs.snapshotter.roots import Roots
+    from afs.snapshotter.server import MountsService
+
+    check_kernel()
+    run_dir = config.run_dir
+    for path in (run_dir, config.root):
+        path.mkdir(parents=True, exist_ok=True)
+    async with contextlib.AsyncExitStack() as stack:
+        lock = os.open(config.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        stack.callback(os.close, lock)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FailedPrecondition(f"{config.root} is in use by another afs_snapshotter") from None
+        # Layers below roots: what a killed process left goes from the top down.
+        fused = FusedProcess(run_dir / "fuse", run_dir / "fill.sock", config.read_deadline)
+        mounts = LayerMounts(run_dir / "l", fused, config.keep_layers)
+        roots = Roots(config.root / "roots", run_dir / "base", mounts, f"unix:{run_dir}/layerstore.sock")
+        await asyncio.to_thread(roots.prepare)
+        for name in ("l", "fuse"):
+            (run_dir / name).mkdir(exist_ok=True)
+            await asyncio.to_thread(unmount_below, run_dir / name)
+            for path in (run_dir / name).iterdir():
+                path.rmdir()
+        stack.push_async_callback(fused.close)
+        stack.push_async_callback(mounts.close)
+        stack.push_async_callback(roots.close)
+        service = MountsService(roots, mounts)
+        await stack.enter_async_context(
+            serving([f"unix:{run_dir}/mounts.sock"], lambda server: add_MountsServicer_to_server(service, server))
+        )
+        notify("READY=1")
+        await stop.wait()
+
+
+main = daemon_command(
+    "afs_snapshotter", SERVICE, Config, serve, "Make this node's mounts: layers and root file systems."
+)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The asking side of the Mounts service, for afslet and afs_mount."""
+
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import grpc.aio
+
+from afs.core.errors import Unavailable
+from afs.core.rpc import EOF, calling, channel
+from afs.proto.v1 import mounts_pb2 as pb
+from afs.proto.v1.mounts_pb2_grpc import MountsStub
+
+
+class Hold:
+    """One call of Mounts.Hold: an image and its roots, as long as the call lives."""
+
+    def __init__(self, call: "grpc.aio.StreamStreamCall[Any, Any]", peer: str) -> None:
+        self._call = call
+        self._peer = peer
+
+    async def open(self, image: pb.OpenImage) -> pb.OpenedImage:
+        """Have the image's layers mounted."""
+        return (await self._ask(pb.HoldRequest(open=image))).opened
+
+    async def mount(
+        self, extra_dirs: Sequence[str] = (), *, read_only: bool = False, target: str = ""
+    ) -> pb.MountedRoot:
+        """Have a root mounted; *extra_dirs* topmost first."""
+        wanted = pb.MountRoot(extra_dirs=list(extra_dirs), read_only=read_only, target=target)
+        return (await self._ask(pb.HoldRequest(mount=wanted))).mounted
+
+    async def _ask(self, request: pb.HoldRequest) -> pb.HoldResponse:
+        with calling(self._peer):
+            # A failed call refuses further writes with an error of its own; the status comes with the read.
+            with contextlib.suppress(grpc.aio.UsageError, grpc.aio.AioRpcError):
+                await self._call.write(request)
+            answer = await self._call.read()
+        if not isinstance(answer, pb.HoldResponse):
+            raise Unavailable(f"{self._peer} ended the call")
+        return answer
+
+    async def release(self) -> None:
+        """Give everything back; on return it is unmounted and removed."""
+        with calling(self._peer):
+            if not self._call.done():
+                await self._call.done_writing()
+                while await self._call.read() is not EOF:
+                    pass
+
+
+class Mounts:
+    """A channel to the snapshotter of this node; *address* is ``unix:PATH``."""
+
+    def __init__(self, address: str) -> None:
+        self._peer = f"snapshotter {address}"
+        self._channel = channel(address)
+        self._stub = MountsStub(self._channel)
+
+    async def close(self) -> None:
+        """Close the channel; calls on it end."""
+        await self._channel.close()
+
+    @contextlib.asynccontextmanager
+    async def holding(self) -> AsyncIterator[Hold]:
+        """A hold that is released at the end of the block, whatever ends it."""
+        hold = Hold(self._stub.Hold(), self._peer)
+        try:
+            yield hold
+        finally:
+            await hold.release()
+
+    async def stats(self) -> pb.StatsResponse:
+        """What is mounted."""
+        with calling(self._peer):
+            return await self._stub.Stats(pb.StatsRequest())

@@ -1,0 +1,210 @@
+"""``afs_fused``: partial layers as read-only files over FUSE, for EROFS mounts on top of them.
+
+One flat directory; a file's name is the hex of its diff_id. A read whose chunks are here is one pread; otherwise the
+layerstore is asked to fill them, and the read waits. No gRPC, and no state that another process needs: the chunk map is
+shared memory with the layerstore (see :mod:`afs.layerstore.partial`).
+
+State, on one event loop: ``_inodes`` maps inode numbers to open layers, ``_by_name`` names to inode numbers. Numbers are
+never reused, because the kernel may ask about one until it forgot it.
+"""
+
+import contextlib
+import errno
+import logging
+import mmap
+import os
+import stat
+import sys
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import click
+import pyfuse3
+from typing_extensions import override
+
+from afs.layerstore.fillwire import FillClient, FillError
+
+log = logging.getLogger(__name__)
+_FOREVER_S = 86400.0  # layers never change, so the kernel may keep names and attributes
+
+
+@dataclass(slots=True)
+class _Layer:
+    diff_id: str
+    size: int
+    chunk_size: int
+    data: int
+    chunks: mmap.mmap | None  # None: complete when it was opened
+    lookups: int = 0
+
+    def missing(self, offset: int, end: int) -> tuple[int, int] | None:
+        """(first, count) of a run of chunks that covers what is missing of [offset, end), or None."""
+        if self.chunks is None:
+            return None
+        first, last = offset // self.chunk_size, min((end - 1) // self.chunk_size, len(self.chunks) - 1)
+        absent = [index for index in range(first, last + 1) if not self.chunks[index]]
+        return (absent[0], absent[-1] - absent[0] + 1) if absent else None
+
+    def close(self) -> None:
+        os.close(self.data)
+        if self.chunks is not None:
+            self.chunks.close()
+
+
+def _fail(error: Exception) -> NoReturn:
+    """The one place where failures become what the kernel sees. Anything but ENOENT is an I/O error to a reader."""
+    number = getattr(error, "errno", None)
+    raise pyfuse3.FUSEError(errno.ENOENT if number == errno.ENOENT else errno.EIO) from error
+
+
+class LayerFiles(pyfuse3.Operations):
+    """The file system; *client* asks the layerstore."""
+
+    enable_writeback_cache = False
+
+    def __init__(self, client: FillClient) -> None:
+        super().__init__()
+        self._client = client
+        self._inodes: dict[int, _Layer] = {}
+        self._by_name: dict[bytes, int] = {}
+        self._next = pyfuse3.ROOT_INODE + 1
+
+    def _attributes(self, inode: int) -> pyfuse3.EntryAttributes:
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = inode
+        entry.entry_timeout = entry.attr_timeout = _FOREVER_S
+        if inode == pyfuse3.ROOT_INODE:
+            entry.st_mode = stat.S_IFDIR | 0o500
+            entry.st_nlink = 2
+            return entry
+        layer = self._inodes.get(inode)
+        if layer is None:
+            raise pyfuse3.FUSEError(errno.ENOENT)
+        entry.st_mode = stat.S_IFREG | 0o400
+        entry.st_nlink = 1
+        entry.st_size = layer.size
+        return entry
+
+    @override
+    async def getattr(self, inode: int, ctx: Any = None) -> pyfuse3.EntryAttributes:
+        return self._attributes(inode)
+
+    @override
+    async def lookup(self, parent_inode: int, name: bytes, ctx: Any = None) -> pyfuse3.EntryAttributes:
+        if name in (b".", b".."):
+            return self._attributes(pyfuse3.ROOT_INODE)
+        inode = self._by_name.get(name)
+        if inode is None:
+            try:
+                layer = await self._open_layer(name.decode("ascii"))
+            except (FillError, OSError, ValueError) as error:
+                log.warning("cannot open layer %r: %s", name, error)
+                _fail(error)
+            inode = self._by_name.get(name)  # another lookup may have been quicker
+            if inode is None:
+                inode, self._next = self._next, self._next + 1
+                self._inodes[inode] = layer
+                self._by_name[name] = inode
+            else:
+                layer.close()
+        self._inodes[inode].lookups += 1
+        return self._attributes(inode)
+
+    async def _open_layer(self, name: str) -> _Layer:
+        diff_id = f"sha256:{name}"
+        answer = await self._client.ask(op="open", diff_id=diff_id)
+        data = os.open(answer["data"], os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            chunks = None
+            if answer["chunks"]:
+                fd = os.open(answer["chunks"], os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    chunks = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+                finally:
+                    os.close(fd)
+            return _Layer(diff_id, int(answer["size"]), int(answer["chunk_size"]), data, chunks)
+        except BaseException:
+            os.close(data)
+            raise
+
+    @override
+    async def open(self, inode: int, flags: int, ctx: Any) -> pyfuse3.FileInfo:
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            raise pyfuse3.FUSEError(errno.EROFS)
+        # Layers never change, so pages stay valid over close and reopen.
+        return pyfuse3.FileInfo(fh=inode, keep_cache=True)
+
+    @override
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        layer = self._inodes[fh]
+        end = min(off + size, layer.size)
+        missing = layer.missing(off, end) if off < end else None
+        if missing is not None:
+            try:
+                await self._client.ask(op="fill", diff_id=layer.diff_id, first=missing[0], count=missing[1])
+            except FillError as error:
+                log.error("layer %s, bytes %d to %d: %s", layer.diff_id, off, end, error)
+                _fail(error)
+        return os.pread(layer.data, size, off)
+
+    @override
+    async def release(self, fh: int) -> None:
+        pass
+
+    @override
+    async def forget(self, inode_list: Any) -> None:
+        for inode, count in inode_list:
+            layer = self._inodes.get(inode)
+            if layer is None:
+                continue
+            layer.lookups -= count
+            if layer.lookups <= 0:
+                del self._inodes[inode]
+                self._by_name = {name: number for name, number in self._by_name.items() if number != inode}
+                layer.close()
+
+
+async def _serve(mountpoint: str, fill_socket: str, deadline: float, ready_fd: int) -> None:
+    client = FillClient(fill_socket, deadline)
+    options = {*pyfuse3.default_options, "fsname=afs", "subtype=afs", "ro"}
+    options.discard("default_permissions")  # one owner, one mode: nothing to check
+    pyfuse3.init(LayerFiles(client), mountpoint, options)
+    try:
+        os.write(ready_fd, b"R")
+        os.close(ready_fd)
+        await pyfuse3.main()
+    finally:
+        pyfuse3.close(unmount=True)
+        await client.close()
+
+
+@click.command(help="Serve partial layers as files. Started and watched by afs_snapshotter.")
+@click.option("--mountpoint", required=True)
+@click.option("--fill-socket", required=True)
+@click.option("--deadline", default=40.0, help="Seconds that a read waits for the layerstore before EIO.")
+@click.option("--ready-fd", type=int, required=True, help="Gets one byte when the file system is mounted.")
+@click.option("--log-level", default="INFO")
+def main(mountpoint: str, fill_socket: str, deadline: float, ready_fd: int, log_level: str) -> None:
+    """Run until the file system is unmounted or SIGTERM comes."""
+    import asyncio
+    import signal
+
+    import pyfuse3.asyncio
+
+    logging.basicConfig(level=log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    pyfuse3.asyncio.enable()
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        serving = asyncio.ensure_future(_serve(mountpoint, fill_socket, deadline, ready_fd))
+        loop.add_signal_handler(signal.SIGTERM, serving.cancel)
+        # A terminal's Ctrl-C reaches the whole group; mounts need this process until the snapshotter has unmounted them.
+        loop.add_signal_handler(signal.SIGINT, lambda: None)
+        with contextlib.suppress(asyncio.CancelledError):
+            await serving
+
+    asyncio.run(run())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Layer mounts: one EROFS mount per layer and node, shared by all roots, counted, unmounted when idle.
+
+State and locks (one event loop): ``_mounted`` maps diff_ids to mounts in the order of last use. A mount is made under
+single flight by diff_id. ``users`` changes without an await between the look-up and the change, so a mount that
+:meth:`LayerMounts._trim` takes away (users == 0, removed from the map before the first await) is never handed out again.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from afs.core import syscalls
+from afs.core.digests import hex_of
+from afs.core.errors import FailedPrecondition, Internal
+from afs.core.mounts import unmount
+from afs.core.singleflight import SingleFlight
+from afs.snapshotter.fusedprocess import FusedProcess
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class MountedLayer:
+    """*backend* is ``erofs-file`` (a local file) or ``erofs-fuse`` (a partial layer)."""
+
+    diff_id: str
+    path: Path
+    backend: str
+    users: int = 0
+
+
+class LayerMounts:
+    """Mounts below *directory* with short names: their paths have to fit the one page of overlayfs options.
+
+    *keep* is how many layers that nobody uses stay mounted for the next run.
+    """
+
+    def __init__(self, directory: Path, fused: FusedProcess, keep: int) -> None:
+        self._directory = directory
+        self._fused = fused
+        self._keep = keep
+        self._mounted: dict[str, MountedLayer] = {}
+        self._mounting: SingleFlight[str, MountedLayer] = SingleFlight()
+        self._next = 0
+
+    @contextlib.asynccontextmanager
+    async def using(self, diff_id: str, file: str) -> AsyncIterator[MountedLayer]:
+        """The mount of a layer while the block runs; *file* is its complete file, "" if it is partial."""
+        layer = self._mounted.get(diff_id)
+        if layer is None:
+            await self._mounting.run(diff_id, lambda: self._mount(diff_id, file))
+            layer = self._mounted[diff_id]
+        self._mounted[diff_id] = self._mounted.pop(diff_id)  # now the most recently used
+        layer.users += 1
+        try:
+            yield layer
+        finally:
+            layer.users -= 1
+            await self._trim(self._keep)
+
+    async def _mount(self, diff_id: str, file: str) -> MountedLayer:
+        source = file or str(await self._fused.directory() / hex_of(diff_id))
+        self._next += 1
+        layer = MountedLayer(diff_id, self._directory / str(self._next), "erofs-file" if file else "erofs-fuse")
+        layer.path.mkdir(parents=True)
+        try:
+            await asyncio.to_thread(_mount_erofs, source, layer.path, diff_id)
+        except BaseException:
+            layer.path.rmdir()
+            raise
+        self._mounted[diff_id] = layer
+        return layer
+
+    async def _trim(self, keep: int) -> None:
+        idle = [layer for layer in self._mounted.values() if layer.users == 0]
+        gone = idle[: max(len(idle) - keep, 0)]
+        for layer in gone:
+            del self._mounted[layer.diff_id]
+        for layer in gone:
+            await asyncio.to_thread(unmount, str(layer.path))
+            layer.path.rmdir()
+
+    def mounted(self) -> list[MountedLayer]:
+        """All layer mounts, least recently used first."""
+        return list(self._mounted.values())
+
+    async def close(self) -> None:
+        """Unmount all; roots must be gone."""
+        await self._mounting.close(cancel=False)
+        await self._trim(0)
+
+
+def _mount_erofs(source: str, target: Path, diff_id: str) -> None:
+    try:
+        # nosuid and nodev hold for whoever looks below this path; overlayfs goes by the flags of its own mount.
+        flags = syscalls.MS_RDONLY | syscalls.MS_NODEV | syscalls.MS_NOSUID
+        syscalls.mount(source, str(target), "erofs", flags)
+    except OSError as error:
+        raise Internal(f"cannot mount layer {diff_id} from {source}: {error.strerror}") from error
+
+
+def check_kernel() -> None:
+    """Raise FailedPrecondition if this kernel lacks a file system that AFS needs."""
+    with open("/proc/filesystems", encoding="ascii") as lines:
+        known = {line.split()[-1] for line in lines}
+    missing = {"erofs", "overlay", "fuse"} - known
+    if missing:
+        # Modules load at the first mount, which the kernel asks modprobe for; say so only if none is there to load.
+        import shutil
+
+        if shutil.which("modprobe") is None:
+            raise FailedPrecondition(f"this kernel has no {', '.join(sorted(missing))} (see /proc/filesystems)")

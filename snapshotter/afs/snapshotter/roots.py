@@ -1,0 +1,155 @@
+"""Root file systems: an overlay of an image's layers, an upper directory and optional read-only directories.
+
+State: ``_removing`` are removals under way, so that a stop waits for them. Each :class:`Hold` is used by one call only.
+Directories of roots are numbered; nothing that a client names becomes a file name, except a mount target it asked for.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from afs.core.errors import FailedPrecondition, InvalidArgument
+from afs.core.files import remove_tree
+from afs.core.mounts import unmount, unmount_below
+from afs.core.rpc import calling, channel
+from afs.proto.v1 import layerstore_pb2 as pb
+from afs.proto.v1.layerstore_pb2_grpc import LayerstoreNodeStub
+from afs.snapshotter.layermounts import LayerMounts, MountedLayer
+from afs.snapshotter.overlay import mount_overlay
+
+log = logging.getLogger(__name__)
+_BASE_DIRECTORIES = ("dev", "proc", "sys")
+
+
+class Roots:
+    """Makes roots below *directory*, which has to be on a file system that overlayfs takes as upper (ext4, xfs, tmpfs)."""
+
+    def __init__(self, directory: Path, base: Path, mounts: LayerMounts, layerstore: str) -> None:
+        self._directory = directory
+        self._base = base
+        self._mounts = mounts
+        self._layerstore = f"layerstore {layerstore}"
+        self._channel = channel(layerstore)
+        self._stub = LayerstoreNodeStub(self._channel)
+        self._next = 0
+        self._removing: set[asyncio.Task[None]] = set()
+        self.count = 0
+
+    def prepare(self) -> None:
+        """Make the directories and clear what a crash left. Blocking, at start.
+
+        *base* is the lowest directory of every root: the mount points that a container runtime needs. Without it the
+        runtime would make them in the upper directory of an image that lacks them, and they would be in the diff.
+        """
+        for path in (self._directory, self._base):
+            if count := unmount_below(path):
+                log.info("unmounted %d mounts below %s, which a crash left", count, path)
+            remove_tree(path)
+            path.mkdir(parents=True)
+        self._directory.chmod(0o711)
+        for name in _BASE_DIRECTORIES:
+            (self._base / name).mkdir()
+
+    async def close(self) -> None:
+        """Wait for removals and remove the base directory."""
+        await asyncio.gather(*self._removing, return_exceptions=True)
+        await self._channel.close()
+        remove_tree(self._base)
+
+    async def open_image(self, name: pb.ImageName, *, force_local: bool) -> pb.OpenImageResponse:
+        """Ask the layerstore for an image's layers."""
+        with calling(self._layerstore):
+            return await self._stub.OpenImage(pb.OpenImageRequest(name=name, force_local_fetch=force_local))
+
+    async def mount_layers(
+        self, stack: contextlib.AsyncExitStack, layers: Sequence[pb.LocalLayer]
+    ) -> list[MountedLayer]:
+        """Mount *layers* (bottom first) until *stack* closes. An image may hold one layer several times."""
+        return [await stack.enter_async_context(self._mounts.using(layer.diff_id, layer.path)) for layer in layers]
+
+    async def mount_root(
+        self, stack: contextlib.AsyncExitStack, layers: Sequence[MountedLayer], request: "RootRequest"
+    ) -> "MountedRoot":
+        """Mount a root over *layers* (bottom first) until *stack* closes."""
+        self._next += 1
+        home = self._directory / str(self._next)
+        merged = request.target or home / "merged"
+        image = _unique([layer.path for layer in reversed(layers)])
+        root = MountedRoot(
+            merged, None if request.read_only else home / "upper", (*request.extra_dirs, *image, self._base)
+        )
+        # An image without layers is legal; its root directory is the base's.
+        attributes = image[0] if image else self._base
+        making = asyncio.create_task(asyncio.to_thread(_make_root, home, root, attributes), name=f"make {home}")
+        stack.push_async_callback(self._remove, making, home, merged)
+        self.count += 1
+        await asyncio.shield(making)
+        return root
+
+    async def _remove(self, making: "asyncio.Task[None]", home: Path, merged: Path) -> None:
+        """Unmount and delete a root. Runs to its end even if the caller is cancelled meanwhile."""
+
+        async def remove() -> None:
+            await asyncio.wait([making])  # a thread cannot be cancelled: what it mounts has to be unmounted after it
+            await asyncio.to_thread(_remove_root, home, merged)
+
+        task = asyncio.create_task(remove(), name=f"remove {home}")
+        self._removing.add(task)
+        task.add_done_callback(self._removing.discard)
+        self.count -= 1
+        await asyncio.shield(task)
+
+
+@dataclass(frozen=True, slots=True)
+class MountedRoot:
+    """A mounted root; *lower* is topmost first, *upper* is None for a read-only root."""
+
+    path: Path
+    upper: Path | None
+    lower: tuple[Path, ...]
+
+
+class RootRequest:
+    """What kind of root is wanted. *extra_dirs* are read-only, topmost first, over the image."""
+
+    __slots__ = ("extra_dirs", "read_only", "target")
+
+    def __init__(self, extra_dirs: Sequence[str] = (), *, read_only: bool = False, target: str = "") -> None:
+        for path in (*extra_dirs, *([target] if target else [])):
+            if not os.path.isabs(path):
+                raise InvalidArgument(f"{path!r} is not an absolute path")
+            if not os.path.isdir(path):
+                raise FailedPrecondition(f"{path} is not a directory")
+        self.extra_dirs = tuple(Path(path) for path in extra_dirs)
+        self.read_only = read_only
+        self.target = Path(target) if target else None
+
+
+def _unique(paths: Sequence[Path]) -> list[Path]:
+    """overlayfs refuses a lower directory that is given twice; the topmost one decides."""
+    return list(dict.fromkeys(paths))
+
+
+def _make_root(home: Path, root: MountedRoot, attributes: Path) -> None:
+    home.mkdir()
+    work = None
+    if root.upper is not None:
+        root.upper.mkdir()
+        work = home / "work"
+        work.mkdir()
+        # The merged root directory takes its attributes from the upper one, so give it the image's.
+        status = os.stat(attributes)
+        os.chown(root.upper, status.st_uid, status.st_gid)
+        os.chmod(root.upper, status.st_mode & 0o7777)
+    if root.path.parent == home:
+        root.path.mkdir()
+    mount_overlay(root.path, root.lower, root.upper, work)
+
+
+def _remove_root(home: Path, merged: Path) -> None:
+    unmount(str(merged))
+    remove_tree(home)
