@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.testbed import build, capabilities, images, leaks
+from tests.testbed.cluster import RealCluster, cluster, exempt
 from tests.testbed.registry import Registry
 
 if TYPE_CHECKING:
@@ -72,6 +73,21 @@ def session_registry(busybox_image: images.BusyboxImage) -> Iterator[Registry]:
         for tag in busybox_image.tags:
             running.push(busybox_image.layout, tag, "busybox")
         yield running
+
+
+@pytest.fixture(scope="session")
+def session_cluster() -> Iterator[RealCluster]:
+    """Two nodes for the whole session; use it through `shared_cluster`."""
+    capabilities.require("root", "fuse", "overlay", "erofs", "cgroup", "runc")
+    with cluster(2) as running, exempt(running):
+        yield running
+
+
+@pytest.fixture
+def shared_cluster(session_cluster: RealCluster) -> Iterator[RealCluster]:
+    """The session's cluster; afterwards it has to be idle again, with nothing left of any run."""
+    yield session_cluster
+    session_cluster.assert_idle()
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,165 @@
+"""A real cluster for tests: every service a process of its own, on loopback ports and unix sockets, below one directory."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from afs.afslet.__main__ import cgroup_parent
+from afs.client import AfsClient
+from afs.client.sync import SyncAfsClient
+from afs.core.cluster import Cluster, NodeProcesses, Settings
+from afs.core.mounts import list_mounts
+from afs.core.rpc import channel
+from afs.proto.v1 import afslet_pb2
+from afs.proto.v1.afslet_pb2_grpc import AfsletStub
+from tests.testbed import leaks
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BIN = Path(sys.executable).parent
+
+
+class RealCluster:
+    """Made by `cluster`. `cluster.nodes[0]` is node1. All methods block."""
+
+    def __init__(self, directory: Path, settings: Settings) -> None:
+        self.directory = directory
+        self.cluster = Cluster(settings)
+
+    @property
+    def proxy(self) -> str:
+        """Address of afs_proxy."""
+        assert self.cluster.proxy is not None
+        return self.cluster.proxy.address
+
+    @property
+    def nodes(self) -> list[NodeProcesses]:
+        """The nodes, in order."""
+        return self.cluster.nodes
+
+    def start_node(self, number: int) -> NodeProcesses:
+        """Start one more node (or one anew)."""
+        return asyncio.run(self.cluster.start_node(number))
+
+    def restart_proxy(self) -> None:
+        """Start the proxy anew over the nodes that are there now."""
+        if self.cluster.proxy is not None:
+            self.cluster.proxy.popen.terminate()
+            self.cluster.proxy.popen.wait()
+        asyncio.run(self.cluster.start_proxy())
+
+    def client(self) -> AfsClient:
+        """An asyncio client; use it with `async with`."""
+        return AfsClient(self.proxy)
+
+    def sync_client(self) -> SyncAfsClient:
+        """A blocking client; use it with `with`."""
+        return SyncAfsClient(self.proxy)
+
+    def cli(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run afs_cli against this cluster."""
+        return subprocess.run(
+            [str(BIN / "afs_cli"), *arguments],
+            env={**os.environ, "AFS_PROXY": self.proxy},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+            **options,
+        )
+
+    def popen_cli(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start afs_cli against this cluster."""
+        return subprocess.Popen(
+            [str(BIN / "afs_cli"), *arguments],
+            env={**os.environ, "AFS_PROXY": self.proxy},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def log(self, name: str) -> str:
+        """What the service *name* (such as ``node1-layerstore``) logged."""
+        return (self.directory / "logs" / f"{name}.log").read_text()
+
+    def cgroups(self) -> set[str]:
+        """Names of the cgroups that this cluster's runs are in, one per node."""
+        return {cgroup_parent(node.node_id, node.directory / "afslet") for node in self.nodes}
+
+    def busy(self) -> list[str]:
+        """What runs hold at this moment, and what they should have given back; empty on an idle cluster."""
+        found = []
+        for node in self.nodes:
+            if node.afslet.popen.poll() is not None:
+                continue
+            status = asyncio.run(_status(node.afslet.address))
+            if status.running_containers or status.used_cpu_cores or status.used_memory_mb:
+                found.append(f"{node.node_id}: reserved {status}")
+            for scratch in ("snapshotter/roots", "afslet/runs", "layerstore/tmp", "run/runtime"):
+                directory = node.directory / scratch
+                found += [f"{path}" for path in directory.iterdir()]
+                found += [f"mount {mount.target}" for mount in list_mounts(str(directory))]
+        for parent in self.cgroups():
+            found += [str(path) for path in Path("/sys/fs/cgroup").glob(f"*/{parent}/*/")]
+        return found
+
+    def assert_idle(self, grace: float = 5.0) -> None:
+        """Fail unless everything was given back within *grace* seconds: a client's end is noticed a moment later."""
+        deadline = time.monotonic() + grace
+        while (left := self.busy()) and time.monotonic() < deadline:
+            time.sleep(0.05)  # other processes clean up; they have no event for us
+        assert not left, "runs left behind:\n" + "\n".join(f"  {line}" for line in left)
+
+
+async def _status(address: str) -> afslet_pb2.GetRuntimeStatusResponse:
+    async with channel(address) as opened:
+        return await AfsletStub(opened).GetRuntimeStatus(afslet_pb2.GetRuntimeStatusRequest(), timeout=5)
+
+
+@contextmanager
+def cluster(nodes: int = 2, *, proxy: bool = True, **settings: Any) -> Iterator[RealCluster]:
+    """A running cluster of *nodes* nodes with 4 CPUs and 4 GiB each, unless *settings* say otherwise; stopped at the end.
+
+    The directory is short, because paths of unix sockets are limited to 107 bytes.
+    """
+    directory = Path(tempfile.mkdtemp(prefix="afs-", dir="/tmp"))
+    chosen = Settings(directory, **{"cpus": 4, "memory_mb": 4096, **settings})
+    running = RealCluster(directory, chosen)
+    try:
+        if proxy:
+            asyncio.run(running.cluster.start(nodes))
+        else:
+            asyncio.run(_start_without_proxy(running.cluster, nodes))
+        yield running
+    except BaseException:
+        for log in sorted(directory.glob("logs/*.log")):
+            print(f"--- {log.name}\n{log.read_text()[-4000:]}")
+        raise
+    finally:
+        asyncio.run(running.cluster.close())
+        assert not list_mounts(str(directory)), "mounts are left below the cluster's directory"
+        shutil.rmtree(directory)
+
+
+async def _start_without_proxy(target: Cluster, nodes: int) -> None:
+    await target.start_discovery()
+    for number in range(1, nodes + 1):
+        await target.start_node(number)
+
+
+@contextmanager
+def exempt(running: RealCluster) -> Iterator[RealCluster]:
+    """Let what a long-lived cluster holds not count as a leak of the test that happens to run."""
+    pids = [process.popen.pid for process in running.cluster.processes()]
+    with leaks.exempt([str(running.directory), *running.cgroups()], pids):
+        yield running
