@@ -12,7 +12,7 @@ help:  ## Show this list
 
 .PHONY: demo
 demo: system venv  ## Install, start a cluster, run one command in an image, show what came back, stop
-	$(BIN)/python examples/demo.py
+	examples/demo.sh
 
 .PHONY: test
 test: system test-system venv  ## The whole test suite
@@ -27,6 +27,7 @@ check: venv  ## Linters, type checkers, import rules, generated stubs
 	$(BIN)/lint-imports
 	$(BIN)/codespell $(SOURCES) docs *.md
 	$(BIN)/python proto/generate.py --check
+	$(BIN)/python docs/settings.py --check
 
 .PHONY: format
 format: venv  ## Sort imports and format
