@@ -47,7 +47,7 @@ async def start_process(name: str, module: str, arguments: Sequence[str], direct
                 [sys.executable, "-m", module, *arguments],
                 stdout=out,
                 stderr=out,
-                env={**os.environ, "NOTIFY_SOCKET": str(path)},
+                env={**os.environ, "NOTIFY_SOCKET": str(path), "AFS_PARENT_PID": str(os.getpid())},
                 new_session=True,  # a terminal's Ctrl-C is for us; we stop them in order
             )
         process = Process(name, child, log)

@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable
 
+from afs.core import syscalls
 from afs.core.errors import AfsError, status_of
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,16 @@ def notify(state: str) -> None:
         sock.sendall(state.encode())
 
 
+def _end_with_parent() -> None:
+    """Stop when the process in ``AFS_PARENT_PID`` ends, even by SIGKILL: so `afs up` and tests leave no services behind."""
+    parent = os.environ.get("AFS_PARENT_PID")
+    if not parent:
+        return
+    syscalls.set_parent_death_signal(signal.SIGTERM)
+    if os.getppid() != int(parent):  # it ended before we asked
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def run_service(name: str, serve: Callable[[asyncio.Event], Awaitable[None]], *, level: str = "INFO") -> int:
     """Run ``serve(stop)`` until it returns and give the exit code.
 
@@ -39,6 +50,7 @@ def run_service(name: str, serve: Callable[[asyncio.Event], Awaitable[None]], *,
     code; anything else is a bug and shows its traceback.
     """
     set_up_logging(level)
+    _end_with_parent()
 
     async def main() -> None:
         stop = asyncio.Event()

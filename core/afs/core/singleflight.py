@@ -5,6 +5,7 @@ others, and :meth:`SingleFlight.close` ends what nobody waits for.
 """
 
 import asyncio
+import functools
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
@@ -24,8 +25,13 @@ class SingleFlight(Generic[K, V]):
         if task is None:
             task = asyncio.create_task(self._run(work), name=f"single flight {key}")
             self._tasks[key] = task
-            task.add_done_callback(lambda _: self._tasks.pop(key, None))
+            task.add_done_callback(functools.partial(self._ended, key))
         return await asyncio.shield(task)
+
+    def _ended(self, key: K, task: "asyncio.Task[V]") -> None:
+        del self._tasks[key]
+        if not task.cancelled():
+            task.exception()  # retrieved: its callers may all have gone
 
     async def _run(self, work: Callable[[], Awaitable[V]]) -> V:
         return await work()

@@ -32,10 +32,14 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """Holders by diff_id (complete ones first) and by image key; this node is never among them."""
+    """Holders by diff_id (complete ones first) and by image key; this node is never among them.
+
+    *complete* are the diff_ids of which somebody holds every chunk.
+    """
 
     layers: dict[str, list[Peer]]
     images: dict[str, list[Peer]]
+    complete: frozenset[str] = frozenset()
 
 
 class Announcer:
@@ -148,7 +152,11 @@ class Announcer:
         return Located(
             {key: self._others(value) for key, value in response.layers.items()},
             {key: self._others(value) for key, value in response.images.items()},
+            frozenset(key for key, value in response.layers.items() if self._held_whole(value)),
         )
+
+    def _held_whole(self, holders: pb.Holders) -> bool:
+        return any(item.complete for item in holders.holders if item.node_id != self.me.node_id)
 
     def _others(self, holders: pb.Holders) -> list[Peer]:
         return [Peer(item.node_id, item.endpoint, 0) for item in holders.holders if item.node_id != self.me.node_id]

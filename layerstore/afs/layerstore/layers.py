@@ -91,16 +91,22 @@ class Layers:
 
     async def _open(self, origin: Origin, *, local: bool) -> OpenLayer:
         diff_id = origin.layer.diff_id
-        if not local:
-            holders = (await self._announcer.locate([diff_id])).layers.get(diff_id, [])
-            if (partial := await self._describe(diff_id, holders)) is not None:
-                return partial
+        if not local and (partial := await self._describe(diff_id, await self._holders(diff_id))) is not None:
+            return partial
         holder = await self._place(origin, local=local or origin.ref.is_local)
         if isinstance(holder, CompleteLayer):
             return holder
         if (partial := await self._describe(diff_id, [holder])) is None:
             raise LayerUnavailable(diff_id, f"layerstore {holder.endpoint} pulled it and went away")
         return partial
+
+    async def _holders(self, diff_id: str) -> list[Peer]:
+        """Who has the layer, complete ones first; nobody if not one of them has all of it.
+
+        Partial holders alone are of no use: what they miss has to come from the source, and whoever pulls it has it all.
+        """
+        located = await self._announcer.locate([diff_id])
+        return located.layers.get(diff_id, []) if diff_id in located.complete else []
 
     async def _place(self, origin: Origin, *, local: bool) -> CompleteLayer | Peer:
         """Have the layer pulled by its owner, or here if the owner does not answer; the holder."""
@@ -172,9 +178,9 @@ class Layers:
 
     async def _find_providers(self, diff_id: str) -> CompleteLayer | None:
         """Refresh the providers; if nobody is left, have the layer pulled again. The layer, if that was here."""
-        holders = (await self._announcer.locate([diff_id])).layers.get(diff_id, [])
+        holders = await self._holders(diff_id)
         origin = self._origins.get(diff_id)
-        if not any(holders) and origin is not None:
+        if not holders and origin is not None:
             try:
                 placed = await self._place(origin, local=origin.ref.is_local)
             except AfsError as error:
@@ -202,8 +208,7 @@ class Layers:
         diff_id = origin.layer.diff_id
         partial = self._partials.get(diff_id)
         if partial is None:
-            holders = (await self._announcer.locate([diff_id])).layers.get(diff_id, [])
-            partial = await self._describe(diff_id, holders)
+            partial = await self._describe(diff_id, await self._holders(diff_id))
         if partial is None:
             await self._pull(origin)
             return True

@@ -25,6 +25,7 @@ from afs.layerstore.afslyr.layout import HEADER_SIZE, ChunkTable, Layout
 from afs.layerstore.afslyr.reader import layout_from_bytes, read_layer, verify_layer
 
 log = logging.getLogger(__name__)
+_AT_ONCE = 16  # chunks of one layer in memory, between the peer and the disk
 
 # Fetches one verified chunk: (layer, index) -> bytes. The layerstore supplies it.
 Fetch = Callable[["PartialLayer", int], Awaitable[bytes]]
@@ -45,6 +46,7 @@ class PartialLayer:
         finally:
             os.close(fd)
         self._filling: dict[int, asyncio.Task[None]] = {}
+        self._slots = asyncio.Semaphore(_AT_ONCE)
 
     @property
     def data_path(self) -> Path:
@@ -137,12 +139,15 @@ class PartialLayer:
         if tasks:
             await asyncio.gather(*tasks)
 
-    def _filled(self, index: int, _: "asyncio.Task[None]") -> None:
+    def _filled(self, index: int, task: "asyncio.Task[None]") -> None:
         del self._filling[index]
+        if not task.cancelled():
+            task.exception()  # retrieved: its readers may all have gone
 
     async def _fill_one(self, index: int, fetch: Fetch) -> None:
-        data = await fetch(self, index)
-        await asyncio.to_thread(self._write, index, data)
+        async with self._slots:
+            data = await fetch(self, index)
+            await asyncio.to_thread(self._write, index, data)
 
     def _write(self, index: int, data: bytes) -> None:
         offset, _ = self.table.chunk_range(index, self.layout)

@@ -58,7 +58,6 @@ class Forwarder(grpc.GenericRpcHandler):
         start = _start(first)
         wanted = Room(start.cpu_cores, start.memory_mb)
         node, call, accepted = await self._dispatch(first or b"", start, wanted)
-        self._nodes.take(node, wanted)
         pumping = asyncio.create_task(_pump(requests, call))
         try:
             yield accepted
@@ -71,13 +70,13 @@ class Forwarder(grpc.GenericRpcHandler):
             self._nodes.give_back(node, wanted)
 
     async def _dispatch(self, first: bytes, start: pb.StartRequest, wanted: Room) -> tuple[AfsletNode, Call, bytes]:
-        """A node that accepted the run, the call to it, and its first response."""
+        """A node that accepted the run, with *wanted* taken from its room, the call to it, and its first response."""
         retries = 0
         pause = start.proxy_dispatch_backoff_ms / 1000 or _DEFAULT_BACKOFF_S
         while True:
             try:
                 node = self._nodes.choose(wanted, start.node_id)
-                call, accepted = await self._offer(node, first)
+                call, accepted = await self._offer(node, first, wanted)
             except (ResourceExhausted, Unavailable) as error:
                 if isinstance(error, Unavailable) and not any(node.reachable for node in self._nodes.nodes):
                     raise
@@ -89,7 +88,16 @@ class Forwarder(grpc.GenericRpcHandler):
             else:
                 return node, call, accepted
 
-    async def _offer(self, node: AfsletNode, first: bytes) -> tuple[Call, bytes]:
+    async def _offer(self, node: AfsletNode, first: bytes, wanted: Room) -> tuple[Call, bytes]:
+        # Taken before the node answers, so that a burst of runs does not see the same room free.
+        self._nodes.take(node, wanted)
+        try:
+            return await self._ask(node, first)
+        except BaseException:
+            self._nodes.give_back(node, wanted)
+            raise
+
+    async def _ask(self, node: AfsletNode, first: bytes) -> tuple[Call, bytes]:
         call: Call = node.channel.stream_stream(_EXECUTE)()
         try:
             with calling(f"afslet {node.endpoint}"):

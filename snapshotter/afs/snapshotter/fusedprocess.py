@@ -38,6 +38,11 @@ class FusedProcess:
                 await self._start()
             return self._mountpoints[-1]
 
+    def serves(self, mountpoint: Path) -> bool:
+        """Whether *mountpoint*, which :meth:`directory` gave, still answers."""
+        alive = self._process is not None and self._process.poll() is None
+        return alive and mountpoint == self._mountpoints[-1]
+
     async def _start(self) -> None:
         mountpoint = self._directory / str(len(self._mountpoints))
         mountpoint.mkdir(parents=True, exist_ok=True)

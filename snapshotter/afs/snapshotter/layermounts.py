@@ -3,11 +3,13 @@
 State and locks (one event loop): ``_mounted`` maps diff_ids to mounts in the order of last use. A mount is made under
 single flight by diff_id. ``users`` changes without an await between the look-up and the change, so a mount that
 :meth:`LayerMounts._trim` takes away (users == 0, removed from the map before the first await) is never handed out again.
+A mount whose afs_fused died leaves the map at the next look-up and is unmounted by its last user.
 """
 
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,8 @@ class MountedLayer:
     diff_id: str
     path: Path
     backend: str
+    opaque: bool = False  # its root hides all layers below it
+    served_from: Path | None = None  # afs_fused's directory
     users: int = 0
 
 
@@ -50,6 +54,12 @@ class LayerMounts:
     async def using(self, diff_id: str, file: str) -> AsyncIterator[MountedLayer]:
         """The mount of a layer while the block runs; *file* is its complete file, "" if it is partial."""
         layer = self._mounted.get(diff_id)
+        if layer is not None and layer.served_from is not None and not self._fused.serves(layer.served_from):
+            log.error("layer %s: its afs_fused died; mounting it anew", diff_id)
+            del self._mounted[diff_id]
+            if layer.users == 0:
+                await self._unmount(layer)
+            layer = None
         if layer is None:
             await self._mounting.run(diff_id, lambda: self._mount(diff_id, file))
             layer = self._mounted[diff_id]
@@ -59,15 +69,19 @@ class LayerMounts:
             yield layer
         finally:
             layer.users -= 1
+            if layer.users == 0 and self._mounted.get(diff_id) is not layer:
+                await self._unmount(layer)
             await self._trim(self._keep)
 
     async def _mount(self, diff_id: str, file: str) -> MountedLayer:
-        source = file or str(await self._fused.directory() / hex_of(diff_id))
+        served_from = None if file else await self._fused.directory()
+        source = file if served_from is None else str(served_from / hex_of(diff_id))
         self._next += 1
-        layer = MountedLayer(diff_id, self._directory / str(self._next), "erofs-file" if file else "erofs-fuse")
+        path = self._directory / str(self._next)
+        layer = MountedLayer(diff_id, path, "erofs-file" if file else "erofs-fuse", served_from=served_from)
         layer.path.mkdir(parents=True)
         try:
-            await asyncio.to_thread(_mount_erofs, source, layer.path, diff_id)
+            layer.opaque = await asyncio.to_thread(_mount_erofs, source, layer.path, diff_id)
         except BaseException:
             layer.path.rmdir()
             raise
@@ -80,8 +94,12 @@ class LayerMounts:
         for layer in gone:
             del self._mounted[layer.diff_id]
         for layer in gone:
-            await asyncio.to_thread(unmount, str(layer.path))
-            layer.path.rmdir()
+            await self._unmount(layer)
+
+    @staticmethod
+    async def _unmount(layer: MountedLayer) -> None:
+        await asyncio.to_thread(unmount, str(layer.path))
+        layer.path.rmdir()
 
     def mounted(self) -> list[MountedLayer]:
         """All layer mounts, least recently used first."""
@@ -93,13 +111,15 @@ class LayerMounts:
         await self._trim(0)
 
 
-def _mount_erofs(source: str, target: Path, diff_id: str) -> None:
+def _mount_erofs(source: str, target: Path, diff_id: str) -> bool:
+    """Mount it; whether its root is opaque."""
     try:
         # nosuid and nodev hold for whoever looks below this path; overlayfs goes by the flags of its own mount.
         flags = syscalls.MS_RDONLY | syscalls.MS_NODEV | syscalls.MS_NOSUID
         syscalls.mount(source, str(target), "erofs", flags)
     except OSError as error:
         raise Internal(f"cannot mount layer {diff_id} from {source}: {error.strerror}") from error
+    return b"trusted.overlay.opaque" in map(os.fsencode, os.listxattr(target))
 
 
 def check_kernel() -> None:

@@ -69,7 +69,13 @@ class Roots:
         self, stack: contextlib.AsyncExitStack, layers: Sequence[pb.LocalLayer]
     ) -> list[MountedLayer]:
         """Mount *layers* (bottom first) until *stack* closes. An image may hold one layer several times."""
-        return [await stack.enter_async_context(self._mounts.using(layer.diff_id, layer.path)) for layer in layers]
+        entering = (stack.enter_async_context(self._mounts.using(layer.diff_id, layer.path)) for layer in layers)
+        # All of them are awaited even if one fails: what the others mounted has to be on the stack when it unwinds.
+        results = await asyncio.gather(*entering, return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return [result for result in results if not isinstance(result, BaseException)]
 
     async def mount_root(
         self, stack: contextlib.AsyncExitStack, layers: Sequence[MountedLayer], request: "RootRequest"
@@ -78,7 +84,7 @@ class Roots:
         self._next += 1
         home = self._directory / str(self._next)
         merged = request.target or home / "merged"
-        image = _unique([layer.path for layer in reversed(layers)])
+        image = _visible(layers)
         root = MountedRoot(
             merged, None if request.read_only else home / "upper", (*request.extra_dirs, *image, self._base)
         )
@@ -129,9 +135,18 @@ class RootRequest:
         self.target = Path(target) if target else None
 
 
-def _unique(paths: Sequence[Path]) -> list[Path]:
-    """overlayfs refuses a lower directory that is given twice; the topmost one decides."""
-    return list(dict.fromkeys(paths))
+def _visible(layers: Sequence[MountedLayer]) -> list[Path]:
+    """The lower directories for *layers* (bottom first), topmost first.
+
+    A layer whose root is opaque hides all below it; overlayfs itself ignores the mark on a root. And overlayfs refuses
+    a directory that is given twice: an image may hold one layer several times, the topmost one decides.
+    """
+    paths: dict[Path, None] = {}
+    for layer in reversed(layers):
+        paths.setdefault(layer.path)
+        if layer.opaque:
+            break
+    return list(paths)
 
 
 def _make_root(home: Path, root: MountedRoot, attributes: Path) -> None:
