@@ -33,7 +33,10 @@ def _flag(field: dataclasses.Field[Any]) -> str:
 def _from_text(field: dataclasses.Field[Any], kind: type, text: str) -> object:
     parse = field.metadata.get("parse")
     if parse is not None:
-        return parse(text)
+        try:
+            return parse(text)
+        except InvalidArgument as error:
+            raise InvalidArgument(f"{field.name}: {error.line}") from None
     if kind is bool:
         if text.lower() in _TRUE | _FALSE:
             return text.lower() in _TRUE
@@ -51,7 +54,7 @@ def _from_toml(field: dataclasses.Field[Any], kind: type, value: object) -> obje
         return _from_text(field, kind, value)
     if isinstance(field.default, tuple) and isinstance(value, list):
         return tuple(str(part) for part in value)
-    if kind is float and isinstance(value, int):
+    if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
         raise InvalidArgument(f"{field.name}: {value!r} is not a {kind.__name__}")
@@ -70,6 +73,8 @@ def load(
             raise InvalidArgument(f"cannot read configuration {file}: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise InvalidArgument(f"configuration {file} is not TOML: {error}") from error
+    if not isinstance(table, dict):
+        raise InvalidArgument(f"configuration {file}: {service!r} is not a table")
     fields = {field.name: field for field in dataclasses.fields(cast("Any", cls))}
     if unknown := sorted(table.keys() - fields.keys()):
         raise InvalidArgument(f"configuration {file}: [{service}] has no setting {unknown[0]!r}")

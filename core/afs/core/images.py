@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
-from afs.core.digests import check_digest
+from afs.core.digests import check_digest, is_digest
 from afs.core.errors import InvalidArgument
 
 _COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
@@ -18,6 +18,7 @@ _REPOSITORY = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _HOST = re.compile(r"(?:[A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\])(?::\d{1,5})?")
 _MACHINES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386"}
+_HUB = "docker.io"
 LOCAL_SCHEMES = ("oci", "docker-archive")
 
 
@@ -96,46 +97,54 @@ def parse_image(name: str, tag: str = "") -> ImageRef:
 
 
 def _parse_local(name: str, scheme: str, rest: str, tag: str) -> ImageRef:
-    path, at, digest = rest.partition("@")
-    inner = ""
-    if not at:
-        head, colon, last = rest.rpartition(":")
-        if colon and "/" not in last:
-            path, inner = head, last
-    if tag and inner and tag != inner:
-        raise InvalidArgument(f"image {name!r} and tag {tag!r} name two tags")
+    path, tag, digest = _split(name, rest, tag)
     if not path.startswith("/"):
         raise InvalidArgument(f"image {name!r}: the path must be absolute")
-    inner = inner or tag
-    if inner and not _TAG.fullmatch(inner):
-        raise InvalidArgument(f"image {name!r}: {inner!r} is not a tag")
-    return ImageRef(scheme, path.rstrip("/"), inner, check_digest(digest) if at else "")
+    path = path.rstrip("/") or "/"
+    if ":" in path.rpartition("/")[2]:
+        # Without a tag behind it the colon would make another image of the canonical name.
+        raise InvalidArgument(f"image {name!r}: the last part of the path must not hold a colon")
+    # As below: a digest decides alone.
+    return ImageRef(scheme, path, "" if digest else tag, digest)
 
 
-def _parse_registry(name: str, tag: str) -> ImageRef:
-    rest, at, digest = name.partition("@")
-    head, colon, last = rest.rpartition(":")
+def _split(name: str, rest: str, tag: str) -> tuple[str, str, str]:
+    """*rest* of *name* as (location, tag, digest), with a *tag* given apart in its place."""
+    location, at, digest = rest.partition("@")
+    head, colon, last = location.rpartition(":")
     inner = ""
     if colon and "/" not in last:
-        rest, inner = head, last
+        location, inner = head, last
+        if not inner:
+            raise InvalidArgument(f"image {name!r}: there is no tag behind the colon")
+    if at and not is_digest(digest):
+        raise InvalidArgument(f"image {name!r}: {digest!r} is not a sha256 digest")
     if tag.startswith("sha256:"):
         if at and tag != digest:
             raise InvalidArgument(f"image {name!r} and tag {tag!r} name two digests")
-        digest, tag = tag, ""
+        digest, tag = check_digest(tag), ""
     if tag and inner and tag != inner:
         raise InvalidArgument(f"image {name!r} and tag {tag!r} name two tags")
     tag = inner or tag
+    if tag and not _TAG.fullmatch(tag):
+        raise InvalidArgument(f"image {name!r}: {tag!r} is not a tag")
+    return location, tag, digest
+
+
+def _parse_registry(name: str, tag: str) -> ImageRef:
+    rest, tag, digest = _split(name, name, tag)
     first, slash, path = rest.partition("/")
     if slash and ("." in first or ":" in first or first == "localhost" or first.startswith("[")):
         host_name, repository = first, path
     else:
-        host_name, repository = "docker.io", rest if slash else f"library/{rest}"
+        host_name, repository = _HUB, rest
+    host_name = _HUB if host_name == f"index.{_HUB}" else host_name
+    if host_name == _HUB and "/" not in repository:  # as Docker does
+        repository = f"library/{repository}"
     if not _HOST.fullmatch(host_name) or not _REPOSITORY.fullmatch(repository):
         raise InvalidArgument(f"not an image name: {name!r}")
-    if tag and not _TAG.fullmatch(tag):
-        raise InvalidArgument(f"image {name!r}: {tag!r} is not a tag")
     location = f"{host_name}/{repository}"
     if digest:
         # A digest decides alone; keeping the tag beside it would give one image two names.
-        return ImageRef("registry", location, digest=check_digest(digest))
+        return ImageRef("registry", location, digest=digest)
     return ImageRef("registry", location, tag=tag or "latest")

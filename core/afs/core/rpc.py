@@ -17,11 +17,12 @@ import grpc
 import grpc.aio
 from typing_extensions import override
 
-from afs.core.errors import AfsError, Cancelled, Internal, InvalidArgument, error_for_grpc, status_of
+from afs.core.errors import AfsError, Cancelled, FailedPrecondition, Internal, InvalidArgument, error_for_grpc, status_of
 
 log = logging.getLogger(__name__)
 
 EOF: object = getattr(grpc.aio, "EOF")  # noqa: B009 - what read() gives at the end; type stubs disagree on it
+_NO_CONNECTION = ("failed to connect", "Socket closed", "recvmsg:", "Connection reset", "connections to all backends failing")
 MAX_MESSAGE = 16 << 20
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE),
@@ -35,9 +36,8 @@ def to_afs_error(error: grpc.aio.AioRpcError, peer: str) -> AfsError:
     """The AfsError that *error* carries; a connection failure names the *peer* that was called."""
     details = error.details() or ""
     cls = error_for_grpc(error.code().name)
-    if error.code() is grpc.StatusCode.UNAVAILABLE and (
-        "connect" in details or "Socket closed" in details or not details
-    ):
+    # What gRPC itself says when nobody is there; a peer's own words are passed on as they are.
+    if error.code() is grpc.StatusCode.UNAVAILABLE and (not details or details.startswith(_NO_CONNECTION)):
         return cls(f"{peer} does not answer: {details or 'no connection'}")
     return cls(details or f"{peer} answered {error.code().name}")
 
@@ -102,8 +102,10 @@ def _guard_unary(inner: Any) -> Any:
 def _guard_stream(inner: Any) -> Any:
     async def guarded(request: Any, context: Any) -> AsyncIterator[Any]:
         try:
-            async for message in inner(request, context):
-                yield message
+            # Closed here, not by the garbage collector: what the handler holds is given back before the call is over.
+            async with contextlib.aclosing(inner(request, context)) as messages:
+                async for message in messages:
+                    yield message
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
         except Exception as error:
@@ -144,30 +146,15 @@ async def serving(
 
     Unix sockets get mode 0600. On exit running calls have *grace_s* seconds, then they are cancelled.
     """
-    server = grpc.aio.server(interceptors=[_ErrorInterceptor()], options=_OPTIONS)
-    register(server)
-    bound = []
     for address in addresses:
         _check_address(address, insecure)
-        if address.startswith("unix:"):
-            path = address.removeprefix("unix:")
-            if len(os.fsencode(path)) > 107:  # sun_path of unix(7)
-                raise InvalidArgument(f"socket path is longer than 107 bytes: {path}")
-            _clear_socket(path)
-            old = os.umask(0o177)
-            try:
-                server.add_insecure_port(address)
-            finally:
-                os.umask(old)
-            bound.append(address)
-            continue
-        try:
-            port = server.add_insecure_port(address)
-        except RuntimeError as error:
-            raise AddressInUse(f"cannot listen on {address}: {error}") from None
-        bound.append(f"{address.rpartition(':')[0]}:{port}")
-    await server.start()
+    server = grpc.aio.server(interceptors=[_ErrorInterceptor()], options=_OPTIONS)
+    register(server)
+    bound: list[str] = []
     try:
+        for address in addresses:
+            bound.append(_bind(server, address))  # noqa: PERF401 - what is bound when a later one fails has to go
+        await server.start()
         yield bound
     finally:
         await server.stop(grace_s)
@@ -177,7 +164,25 @@ async def serving(
                     os.unlink(address.removeprefix("unix:"))
 
 
-class AddressInUse(AfsError):
+def _bind(server: grpc.aio.Server, address: str) -> str:
+    """Bind *address* and return it, with the port that it got."""
+    is_socket = address.startswith("unix:")
+    if is_socket:
+        path = address.removeprefix("unix:")
+        if len(os.fsencode(path)) > 107:  # sun_path of unix(7)
+            raise InvalidArgument(f"socket path is longer than 107 bytes: {path}")
+        _clear_socket(path)
+    old = os.umask(0o177)  # for sockets; ports do not care
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise AddressInUse(f"cannot listen on {address}: {error}") from None
+    finally:
+        os.umask(old)
+    return address if is_socket else f"{address.rpartition(':')[0]}:{port}"
+
+
+class AddressInUse(FailedPrecondition):
     """A server could not bind its address."""
 
 

@@ -8,6 +8,7 @@ A mount whose afs_fused died leaves the map at the next look-up and is unmounted
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 from collections.abc import AsyncIterator
@@ -118,6 +119,11 @@ def _mount_erofs(source: str, target: Path, diff_id: str) -> bool:
         flags = syscalls.MS_RDONLY | syscalls.MS_NODEV | syscalls.MS_NOSUID
         syscalls.mount(source, str(target), "erofs", flags)
     except OSError as error:
+        if error.errno == errno.ENOTBLK:
+            # EROFS asks for a block device where a file will not do: before kernel 6.12, or because the file's file
+            # system lacks read_folio, as tmpfs does.
+            why = "EROFS on a file needs kernel 6.12 and a layerstore root on a disk file system such as ext4 or xfs"
+            raise FailedPrecondition(f"cannot mount layer {diff_id} from {source}: {why}") from error
         raise Internal(f"cannot mount layer {diff_id} from {source}: {error.strerror}") from error
     return b"trusted.overlay.opaque" in map(os.fsencode, os.listxattr(target))
 
