@@ -9,14 +9,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from afs.afslet.__main__ import cgroup_parent
 from afs.client import AfsClient
 from afs.client.sync import SyncAfsClient
-from afs.core.cluster import Cluster, NodeProcesses, Settings
+from afs.core.cluster import Cluster, NodeProcesses, Process, Settings, start_process
 from afs.core.mounts import list_mounts
 from afs.core.rpc import channel
 from afs.proto.v1 import afslet_pb2
@@ -35,6 +35,7 @@ class RealCluster:
     def __init__(self, directory: Path, settings: Settings) -> None:
         self.directory = directory
         self.cluster = Cluster(settings)
+        self.exemptions: ExitStack | None = None
 
     @property
     def proxy(self) -> str:
@@ -57,6 +58,24 @@ class RealCluster:
             self.cluster.proxy.popen.terminate()
             self.cluster.proxy.popen.wait()
         asyncio.run(self.cluster.start_proxy())
+
+    def kill(self, process: Process) -> None:
+        """SIGKILL a service and wait for its end."""
+        process.popen.kill()
+        process.popen.wait()
+
+    async def restart(self, process: Process) -> None:
+        """Start a service that ended anew: the same directories and arguments, a TCP address that it had.
+
+        Not from a worker thread: services end with the thread that starts them.
+        """
+        python, flag, module, *arguments = [str(argument) for argument in cast("list[str]", process.popen.args)]
+        assert (python, flag) == (sys.executable, "-m")
+        arguments = [f"--listen={process.address}" if a.startswith("--listen=") else a for a in arguments]
+        started = await start_process(process.name, module, arguments, self.directory)
+        process.popen, process.address = started.popen, started.address
+        if self.exemptions is not None:
+            self.exemptions.enter_context(leaks.exempt(pids=[process.popen.pid]))
 
     def client(self) -> AfsClient:
         """An asyncio client; use it with `async with`."""
@@ -161,5 +180,6 @@ async def _start_without_proxy(target: Cluster, nodes: int) -> None:
 def exempt(running: RealCluster) -> Iterator[RealCluster]:
     """Let what a long-lived cluster holds not count as a leak of the test that happens to run."""
     pids = [process.popen.pid for process in running.cluster.processes()]
-    with leaks.exempt([str(running.directory), *running.cgroups()], pids):
+    with leaks.exempt([str(running.directory), *running.cgroups()], pids), ExitStack() as running.exemptions:
         yield running
+    running.exemptions = None

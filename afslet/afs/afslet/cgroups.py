@@ -115,9 +115,15 @@ def _read_int(path: Path) -> int:
 
 def _pids(top: Path) -> Iterator[int]:
     for directory, _, _ in os.walk(top, topdown=False):
-        # A group may go away while it is read.
-        with contextlib.suppress(FileNotFoundError), open(f"{directory}/cgroup.procs", encoding="ascii") as lines:
-            yield from (int(line) for line in lines)
+        try:
+            with open(f"{directory}/cgroup.procs", encoding="ascii") as lines:
+                pids = [int(line) for line in lines]
+        except OSError as error:
+            # The runtime removed the group before it was opened, or (ENODEV) while it was read.
+            if error.errno not in (errno.ENOENT, errno.ENODEV):
+                raise
+            continue
+        yield from pids
 
 
 def _kill_tree(top: Path) -> bool:

@@ -19,7 +19,7 @@ from afs.afslet.bundle import Process, command_line, merge_env, runtime_config
 from afs.afslet.cgroups import Limits
 from afs.afslet.diff import diff_chunks
 from afs.afslet.requests import check_start
-from afs.afslet.rootfs import UnknownUser, find_command, find_user, make_directories, open_root
+from afs.afslet.rootfs import Command, UnknownUser, find_command, find_user, make_directories, open_root
 from afs.afslet.runc import Ended, Runtime, run_container
 from afs.afslet.upload import Attributes, Staging
 from afs.core.errors import Internal, InvalidArgument
@@ -78,7 +78,7 @@ class Execution:
             image, staging = await self._prepare(stack, hold, requests)
             root = await self._make_root(hold, staging)
             result: pb.Result | None = None
-            async with contextlib.aclosing(self._run(image, Path(root.path))) as events:
+            async with contextlib.aclosing(self._run(hold, image, Path(root.path))) as events:
                 async for event in events:
                     if isinstance(event, pb.Result):
                         result = event
@@ -151,7 +151,9 @@ class Execution:
             await asyncio.to_thread(staging.settle, Path(view.path))
             return await hold.mount([str(staging.directory)])
 
-    async def _run(self, image: dict[str, Any], root: Path) -> AsyncGenerator[pb.LogMessage | pb.Result, None]:
+    async def _run(
+        self, hold: Hold, image: dict[str, Any], root: Path
+    ) -> AsyncGenerator[pb.LogMessage | pb.Result, None]:
         """Logs while the command runs, then its result. Closing it early kills the container."""
         start = self._start
         process = self._process(image, root)
@@ -178,11 +180,14 @@ class Execution:
                     queue.put_nowait(None)
 
         task = asyncio.create_task(run(), name=f"container {self._name}")
+        hold.when_lost(task.cancel)  # nobody keeps the root any more
         try:
             while not (task.done() and queue.empty()):
                 message = await queue.get()
                 if message is not None:
                     yield message
+            if task.cancelled() and hold.lost:
+                raise hold.loss()
             yield self._result(process, task.result(), timeout)
         finally:
             await _settled(task)
@@ -205,8 +210,8 @@ class Execution:
         """Say what is wrong before the runtime starts: its own messages would mix with the command's stderr."""
         path = next((entry[5:] for entry in process.env if entry.startswith("PATH=")), "")
         with open_root(root) as fd:
-            found, executable = find_command(fd, process.argv[0], process.cwd, path, process.user)
-        return None if executable else _cannot_run(process.argv[0], self._start.image, found=found)
+            command = find_command(fd, process.argv[0], process.cwd, path, process.user)
+        return None if command.executable else _cannot_run(process.argv[0], self._start.image, command)
 
     def _result(self, process: Process, ended: Ended, timeout: float) -> pb.Result:
         counters = ended.counters
@@ -233,17 +238,18 @@ class Execution:
         """The runtime could not start the command: the image's fault, or ours."""
         message = ended.start_error
         if "no such file or directory" in message and "exec" in message:  # a script whose interpreter is missing
-            return _cannot_run(process.argv[0], self._start.image, found=False)
+            return _cannot_run(process.argv[0], self._start.image, Command(found=False, executable=False))
         if "exec format error" in message or ("permission denied" in message and "exec" in message):
-            return _cannot_run(process.argv[0], self._start.image, found=True)
+            return _cannot_run(process.argv[0], self._start.image, Command(found=True, executable=False))
         raise Internal(f"the runtime could not start the container of {self._start.image}: {message}")
 
 
-def _cannot_run(name: str, image: str, *, found: bool) -> pb.Result:
-    if found:
-        error = f"command {name!r} in image {image} cannot be executed"
+def _cannot_run(name: str, image: str, command: Command) -> pb.Result:
+    why = f": {command.why}" if command.why else ""
+    if command.found:
+        error = f"command {name!r} in image {image} cannot be executed{why}"
         return pb.Result(exit_code=NOT_EXECUTABLE, error=error, outcome=pb.OUTCOME_COMMAND_NOT_EXECUTABLE)
-    error = f"command {name!r} not found in image {image}"
+    error = f"command {name!r} not found in image {image}{why}"
     return pb.Result(exit_code=NOT_FOUND, error=error, outcome=pb.OUTCOME_COMMAND_NOT_FOUND)
 
 

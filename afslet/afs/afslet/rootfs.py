@@ -6,6 +6,7 @@ openat2(2) with RESOLVE_IN_ROOT treats the root as a chroot would: absolute syml
 import errno
 import os
 import stat
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from afs.core import syscalls
 
 _INSIDE = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS
 _MAX_PASSWD = 8 << 20
+_MAX_INTERPRETERS = 5
+_BINFMT = "/proc/sys/fs/binfmt_misc"
+_PT_INTERP = 3
 
 
 @contextmanager
@@ -34,9 +38,10 @@ def read_file(root: int, path: str) -> str | None:
         fd = syscalls.openat2(root, os.fsencode(path), os.O_RDONLY | os.O_NONBLOCK, _INSIDE)
     except OSError:
         return None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        return None
     with open(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            return None
         return file.read(_MAX_PASSWD).decode(errors="replace")
 
 
@@ -143,16 +148,81 @@ def _may_execute(status: os.stat_result, user: User) -> bool:
     return bool(status.st_mode & stat.S_IXOTH)
 
 
-def find_command(root: int, name: str, cwd: str, path: str, user: User) -> tuple[bool, bool]:
-    """(found, executable): whether execvp(3) with *path* as PATH would find *name* and may run it."""
-    found = False
+@dataclass(frozen=True, slots=True)
+class Command:
+    """Whether execvp(3) would find a command and run it; *why* says more about it if not."""
+
+    found: bool
+    executable: bool
+    why: str = ""
+
+
+def find_command(root: int, name: str, cwd: str, path: str, user: User) -> Command:
+    """What would become of execvp(3) of *name* with *path* as PATH.
+
+    The runtime's own words for a failed execve(2) come on the command's stderr, so what can be foreseen is looked at here.
+    """
+    refused = Command(found=False, executable=False)
     # A name with a slash is relative to the working directory, others go through PATH.
     directories = [cwd] if "/" in name else [entry or "." for entry in path.split(":")]
     for directory in directories:
-        status = stat_inside(root, name if name.startswith("/") else os.path.join("/", cwd, directory, name))
-        if status is None or stat.S_ISDIR(status.st_mode):
+        file = name if name.startswith("/") else os.path.join("/", cwd, directory, name)
+        status = stat_inside(root, file)
+        if status is None:
             continue
-        if _may_execute(status, user):
-            return True, True
-        found = True
-    return found, False
+        if stat.S_ISDIR(status.st_mode):
+            if "/" in name:
+                return Command(found=True, executable=False, why="it is a directory")
+        elif _may_execute(status, user):
+            return _check_format(root, file, cwd, user)
+        else:
+            refused = Command(found=True, executable=False, why="it has no execute permission")
+    return refused
+
+
+def _check_format(root: int, file: str, cwd: str, user: User) -> Command:
+    """Whether the kernel can load *file*: its interpreter, and that one's, have to be there (fs/exec.c)."""
+    for _ in range(_MAX_INTERPRETERS):
+        try:
+            interpreter = read_interpreter(root, file)
+        except OSError:
+            break  # not for us to judge
+        except ValueError:
+            known = sorted(set(os.listdir(_BINFMT)) - {"register", "status"}) if os.path.isdir(_BINFMT) else []
+            return Command(found=True, executable=bool(known), why="" if known else "it is neither program nor script")
+        if not interpreter:
+            break
+        status = stat_inside(root, os.path.join("/", cwd, interpreter))
+        if status is None:
+            return Command(found=False, executable=False, why=f"its interpreter {interpreter} is missing")
+        if stat.S_ISDIR(status.st_mode) or not _may_execute(status, user):
+            return Command(found=True, executable=False, why=f"its interpreter {interpreter} is not executable")
+        file = os.path.join("/", cwd, interpreter)
+    return Command(found=True, executable=True)
+
+
+def read_interpreter(root: int, path: str) -> str:
+    """What execve(2) loads to run a file: of ``#!`` or of an ELF program header; "" for a static program.
+
+    Raises ValueError for a file of neither format.
+    """
+    with open(syscalls.openat2(root, os.fsencode(path), os.O_RDONLY | os.O_NONBLOCK, _INSIDE), "rb") as file:
+        head = file.read(256)  # BINPRM_BUF_SIZE
+        if head.startswith(b"#!"):
+            words = head[2:].partition(b"\n")[0].split()
+            if not words:
+                raise ValueError("no interpreter behind #!")
+            return os.fsdecode(words[0])
+        if not head.startswith(b"\x7fELF") or len(head) < 64:
+            raise ValueError("neither ELF nor script")
+        order = "<" if head[5] == 1 else ">"
+        wide = head[4] == 2
+        (table,) = struct.unpack_from(order + ("Q" if wide else "I"), head, 0x20 if wide else 0x1C)
+        size, count = struct.unpack_from(order + "HH", head, 0x36 if wide else 0x2A)
+        for index in range(count):
+            header = os.pread(file.fileno(), 56, table + index * size)
+            if len(header) < 56 or struct.unpack_from(order + "I", header)[0] != _PT_INTERP:
+                continue
+            offset, length = struct.unpack_from(order + ("Q16xQ" if wide else "I8xI"), header, 8 if wide else 4)
+            return os.fsdecode(os.pread(file.fileno(), min(length, 4096), offset).rstrip(b"\0"))
+    return ""

@@ -4,14 +4,16 @@ import asyncio
 import os
 import resource
 import secrets
+import signal
 import sys
 import tempfile
+from collections.abc import Coroutine
 from pathlib import Path
 
 import click
 
 from afs.core.cli import fail
-from afs.core.errors import AfsError, FailedPrecondition, InvalidArgument
+from afs.core.errors import AfsError, Cancelled, FailedPrecondition, InvalidArgument
 from afs.core.units import parse_duration
 from afs.core.version import version
 
@@ -33,12 +35,12 @@ async def run(
     process = Process(argv, merge_env((), env, "/root"), "/", User(0, 0, (), "/root"))
     with open_root(rootfs) as fd:
         path = next(entry[5:] for entry in process.env if entry.startswith("PATH="))
-        found, executable = find_command(fd, argv[0], "/", path, process.user)
-    if not executable:
-        click.echo(
-            f"afs_runc: command {argv[0]!r} {'cannot be executed' if found else 'not found'} in {rootfs}", err=True
-        )
-        return NOT_EXECUTABLE if found else NOT_FOUND
+        command = find_command(fd, argv[0], "/", path, process.user)
+    if not command.executable:
+        what = "cannot be executed" if command.found else "not found"
+        why = f": {command.why}" if command.why else ""
+        click.echo(f"afs_runc: command {argv[0]!r} {what} in {rootfs}{why}", err=True)
+        return NOT_EXECUTABLE if command.found else NOT_FOUND
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     name = secrets.token_hex(8)
     parent = f"afs-runc-{name}"
@@ -68,6 +70,17 @@ async def run(
     return ended.status
 
 
+async def _until_signal(name: str, work: Coroutine[None, None, int]) -> int:
+    """The result of *work*; SIGINT and SIGTERM cancel it, which kills the container and removes its cgroup."""
+    task = asyncio.create_task(work)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(signum, task.cancel)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        raise Cancelled(f"command {name!r} was cancelled") from None
+
+
 def _write(fd: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
@@ -90,7 +103,7 @@ def main(rootfs: Path, cpus: float, memory_mb: int, timeout: str, env: tuple[str
         if cpus <= 0 or memory_mb <= 0:
             raise InvalidArgument("--cpu and --memory-mb must be positive")
         seconds = parse_duration(timeout)
-        code = asyncio.run(run(rootfs.resolve(), argv, cpus, memory_mb << 20, seconds, env))
+        code = asyncio.run(_until_signal(argv[0], run(rootfs.resolve(), argv, cpus, memory_mb << 20, seconds, env)))
     except AfsError as error:
         fail("afs_runc", error)
     sys.exit(code)

@@ -266,10 +266,11 @@ class Staging:
         """Move what is below *name* to *target*, a path without symlinks in the image."""
         shown = os.fsdecode(name)
         if target:
-            os.makedirs(self._path(target), exist_ok=True)
+            # Made and opened like any uploaded path: an uploaded symlink on the way must not lead us outside.
+            os.close(self._parent(shown, target + b"/")[0])
         for entry in os.listdir(self._path(name)):
             source, destination = self._path(os.path.join(name, entry)), self._path(os.path.join(target, entry))
-            if os.path.isdir(source) and not os.path.islink(source) and os.path.isdir(destination):
+            if _is_directory(source) and _is_directory(destination):
                 self._merge(os.path.join(name, entry), os.path.join(target, entry))
                 continue
             try:
@@ -283,6 +284,14 @@ class Staging:
                 self._explicit[os.path.join(target, known[len(name) + 1 :])] = self._explicit.pop(known)
         self._explicit.pop(name, None)
         shutil.rmtree(self._path(name), ignore_errors=False)
+
+
+def _is_directory(path: bytes) -> bool:
+    """Whether *path* is a directory and no symlink to one."""
+    try:
+        return stat.S_ISDIR(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def _where(root: int, name: bytes) -> bytes | None:

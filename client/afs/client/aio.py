@@ -100,8 +100,9 @@ class AfsClient:
                     event = _event(cast("pb.ExecuteResponse", response))
                     if event is not None:
                         yield event
-        except AfsError:
-            # A local fault of the upload cancelled the call: that fault is the cause.
+        except (AfsError, asyncio.CancelledError):
+            # A local fault of the upload cancelled the call, which read() reports as it does a cancellation of this
+            # task: that fault is the cause.
             if sending.done() and not sending.cancelled() and (cause := sending.exception()) is not None:
                 raise cause from None
             raise

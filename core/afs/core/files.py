@@ -16,19 +16,24 @@ def fsync_dir(path: Path) -> None:
         os.close(fd)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace *path* by *data*: after a crash it holds the old bytes or the new ones."""
+def write_atomic(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Replace *path* by *data*: after a crash it holds the old bytes or the new ones.
+
+    With *durable* false it may be gone or damaged after a crash of the machine: for what a reader checks and can do without.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as out:
             out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
+            if durable:
+                out.flush()
+                os.fsync(out.fileno())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    fsync_dir(path.parent)
+    if durable:
+        fsync_dir(path.parent)
 
 
 @contextlib.contextmanager

@@ -17,12 +17,26 @@ import grpc
 import grpc.aio
 from typing_extensions import override
 
-from afs.core.errors import AfsError, Cancelled, FailedPrecondition, Internal, InvalidArgument, error_for_grpc, status_of
+from afs.core.errors import (
+    AfsError,
+    Cancelled,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    error_for_grpc,
+    status_of,
+)
 
 log = logging.getLogger(__name__)
 
 EOF: object = getattr(grpc.aio, "EOF")  # noqa: B009 - what read() gives at the end; type stubs disagree on it
-_NO_CONNECTION = ("failed to connect", "Socket closed", "recvmsg:", "Connection reset", "connections to all backends failing")
+_NO_CONNECTION = (
+    "failed to connect",
+    "Socket closed",
+    "recvmsg:",
+    "Connection reset",
+    "connections to all backends failing",
+)
 MAX_MESSAGE = 16 << 20
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE),

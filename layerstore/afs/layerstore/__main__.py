@@ -51,7 +51,7 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
     from afs.layerstore.layers import Layers
     from afs.layerstore.peers import Peers
     from afs.layerstore.pull import Puller
-    from afs.layerstore.registry import RegistryOptions
+    from afs.layerstore.registryoptions import RegistryOptions
     from afs.layerstore.server import NodeService, PeerService
     from afs.layerstore.store import LayerStore
     from afs.proto.v1 import layerstore_pb2_grpc as pb_grpc

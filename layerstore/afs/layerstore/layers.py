@@ -2,10 +2,10 @@
 
 State and locks (one event loop):
 
-- ``_partials`` holds every open partial layer. An entry appears in :meth:`_describe` after its files exist and leaves in
+- ``_partials`` holds every open partial layer. An entry appears in :meth:`_describe_now` after its files exist and leaves in
   :meth:`_promote` after the complete file was committed; in between a layer may be read from either, the bytes are equal.
 - ``_opening`` and ``_ensuring`` are single flight by diff_id: at most one task changes the state of a layer each.
-  ``_ensuring`` may wait for ``_opening``, never the other way round, so they cannot deadlock.
+  Both may want a partial layer made: ``_describing`` is single flight for that and waits for neither.
 - ``_providers`` and ``_origins`` are hints; any await may find them changed, and a wrong one costs one failed call.
 """
 
@@ -55,6 +55,7 @@ class Layers:
         self._origins: dict[str, Origin] = {}
         self._opening: SingleFlight[str, OpenLayer] = SingleFlight()
         self._ensuring: SingleFlight[str, bool] = SingleFlight()
+        self._describing: SingleFlight[str, PartialLayer | None] = SingleFlight()
 
     def restore(self) -> None:
         """Open what an earlier process left. Blocking, at start."""
@@ -62,6 +63,9 @@ class Layers:
             if (layer := self._store.complete(diff_id)) is not None:
                 self._announcer.hold(diff_id, layer.layout.file_size, complete=True)
         for diff_id in self._store.partial_ids():
+            if self._store.complete(diff_id) is not None:  # it was pulled because the peers went away
+                self._store.drop_partial(diff_id)
+                continue
             try:
                 partial = PartialLayer.open(diff_id, self._store.partial_dir(diff_id))
             except (AfsError, OSError, ValueError) as error:
@@ -75,6 +79,7 @@ class Layers:
         """End what is under way and close the files."""
         await self._ensuring.close(cancel=True)
         await self._opening.close(cancel=True)
+        await self._describing.close(cancel=True)
         for partial in self._partials.values():
             partial.close()
 
@@ -122,13 +127,18 @@ class Layers:
         return await self._pull(origin)
 
     async def _pull(self, origin: Origin) -> CompleteLayer:
-        complete = await self._puller.pull(origin.ref, origin.layer)
+        complete = self._store.complete(origin.layer.diff_id) or await self._puller.pull(origin.ref, origin.layer)
         self._announcer.hold(complete.diff_id, complete.layout.file_size, complete=True)
         await self._announcer.flush()
         return complete
 
     async def _describe(self, diff_id: str, holders: list[Peer]) -> PartialLayer | None:
         """A partial layer as one of *holders* describes it, its metadata read; None if nobody can."""
+        return await self._describing.run(diff_id, lambda: self._describe_now(diff_id, holders))
+
+    async def _describe_now(self, diff_id: str, holders: list[Peer]) -> PartialLayer | None:
+        if (known := self._partials.get(diff_id)) is not None:
+            return known
         for peer in holders:
             try:
                 size, header, table, footer = await self._peers.describe_layer(peer, diff_id)
@@ -157,6 +167,13 @@ class Layers:
         """A verified chunk, from whoever has it; LayerUnavailable after the deadline."""
         end, pause, cause = time.monotonic() + self._read_deadline, 0.05, "no node holds it"
         while True:
+            if (complete := self._store.complete(partial.diff_id)) is not None:
+                data = await asyncio.to_thread(
+                    complete.read_chunk, index
+                )  # it was pulled meanwhile; the bytes are equal
+                if not await asyncio.to_thread(partial.table.verify, index, data):
+                    raise DataLoss(f"layer {partial.diff_id}: chunk {index} is damaged on disk")
+                return data
             for peer in list(self._providers.get(partial.diff_id, [])):
                 try:
                     data = await self._peers.read_chunk(peer, partial.diff_id, index)
@@ -168,16 +185,15 @@ class Layers:
                 cause = f"layerstore {peer.endpoint} served a bad chunk {index}"
                 log.error("layer %s: %s; avoiding it", partial.diff_id, cause)
                 self._providers[partial.diff_id] = [p for p in self._providers[partial.diff_id] if p != peer]
-            complete = await self._find_providers(partial.diff_id)
-            if complete is not None:
-                return await asyncio.to_thread(complete.read_chunk, index)
+            if await self._find_providers(partial.diff_id):
+                continue
             if time.monotonic() + pause > end:
                 raise LayerUnavailable(partial.diff_id, cause)
             await asyncio.sleep(pause)
             pause = min(pause * 2, 1.0)
 
-    async def _find_providers(self, diff_id: str) -> CompleteLayer | None:
-        """Refresh the providers; if nobody is left, have the layer pulled again. The layer, if that was here."""
+    async def _find_providers(self, diff_id: str) -> bool:
+        """Refresh the providers; if nobody is left, have the layer pulled again. True if that was here."""
         holders = await self._holders(diff_id)
         origin = self._origins.get(diff_id)
         if not holders and origin is not None:
@@ -185,12 +201,12 @@ class Layers:
                 placed = await self._place(origin, local=origin.ref.is_local)
             except AfsError as error:
                 log.warning("layer %s cannot be pulled again: %s", diff_id, error.line)
-                return None
+                return False
             if isinstance(placed, CompleteLayer):
-                return placed
+                return True
             holders = [placed]
         self._providers[diff_id] = holders
-        return None
+        return False
 
     async def ensure(self, origin: Origin) -> tuple[CompleteLayer, bool]:
         """The layer, complete on this node, and whether it was read from its source for that."""
@@ -206,20 +222,18 @@ class Layers:
 
     async def _ensure(self, origin: Origin) -> bool:
         diff_id = origin.layer.diff_id
-        partial = self._partials.get(diff_id)
-        if partial is None:
-            partial = await self._describe(diff_id, await self._holders(diff_id))
-        if partial is None:
-            await self._pull(origin)
-            return True
         try:
-            await partial.fill(partial.missing(), self._fetch)
-            await self._promote(partial)
+            partial = self._partials.get(diff_id)
+            if partial is None:
+                partial = await self._describe(diff_id, await self._holders(diff_id))
+            if partial is not None:
+                await partial.fill(partial.missing(), self._fetch)
+                await self._promote(partial)
+                return False
         except (LayerUnavailable, DataLoss) as error:
             log.warning("layer %s cannot be completed from peers: %s; pulling it", diff_id, error.line)
-            await self._pull(origin)
-            return True
-        return False
+        await self._pull(origin)
+        return True
 
     async def _promote(self, partial: PartialLayer) -> None:
         """A partial layer that has every chunk becomes the complete one."""

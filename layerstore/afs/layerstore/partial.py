@@ -7,8 +7,9 @@ State and locks. One :class:`PartialLayer` per diff_id, owned by the layerstore'
 - ``_filling`` maps a chunk to the task that fetches it. A second demand for the chunk awaits the same task, so a chunk
   is fetched once. A task removes itself when it ends; failures are not remembered.
 - Writes of different chunks touch different ranges, so they need no lock.
-- After a crash a byte may be on disk whose data is not: the map is trusted only after every marked chunk was hashed
-  again (:meth:`PartialLayer.open`).
+- Nothing is synced to disk. After a crash a byte of the map may be there whose data is not, so the map is trusted only
+  after every marked chunk was hashed again, and the table only if its digest is right (:meth:`PartialLayer.open`). What
+  is lost is fetched again; waiting for the disk would cost every first run of an image more than that.
 """
 
 import asyncio
@@ -20,7 +21,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Self
 
-from afs.core.files import fsync_dir, remove_tree
+from afs.core.files import remove_tree
 from afs.layerstore.afslyr.layout import HEADER_SIZE, ChunkTable, Layout
 from afs.layerstore.afslyr.reader import layout_from_bytes, read_layer, verify_layer
 
@@ -73,7 +74,6 @@ class PartialLayer:
             data.truncate(size)
             # Table and footer are no chunk of their own: they describe the chunks.
             os.pwrite(data.fileno(), table.digests + footer, layout.table_offset)
-            os.fsync(data.fileno())
         (building / "chunks").write_bytes(bytes(table.count))
         # Sizes come from a peer: reading back through the parser checks them against each other.
         fd = os.open(building / "data", os.O_RDWR)
@@ -84,7 +84,6 @@ class PartialLayer:
             os.close(fd)
         remove_tree(directory)
         building.rename(directory)
-        fsync_dir(directory.parent)
         return cls(diff_id, directory, layout, table)
 
     @classmethod

@@ -1,32 +1,27 @@
-"""From an image's source to a complete layer: download, convert, commit. Blocking work in threads, each layer once.
+"""From an image's source to a complete layer: download, convert, commit. Each layer once, in processes of their own.
 
 State: ``_pulls`` is single flight by diff_id, so a caller that goes away does not stop a pull that others, or the next
-run, can use. ``_stop`` ends all at shutdown.
+run, can use.
 """
 
-import asyncio
+import dataclasses
 import errno
-import functools
 import logging
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from afs.core.errors import AfsError, ResourceExhausted, error_for_grpc, status_of
+from afs.core.errors import ResourceExhausted, error_for_grpc
 from afs.core.files import unlinked_on_error
 from afs.core.images import ImageRef
 from afs.core.singleflight import SingleFlight
 from afs.core.units import format_size
-from afs.layerstore.afslyr.convert import Converted, convert
 from afs.layerstore.manifests import Layer
-from afs.layerstore.registry import RegistryOptions, RegistrySource, make_pool
-from afs.layerstore.source import Source, local_source
+from afs.layerstore.pullworker import encode_options
+from afs.layerstore.registryoptions import RegistryOptions
+from afs.layerstore.source import Source
+from afs.layerstore.sources import Sources
 from afs.layerstore.store import CompleteLayer, LayerStore
-
-if TYPE_CHECKING:
-    import urllib3
+from afs.layerstore.workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -36,53 +31,55 @@ class Puller:
 
     def __init__(self, store: LayerStore, options: RegistryOptions, parallel: int) -> None:
         self._store = store
-        self._options = options
-        self._pool: urllib3.PoolManager = make_pool(options)
-        self._threads = ThreadPoolExecutor(parallel, thread_name_prefix="pull")
+        self._options = encode_options(options)
+        self._sources = Sources(options)
+        self._workers = Workers(parallel)
         self._pulls: SingleFlight[str, CompleteLayer] = SingleFlight()
-        self._stop = threading.Event()
 
     def source(self, ref: ImageRef) -> Source:
-        """Where *ref* comes from."""
-        return local_source(ref) if ref.is_local else RegistrySource(ref, self._pool, self._options)
+        """Where *ref* comes from, for manifests and configs."""
+        return self._sources.source(ref)
+
+    def warm(self) -> None:
+        """A pull is likely to come soon."""
+        self._workers.warm()
 
     async def pull(self, ref: ImageRef, layer: Layer) -> CompleteLayer:
         """The layer, complete; joins a running pull of it. Raises the source's and the converter's errors."""
+        # No await between this and the single flight: a caller that found the layer absent and then asked others may
+        # come here when a pull that ran meanwhile has just ended.
+        if (complete := self._store.complete(layer.diff_id)) is not None:
+            return complete
         return await self._pulls.run(layer.diff_id, lambda: self._pull(ref, layer))
 
     async def _pull(self, ref: ImageRef, layer: Layer) -> CompleteLayer:
-        loop, started = asyncio.get_running_loop(), time.monotonic()
+        started = time.monotonic()
         temporary = self._store.temporary()
-        with unlinked_on_error(temporary):
-            try:
-                done = await loop.run_in_executor(
-                    self._threads, functools.partial(self._convert, ref, layer, temporary)
-                )
-                complete = self._store.commit(temporary, layer.diff_id)
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                raise ResourceExhausted(
-                    f"layer {layer.diff_id} of {ref}: no space left in {self._store.root}"
-                ) from error
-        seconds = time.monotonic() - started
-        log.info("pulled layer %s of %s: %s in %.2f s", layer.diff_id, ref, format_size(done.file_size), seconds)
+        job = {
+            "image": str(ref),
+            "layer": dataclasses.asdict(layer),
+            "out": str(temporary),
+            "registry": self._options,
+        }
+        with unlinked_on_error(temporary):  # the worker does so too, unless it was killed
+            answer = await self._workers.run(job)
+            if "error" in answer:
+                self._fail(ref, layer, answer)
+            complete = self._store.commit(temporary, layer.diff_id)
+        size, seconds = format_size(complete.layout.file_size), time.monotonic() - started
+        log.info("pulled layer %s of %s: %s in %.2f s", layer.diff_id, ref, size, seconds)
         return complete
 
-    def _convert(self, ref: ImageRef, layer: Layer, out: Path) -> Converted:
-        try:
-            with self.source(ref).open_layer(layer) as read:
-                return convert(
-                    read, out, diff_id=layer.diff_id, blob_digest=layer.blob_digest, cancelled=self._stop.is_set
-                )
-        except AfsError as error:
-            if str(ref) in str(error):
-                raise
-            raise error_for_grpc(status_of(error).grpc)(f"image {ref}: {error.line}") from error
+    def _fail(self, ref: ImageRef, layer: Layer, answer: dict[str, Any]) -> None:
+        if answer["errno"] in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceExhausted(f"layer {layer.diff_id} of {ref}: no space left in {self._store.root}")
+        message = str(answer["error"])
+        if str(ref) not in message:
+            message = f"image {ref}: {message}"
+        raise error_for_grpc(answer["status"])(message)
 
     async def close(self) -> None:
-        """Stop running pulls, which remove their files, and wait for them."""
-        self._stop.set()
-        await self._pulls.close(cancel=False)
-        self._threads.shutdown()
-        self._pool.clear()
+        """Kill running pulls and remove their files."""
+        await self._pulls.close(cancel=True)
+        await self._workers.close()
+        self._sources.close()

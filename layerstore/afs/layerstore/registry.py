@@ -9,8 +9,6 @@ import contextlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import urllib3
@@ -20,32 +18,27 @@ from urllib3.util import Retry, Timeout
 from afs.core.images import ImageRef
 from afs.layerstore.errors import CorruptImage, ImageNotFound, RegistryDenied, RegistryUnreachable
 from afs.layerstore.manifests import INDEX_TYPES, MANIFEST_TYPES, MAX_MANIFEST, Layer
+from afs.layerstore.registryoptions import RegistryOptions
 from afs.layerstore.source import Read
 
 _CHALLENGE = re.compile(r'(\w+)="([^"]*)"')
 _LOOPBACK = re.compile(r"(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?")
 _ALIASES = {"docker.io": "registry-1.docker.io", "index.docker.io": "registry-1.docker.io"}
 _RETRIES = Retry(
-    total=3, connect=2, read=2, backoff_factor=0.3, status_forcelist=(429, 500, 502, 503, 504), raise_on_status=False,
+    total=3, connect=2, read=2, status_forcelist=(429, 500, 502, 503, 504), raise_on_status=False,
     backoff_max=5, retry_after_max=30,
 )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class RegistryOptions:
-    """*plain_http* lists ``host:port`` of registries without TLS, loopback ones always are; *docker_config* may be missing."""
-
-    plain_http: tuple[str, ...] = ()
-    docker_config: Path | None = None
-    user_agent: str = "afs"
-    node_id: str = ""
 
 
 def make_pool(options: RegistryOptions) -> urllib3.PoolManager:
     """The connection pool that all sources of a process share."""
     agent = f"{options.user_agent} ({options.node_id})" if options.node_id else options.user_agent
     return urllib3.PoolManager(
-        num_pools=20, maxsize=8, retries=_RETRIES, timeout=Timeout(connect=5, read=30), headers={"User-Agent": agent}
+        num_pools=20,
+        maxsize=8,
+        retries=_RETRIES.new(backoff_factor=options.backoff),
+        timeout=Timeout(connect=5, read=30),
+        headers={"User-Agent": agent},
     )
 
 
@@ -90,8 +83,8 @@ class RegistrySource:
     def _get(self, url: str, headers: Mapping[str, str]) -> Iterator[urllib3.BaseHTTPResponse]:
         response = self._request(url, headers)
         if response.status == 401:
+            response.drain_conn()  # first: what follows may fail, and the connection is good for more
             self._authorization = self._authorize(response)
-            response.drain_conn()
             response = self._request(url, headers)
         try:
             self._check(response, url)
@@ -167,17 +160,17 @@ class RegistrySource:
         path = self._options.docker_config
         if path is None or not path.is_file():
             return None
-        try:
-            auths: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")).get("auths", {})
-        except (OSError, ValueError, AttributeError) as error:
-            raise RegistryDenied(self._name, f"cannot read credentials from {path}: {error}") from None
         host = "https://index.docker.io/v1/" if self._ref.registry == "docker.io" else self._ref.registry
-        entry = auths.get(host) or {}
-        if "auth" in entry:
-            return f"Basic {entry['auth']}"
-        if "username" in entry:
-            pair = f"{entry['username']}:{entry.get('password', '')}"
-            return f"Basic {base64.b64encode(pair.encode()).decode()}"
+        try:
+            auths: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")).get("auths") or {}
+            entry: dict[str, str] = auths.get(host) or {}
+            if "auth" in entry:
+                return f"Basic {entry['auth']}"
+            if "username" in entry:
+                pair = f"{entry['username']}:{entry.get('password', '')}"
+                return f"Basic {base64.b64encode(pair.encode()).decode()}"
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise RegistryDenied(self._name, f"cannot read credentials from {path}: {error}") from None
         return None
 
 

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
-from afs.core.digests import check_digest, hex_of, is_digest, sha256_digest
+from afs.core.digests import hex_of, is_digest, sha256_digest
 from afs.core.errors import InvalidArgument
 from afs.core.images import ImageRef
 from afs.layerstore.errors import CorruptImage, ImageNotFound
@@ -65,14 +65,15 @@ class LayoutSource:
             raise ImageNotFound(self._name, f"{self._dir} is not an OCI image layout (it has no index.json)")
         entries = parse_json(self._name, "index.json", _read_small(index, self._name, MAX_MANIFEST)).get("manifests")
         entries = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
-        names = [
-            cast("dict[str, Any]", e.get("annotations") or {}).get("org.opencontainers.image.ref.name") for e in entries
-        ]
+        names = [_ref_name(entry) for entry in entries]
         found = [entry for entry, name in zip(entries, names, strict=True) if name == tag] if tag else entries
         if len(found) != 1:
             choice = ", ".join(sorted(str(name) for name in names if name)) or "none"
             raise ImageNotFound(self._name, f"{'no such tag' if tag else 'no tag given'}; the layout has: {choice}")
-        return check_digest(str(found[0].get("digest", "")))
+        digest = str(found[0].get("digest", ""))
+        if not is_digest(digest):
+            raise CorruptImage(self._name, f"index.json names {digest!r}, which is no digest")
+        return digest
 
     def get_blob(self, digest: str, limit: int) -> bytes:
         return _read_small(self._blob(digest), self._name, limit)
@@ -85,6 +86,12 @@ class LayoutSource:
             raise CorruptImage(self._name, f"the blob of layer {layer.blob_digest} is missing") from None
         with file:
             yield cast("Read", file.read)
+
+
+def _ref_name(entry: dict[str, Any]) -> str | None:
+    annotations = entry.get("annotations")
+    name = annotations.get("org.opencontainers.image.ref.name") if isinstance(annotations, dict) else None
+    return name if isinstance(name, str) else None
 
 
 class ArchiveSource:
@@ -123,36 +130,46 @@ class ArchiveSource:
 
         try:
             entries = json.load(self._member(archive, "manifest.json"))
-            matching = [
-                e for e in entries if not self._tag or any(t.endswith(f":{self._tag}") for t in e.get("RepoTags") or [])
-            ]
-        except (ValueError, TypeError, AttributeError) as error:
-            raise CorruptImage(self._name, f"manifest.json makes no sense: {error}") from None
+        except ValueError as error:
+            raise CorruptImage(self._name, f"manifest.json is not JSON: {error}") from None
+        entries = _list(self._name, "manifest.json", entries, dict)
+        tags = [_list(self._name, "RepoTags", entry.get("RepoTags") or [], str) for entry in entries]
+        matching = [
+            entry
+            for entry, names in zip(entries, tags, strict=True)
+            if not self._tag or any(name.endswith(f":{self._tag}") for name in names)
+        ]
         if len(matching) != 1:
-            tags = sorted(tag for entry in entries for tag in entry.get("RepoTags") or [])
-            raise ImageNotFound(self._name, f"the archive has: {', '.join(tags) or 'no tags'}")
+            found = ", ".join(sorted(name for names in tags for name in names))
+            raise ImageNotFound(self._name, f"the archive has: {found or 'no tags'}")
         return cast("dict[str, Any]", matching[0])
 
     def _paths(self, archive: tarfile.TarFile) -> tuple[bytes, list[tuple[str, str]]]:
         """The config, and for every layer (blob digest, path in the archive)."""
         entry = self._entry(archive)
         config = self._member(archive, str(entry.get("Config"))).read()
-        diff_ids = parse_json(self._name, "config", config).get("rootfs", {}).get("diff_ids", [])
-        paths = [str(path) for path in entry.get("Layers", [])]
+        rootfs = parse_json(self._name, "config", config).get("rootfs")
+        diff_ids = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
+        diff_ids = _list(self._name, "diff_ids", diff_ids or [], str)
+        paths = _list(self._name, "Layers", entry.get("Layers") or [], str)
         if len(paths) != len(diff_ids):
             raise CorruptImage(self._name, "manifest.json and config disagree on the number of layers")
         digests = []
         for diff_id, path in zip(diff_ids, paths, strict=True):
             named = f"sha256:{os.path.basename(path)}"
-            digests.append(named if path.startswith("blobs/sha256/") and is_digest(named) else str(diff_id))
+            digests.append(named if path.startswith("blobs/sha256/") and is_digest(named) else diff_id)
         return config, list(zip(digests, paths, strict=True))
+
+    def _size(self, archive: tarfile.TarFile, name: str) -> int:
+        with self._member(archive, name) as file:  # follows links: older archives hold a layer once
+            return file.seek(0, os.SEEK_END)
 
     def get_manifest(self, reference: str) -> bytes:
         import json
 
         with self._open() as archive:
             config, layers = self._paths(archive)
-            sizes = [archive.getmember(path).size for _, path in layers]
+            sizes = [self._size(archive, path) for _, path in layers]
         document = {
             "schemaVersion": 2,
             "mediaType": "application/vnd.oci.image.manifest.v1+json",
@@ -181,6 +198,13 @@ class ArchiveSource:
                         yield file.read
                     return
         raise CorruptImage(self._name, f"the archive has no layer {layer.blob_digest}")
+
+
+def _list(image: str, what: str, value: object, kind: type) -> list[Any]:
+    """*value* as a list of *kind*; CorruptImage otherwise."""
+    if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+        raise CorruptImage(image, f"{what} is not a list of {kind.__name__}")
+    return value
 
 
 def local_source(ref: ImageRef) -> Source:

@@ -24,10 +24,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from afs.core.digests import hex_of
+from afs.core.digests import hex_of, is_digest
 from afs.core.errors import AfsError, FailedPrecondition
 from afs.core.files import fsync_dir, remove_tree, write_atomic
 from afs.core.images import Platform, parse_image
+from afs.layerstore.afslyr.errors import CorruptLayer
 from afs.layerstore.afslyr.layout import ChunkTable, Layout
 from afs.layerstore.afslyr.reader import read_layer
 from afs.layerstore.manifests import Image, build_image
@@ -112,6 +113,8 @@ class LayerStore:
             return None
         try:
             layout, table = read_layer(fd)
+            if layout.diff_id != diff_id:
+                raise CorruptLayer(f"the file holds layer {layout.diff_id}", layer=diff_id)
         except AfsError as error:
             log.error("removing %s: %s", path, error.line)
             path.unlink()
@@ -137,7 +140,8 @@ class LayerStore:
 
     def complete_ids(self) -> list[str]:
         """The diff_ids of all complete layers."""
-        return [f"sha256:{path.stem}" for path in sorted((self.root / "layers").glob("*.afslyr"))]
+        found = [f"sha256:{path.stem}" for path in sorted((self.root / "layers").glob("*.afslyr"))]
+        return [diff_id for diff_id in found if is_digest(diff_id)]
 
     def partial_ids(self) -> list[str]:
         """The diff_ids of all partial layers."""
@@ -145,7 +149,7 @@ class LayerStore:
         for path in found:
             if path.name.startswith("."):  # was being made when the process died
                 remove_tree(path)
-        return [f"sha256:{path.name}" for path in found if not path.name.startswith(".")]
+        return [diff_id for path in found if is_digest(diff_id := f"sha256:{path.name}")]
 
     # Images
 
@@ -159,7 +163,7 @@ class LayerStore:
             "index": base64.b64encode(image.index).decode(),
             "resolved_unix": image.resolved_unix,
         }
-        write_atomic(self._image_path(image.key), json.dumps(document).encode())
+        write_atomic(self._image_path(image.key), json.dumps(document).encode(), durable=False)
 
     def _image_path(self, key: str) -> Path:
         import hashlib
@@ -175,7 +179,7 @@ class LayerStore:
                 parse_image(document["name"])
                 manifest, config, index = (base64.b64decode(document[part]) for part in ("manifest", "config", "index"))
                 yield build_image(document["name"], platform, manifest, config, int(document["resolved_unix"]), index)
-            except (AfsError, ValueError, KeyError, TypeError) as error:
+            except (AfsError, ValueError, KeyError, TypeError, AttributeError) as error:
                 log.error("removing %s: %s", path, error)
                 with contextlib.suppress(FileNotFoundError):
                     path.unlink()

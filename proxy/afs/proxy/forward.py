@@ -18,7 +18,7 @@ from afs.afslet.requests import check_start
 from afs.core.errors import AfsError, InvalidArgument, ResourceExhausted, Unavailable
 from afs.core.rpc import EOF, calling
 from afs.proto.v1 import afslet_pb2 as pb
-from afs.proxy.nodes import AfsletNode, Nodes, Room
+from afs.proxy.nodes import AfsletNode, NobodyAnswers, Nodes, Room
 
 log = logging.getLogger(__name__)
 _EXECUTE = "/afsletpb.Afslet/Execute"
@@ -78,7 +78,8 @@ class Forwarder(grpc.GenericRpcHandler):
                 node = self._nodes.choose(wanted, start.node_id)
                 call, accepted = await self._offer(node, first, wanted)
             except (ResourceExhausted, Unavailable) as error:
-                if isinstance(error, Unavailable) and not any(node.reachable for node in self._nodes.nodes):
+                nobody = not any(node.reachable for node in self._nodes.nodes)
+                if isinstance(error, NobodyAnswers) or (isinstance(error, Unavailable) and nobody):
                     raise
                 retries += 1
                 if start.proxy_dispatch_max_retries and retries > start.proxy_dispatch_max_retries:

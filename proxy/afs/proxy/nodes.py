@@ -21,6 +21,10 @@ from afs.proto.v1.afslet_pb2_grpc import AfsletStub
 log = logging.getLogger(__name__)
 
 
+class NobodyAnswers(Unavailable):
+    """No afslet that might run it can be reached; trying again at once cannot help."""
+
+
 @dataclass(slots=True)
 class Room:
     """CPU in cores, memory in MiB."""
@@ -106,17 +110,20 @@ class Nodes:
     def choose(self, wanted: Room, node_id: str) -> AfsletNode:
         """The emptier of two random nodes with room (power of two choices).
 
-        Raises Unavailable if no node answers, NotFound for an unknown *node_id*, InvalidArgument if no node could ever
-        give *wanted*, ResourceExhausted if none can now.
+        Raises NobodyAnswers if no node, or not the wanted one, answers, NotFound for an unknown *node_id*,
+        InvalidArgument if no node could ever give *wanted*, ResourceExhausted if none can now.
         """
         alive = [node for node in self.nodes if node.reachable]
         if not alive:
             why = "; ".join(f"{node.endpoint}: {node.error}" for node in self.nodes) or "none is configured"
-            raise Unavailable(f"no afslet answers: {why}")
+            raise NobodyAnswers(f"no afslet answers: {why}")
         if node_id:
-            alive = [node for node in alive if node.status.node_id == node_id]
-            if not alive:
+            named = [node for node in self.nodes if node.status.node_id == node_id]
+            if not named:
                 raise NotFound(f"no afslet that answers is node {node_id!r}")
+            alive = [node for node in named if node.reachable]
+            if not alive:
+                raise NobodyAnswers(f"node {node_id!r} does not answer: {named[0].error}")
         able = [node for node in alive if node.limit.fits(wanted)]
         if not able:
             most = max((node.limit for node in alive), key=lambda room: (room.cpus, room.memory_mb))

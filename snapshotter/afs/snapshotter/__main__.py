@@ -61,6 +61,8 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         stack.push_async_callback(fused.close)
         stack.push_async_callback(mounts.close)
         stack.push_async_callback(roots.close)
+        # Started now, not at the first partial layer: importing it takes 0.15 s, and 0.5 s from a cold disk.
+        await fused.directory()
         service = MountsService(roots, mounts)
         await stack.enter_async_context(
             serving([f"unix:{run_dir}/mounts.sock"], lambda server: add_MountsServicer_to_server(service, server))

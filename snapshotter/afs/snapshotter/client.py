@@ -1,7 +1,7 @@
 """The asking side of the Mounts service, for afslet and afs_mount."""
 
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import grpc.aio
@@ -39,6 +39,23 @@ class Hold:
         if not isinstance(answer, pb.HoldResponse):
             raise Unavailable(f"{self._peer} ended the call")
         return answer
+
+    @property
+    def lost(self) -> bool:
+        """Whether the call has ended, and with it all that was mounted."""
+        return self._call.done()
+
+    def when_lost(self, callback: Callable[[], object]) -> None:
+        """Call *callback* on the event loop as soon as the call has ended: the snapshotter stopped, or died."""
+
+        def ended(_: object) -> None:
+            callback()
+
+        self._call.add_done_callback(ended)
+
+    def loss(self) -> Unavailable:
+        """The error for work that needed what was mounted."""
+        return Unavailable(f"{self._peer} went away while a root of it was in use")
 
     async def release(self) -> None:
         """Give everything back; on return it is unmounted and removed."""

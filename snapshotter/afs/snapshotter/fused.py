@@ -22,6 +22,7 @@ import click
 import pyfuse3
 from typing_extensions import override
 
+from afs.core.version import version
 from afs.layerstore.fillwire import FillClient, FillError
 
 log = logging.getLogger(__name__)
@@ -179,6 +180,7 @@ async def _serve(mountpoint: str, fill_socket: str, deadline: float, ready_fd: i
 
 
 @click.command(help="Serve partial layers as files. Started and watched by afs_snapshotter.")
+@click.version_option(version(), prog_name="afs_fused")
 @click.option("--mountpoint", required=True)
 @click.option("--fill-socket", required=True)
 @click.option("--deadline", default=40.0, help="Seconds that a read waits for the layerstore before EIO.")

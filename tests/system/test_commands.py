@@ -1,0 +1,346 @@
+"""The commands as a user meets them: exit codes, one line on stderr, Ctrl-C, help, and nothing left."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import tomllib
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from afs.core.mounts import list_mounts
+from tests.testbed import oci
+from tests.testbed.cluster import BIN
+from tests.testbed.images import BUSYBOX
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.testbed.cluster import RealCluster
+    from tests.testbed.images import BusyboxImage
+
+REPOSITORY = Path(__file__).parents[2]
+COMMANDS = sorted(tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"])
+
+
+def call(name: str, *arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command of the project to its end."""
+    argv = [str(BIN / name), *map(str, arguments)]
+    return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60, **options)
+
+
+@contextmanager
+def started(name: str, *arguments: str | Path, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A command under way; it gets SIGKILL if it still runs at the end of the block."""
+    argv = [str(BIN / name), *map(str, arguments)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+def interrupted(process: subprocess.Popen[str], signum: int = signal.SIGINT) -> tuple[int, str]:
+    """Exit code and stderr after a signal."""
+    process.send_signal(signum)
+    _, stderr = process.communicate(timeout=20)
+    return process.returncode, stderr
+
+
+def read_until(stream: Any, text: str) -> str:
+    """Lines up to one that contains *text*."""
+    found = ""
+    line: str
+    for line in stream:
+        found += line
+        if text in line:
+            return found
+    raise AssertionError(f"no {text!r} in {found!r}")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_version_and_help(name: str) -> None:
+    version = call(name, "--version")
+    assert version.returncode == 0, version.stderr
+    assert re.fullmatch(rf"{name}, version \d+\.\d+\S*\n", version.stdout)
+    shown = call(name, "--help")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert shown.stdout.startswith(f"Usage: {name}")
+
+
+@pytest.mark.parametrize("name", ["afs_discovery_grpcd", "afs_layerstore_grpcd", "afslet", "afs_proxy"])
+def test_service_refuses_the_open_network_in_the_clear(name: str, tmp_path: Path) -> None:
+    directories = {
+        "afs_layerstore_grpcd": [f"--root={tmp_path}/root", f"--run-dir={tmp_path}"],
+        "afslet": [f"--root={tmp_path}/root", f"--run-dir={tmp_path}"],
+    }
+    done = call(name, "--listen=0.0.0.0:0", *directories.get(name, []))
+    assert (done.returncode, done.stdout) == (64, "")
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"{name}: 0.0.0.0:0 is not a loopback address: ")
+    assert "--insecure" in last
+    wrong = call(name, "--listen=nowhere", *directories.get(name, []))
+    assert wrong.returncode == 64
+    assert "not an address: 'nowhere'" in wrong.stderr
+
+
+# afs_runc
+
+
+@pytest.fixture
+def rootfs(tmp_path: Path) -> Path:
+    """A root directory with busybox."""
+    root = tmp_path / "rootfs"
+    for name in ("bin", "dev", "proc", "sys", "tmp"):
+        (root / name).mkdir(parents=True)
+    shutil.copy2(BUSYBOX, root / "bin/busybox")
+    for name in ("sh", "cat", "echo", "sleep", "dd"):
+        (root / "bin" / name).symlink_to("busybox")
+    return root
+
+
+def runc_cgroups() -> set[Path]:
+    """The cgroups of runs of afs_runc."""
+    return set(Path("/sys/fs/cgroup").glob("*/afs-runc-*"))
+
+
+RUNS = {
+    "success": (["cat", "/in"], 0, "from the root\n", ""),
+    "status": (["sh", "-c", "echo err >&2; exit 9"], 9, "", "err\n"),
+    "not found": (["nothing"], 127, "", "afs_runc: command 'nothing' not found in {root}\n"),
+    "not executable": (
+        *(["/in"], 126, ""),
+        "afs_runc: command '/in' cannot be executed in {root}: it has no execute permission\n",
+    ),
+    "timeout": (["sleep", "1000"], 124, "", "afs_runc: command 'sleep' timed out after 0.2 s\n"),
+    "memory": (
+        ["dd", "if=/dev/zero", "of=/tmp/x", "bs=200M", "count=1"],
+        *(137, "", "afs_runc: command 'dd' ran out of memory: the limit is 64 MiB\n"),
+    ),
+}
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("name", RUNS)
+def test_afs_runc(rootfs: Path, name: str) -> None:
+    argv, status, stdout, stderr = RUNS[name]
+    before = runc_cgroups()
+    (rootfs / "in").write_text("from the root\n")
+    timeout = "200ms" if name == "timeout" else "1m"
+    done = call("afs_runc", f"--rootfs={rootfs}", f"--timeout={timeout}", "--memory-mb=64", "--", *argv)
+    assert (done.returncode, done.stdout, done.stderr) == (status, stdout, stderr.format(root=rootfs))
+    assert runc_cgroups() == before
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_afs_runc_interrupted(rootfs: Path, signum: int) -> None:
+    before = runc_cgroups()
+    with started("afs_runc", f"--rootfs={rootfs}", "--", "sh", "-c", "echo here; sleep 1000") as process:
+        read_until(process.stdout, "here")
+        status, stderr = interrupted(process, signum)
+    assert (status, stderr) == (76, "afs_runc: command 'sh' was cancelled\n")
+    assert runc_cgroups() == before
+
+
+@pytest.mark.root
+def test_afs_runc_without_a_root(tmp_path: Path) -> None:
+    done = call("afs_runc", f"--rootfs={tmp_path}/nowhere", "--", "true")
+    assert (done.returncode, done.stderr) == (64, f"afs_runc: --rootfs {tmp_path}/nowhere is not a directory\n")
+
+
+# afs_mount
+
+
+@pytest.fixture
+def run_dir(shared_cluster: RealCluster) -> str:
+    """afs_mount's flag for node1."""
+    return f"--run-dir={shared_cluster.nodes[0].run_dir}"
+
+
+@pytest.mark.root
+def test_afs_mount(run_dir: str, busybox_image: BusyboxImage, tmp_path: Path) -> None:
+    target = tmp_path / "at"
+    target.mkdir()
+    with started("afs_mount", run_dir, busybox_image.reference, target) as process:
+        read_until(process.stderr, f"{busybox_image.reference} is mounted at {target}")
+        for path, content in busybox_image.present.items():
+            assert (target / path[1:]).read_bytes() == content
+        assert not any((target / path[1:]).exists() for path in busybox_image.absent)
+        (target / "data/hello.txt").write_text("changed\n")
+        (target / "new").write_text("new\n")
+        assert (target / "data/hello.txt").read_text() == "changed\n"
+        assert interrupted(process) == (0, "")
+    assert list(target.iterdir()) == []
+    assert not list_mounts(str(target))
+
+
+@pytest.mark.root
+def test_afs_mount_with_extra_directories_and_read_only(
+    run_dir: str, busybox_image: BusyboxImage, tmp_path: Path
+) -> None:
+    target, top, below = (tmp_path / name for name in ("at", "top", "below"))
+    for path in (target, top / "etc", below / "etc"):
+        path.mkdir(parents=True)
+    (top / "etc/passwd").write_text("top\n")
+    (below / "etc/passwd").write_text("below\n")
+    (below / "etc/extra").write_text("extra\n")
+    flags = [run_dir, "--read-only", f"--extra-dir={top}", f"--extra-dir={below}"]
+    with started("afs_mount", *flags, busybox_image.reference, target) as process:
+        read_until(process.stderr, "is mounted at")
+        assert (target / "etc/passwd").read_text() == "top\n"
+        assert (target / "etc/extra").read_text() == "extra\n"
+        assert (target / "etc/group").exists()
+        with pytest.raises(OSError, match="Read-only file system"):
+            (target / "new").write_text("")
+        assert interrupted(process, signal.SIGTERM) == (0, "")
+    assert not list_mounts(str(target))
+    assert (top / "etc/passwd").read_text() == "top\n"
+
+
+@pytest.mark.root
+def test_afs_mount_that_fails(run_dir: str, busybox_image: BusyboxImage, tmp_path: Path) -> None:
+    missing = call("afs_mount", run_dir, f"oci:{busybox_image.layout}:nope", tmp_path)
+    assert missing.returncode == 66
+    assert re.fullmatch(r"afs_mount: image oci:\S+:nope not found: no such tag; .*\n", missing.stderr)
+    extra = call("afs_mount", run_dir, f"--extra-dir={tmp_path}/no", busybox_image.reference, tmp_path)
+    assert (extra.returncode, extra.stderr) == (64, f"afs_mount: not a directory: {tmp_path}/no\n")
+    alone = call("afs_mount", f"--run-dir={tmp_path}", busybox_image.reference, tmp_path)
+    assert alone.returncode == 69
+    assert re.fullmatch(rf"afs_mount: snapshotter unix:{tmp_path}/mounts.sock does not answer: .*\n", alone.stderr)
+    assert not list_mounts(str(tmp_path))
+
+
+# afs_layer
+
+
+@pytest.mark.root
+def test_afs_layer_makes_what_the_kernel_mounts(busybox_image: BusyboxImage, tmp_path: Path) -> None:
+    layer = busybox_image.layers[0]
+    out, target, tar = tmp_path / "l.afslyr", tmp_path / "at", tmp_path / "l.tar"
+    made = call("afs_layer", "convert", oci.blob_path(busybox_image.layout, layer.digest), out)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.startswith(layer.diff_id)
+    target.mkdir()
+    subprocess.run(["mount", "-t", "erofs", "-o", "ro", out, target], check=True)
+    try:
+        assert (target / "bin/busybox").read_bytes() == BUSYBOX.read_bytes()
+        assert (target / "bin/sh").readlink() == Path("busybox")
+    finally:
+        subprocess.run(["umount", target], check=True)
+    assert call("afs_layer", "verify", out).returncode == 0
+    assert json.loads(call("afs_layer", "inspect", "--json", out).stdout)["diff_id"] == layer.diff_id
+    assert call("afs_layer", "export", out, tar).returncode == 0
+    assert f"sha256:{hashlib.sha256(tar.read_bytes()).hexdigest()}" == layer.diff_id
+    again = call("afs_layer", "convert", tar, out)
+    assert (again.returncode, again.stderr) == (73, f"afs_layer: {out} exists; --force replaces it\n")
+
+
+# afs up
+
+
+@pytest.fixture
+def state_dir() -> Iterator[Path]:
+    """A directory with a name short enough for unix sockets."""
+    directory = Path(tempfile.mkdtemp(prefix="afs-", dir="/tmp"))
+    yield directory
+    assert not list_mounts(str(directory))
+    shutil.rmtree(directory)
+
+
+@pytest.mark.root
+def test_afs_up_runs_a_command_and_stops(state_dir: Path, busybox_image: BusyboxImage) -> None:
+    run = f"{BIN}/afs_cli execute --image {busybox_image.reference} -- sh -c 'echo inside; exit 5'"
+    up = ["up", "--any-port", "--nodes=1", f"--state-dir={state_dir}"]
+    done = call("afs", *up, "--", "sh", "-c", run)
+    assert (done.returncode, done.stdout) == (5, "inside\n"), done.stderr
+    assert re.match(r"afs: 1 nodes are up, proxy on 127\.0\.0\.1:\d+, logs in ", done.stderr)
+
+
+@pytest.mark.root
+def test_afs_up_until_ctrl_c(state_dir: Path, busybox_image: BusyboxImage) -> None:
+    with started("afs", "up", "--any-port", "--nodes=1", f"--state-dir={state_dir}") as up:
+        address = re.search(r"proxy on (\S+),", read_until(up.stderr, "nodes are up"))
+        assert address is not None
+        environment = {**os.environ, "AFS_PROXY": address[1]}
+        command = ["execute", "--image", busybox_image.reference, "--", "sh", "-c", "echo here; sleep 1000"]
+        with started("afs_cli", *command, env=environment) as cli:
+            read_until(cli.stdout, "here")
+            status, stderr = interrupted(up)
+            assert status == 0, stderr
+            cli.communicate(timeout=20)
+            assert cli.returncode in (69, 76)
+    assert not list_mounts(str(state_dir))
+
+
+def test_afs_up_with_a_wrong_flag(state_dir: Path) -> None:
+    done = call("afs", "up", "--nodes=0", f"--state-dir={state_dir}")
+    assert (done.returncode, done.stderr) == (64, "afs: --nodes must be at least 1\n")
+
+
+# afs_cli
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_afs_cli_interrupted(shared_cluster: RealCluster, busybox_image: BusyboxImage, signum: int) -> None:
+    image = busybox_image.reference
+    command = ["sh", "-c", "echo here; sleep 1000"]
+    with shared_cluster.popen_cli("execute", "--image", image, "--", *command) as process:
+        read_until(process.stdout, "here")
+        assert interrupted(process, signum) == (76, f"afs_cli: the run of {image} was cancelled\n")
+    shared_cluster.assert_idle()
+
+
+@pytest.mark.root
+def test_afs_cli_json(shared_cluster: RealCluster, busybox_image: BusyboxImage) -> None:
+    image = busybox_image.reference
+    done = shared_cluster.cli("execute", "--json", "--image", image, "--", "sh", "-c", "echo out; exit 4")
+    shown = json.loads(done.stdout)
+    assert (done.returncode, done.stderr) == (4, "")
+    assert (shown["exit_code"], shown["outcome"], shown["stdout"], shown["error"]) == (4, "exited", "out\n", "")
+    late = shared_cluster.cli("execute", "--json", "--image", image, "--timeout=200ms", "--", "sleep", "1000")
+    shown = json.loads(late.stdout)
+    assert (late.returncode, shown["exit_code"], shown["outcome"]) == (124, 124, "timed out")
+    assert shown["error"] == "command 'sleep' timed out after 0.2 s"
+    missing = shared_cluster.cli("execute", "--json", "--image", f"oci:{busybox_image.layout}:nope", "--", "true")
+    shown = json.loads(missing.stdout)
+    assert (missing.returncode, missing.stderr) == (66, "")
+    assert (shown["outcome"], shown["code"]) == ("infrastructure error", "NOT_FOUND")
+    assert re.match(r"image oci:\S+:nope not found: ", shown["error"])
+
+
+@pytest.mark.root
+def test_afs_cli_refuses_what_is_wrong_on_this_side(
+    shared_cluster: RealCluster, busybox_image: BusyboxImage, tmp_path: Path
+) -> None:
+    execute = ["execute", "--image", busybox_image.reference]
+    os.mkfifo(tmp_path / "fifo")
+    wrong = {
+        (f"--dir={tmp_path}/no",): f"cannot upload {tmp_path}/no: not a directory",
+        (f"--dir={tmp_path}",): f"cannot upload {tmp_path}/fifo: neither file, directory nor symlink",
+        ("--timeout=soon",): "not a duration: 'soon'; write it like 30s, 1m30s or 250ms",
+        ("--env=NO_SUCH_VARIABLE_HERE",): "--env 'NO_SUCH_VARIABLE_HERE' is not NAME=value",
+    }
+    for flags, message in wrong.items():
+        done = shared_cluster.cli(*execute, *flags, "--", "true")
+        assert (done.returncode, done.stdout, done.stderr) == (64, "", f"afs_cli: {message}\n")
+    out = shared_cluster.cli(*execute, f"--out={tmp_path}/no/out.tar.gz", "--", "true")
+    assert (out.returncode, out.stdout) == (64, "")
+    assert f"{tmp_path}/no/" in out.stderr
+
+
+def test_afs_cli_without_a_proxy() -> None:
+    done = call("afs_cli", "status", env={**os.environ, "AFS_PROXY": "127.0.0.1:1"})
+    assert done.returncode == 69
+    assert re.fullmatch(r"afs_cli: AFS at 127\.0\.0\.1:1 does not answer: .*\n", done.stderr)

@@ -1,0 +1,129 @@
+"""What a start request must look like, admission, and the runtime's configuration."""
+
+import re
+
+import pytest
+
+from afs.afslet.admission import Admission, Capacity
+from afs.afslet.bundle import DEFAULT_PATH, Process, command_line, merge_env, runtime_config
+from afs.afslet.requests import check_start
+from afs.afslet.rootfs import User
+from afs.core.errors import InvalidArgument, ResourceExhausted
+from afs.proto.v1 import afslet_pb2 as pb
+
+
+def start(**changes: object) -> pb.StartRequest:
+    """A good start request, changed."""
+    return pb.StartRequest(**{"image": "a", "cpu_cores": 1, "memory_mb": 1} | changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"env": ["A=", "B==", "C=a b\n"]}, {"command": ["", "x"]}, {"timeout_ms": 1}, {"cpu_cores": 1 << 40}],
+    ids=repr,
+)
+def test_good_requests(changes: dict[str, object]) -> None:
+    check_start(start(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image": ""}, "image is missing"),
+        ({"cpu_cores": 0}, "cpu_cores must be positive, not 0"),
+        ({"cpu_cores": -1}, "cpu_cores must be positive, not -1"),
+        ({"memory_mb": 0}, "memory_mb must be positive, not 0"),
+        ({"timeout_ms": -1}, "timeout_ms must not be negative"),
+        ({"proxy_dispatch_max_retries": -1}, "proxy_dispatch_max_retries must not be negative"),
+        ({"proxy_dispatch_backoff_ms": -1}, "proxy_dispatch_backoff_ms must not be negative"),
+        ({"env": ["A"]}, "env entry 'A' is not NAME=value"),
+        ({"env": ["=x"]}, "env entry '=x' is not NAME=value"),
+        ({"env": [""]}, "env entry '' is not NAME=value"),
+        ({"env": ["A=\0"]}, r"env entry 'A=\x00' is not NAME=value"),
+        ({"command": ["a\0b"]}, "an argument of the command holds a NUL byte"),
+    ],
+)
+def test_bad_requests(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(InvalidArgument, match=f"^{re.escape(message)}$"):
+        check_start(start(**changes))
+
+
+def test_admission() -> None:
+    admission = Admission(Capacity(4, 1000))
+    with admission.reserve(3, 400):
+        assert (admission.available, admission.running) == (Capacity(1, 600), 1)
+        with admission.reserve(1, 600):
+            assert admission.available == Capacity(0, 0)
+        for cpus, memory in ((2, 1), (1, 601)):
+            with (
+                pytest.raises(
+                    ResourceExhausted, match=f"{cpus} CPUs and {memory} MiB asked for, but 1 CPUs and 600 MiB"
+                ),
+                admission.reserve(cpus, memory),
+            ):
+                pass
+    assert (admission.used, admission.running) == (Capacity(0, 0), 0)
+    for cpus, memory in ((5, 1), (1, 1001)):
+        with (
+            pytest.raises(InvalidArgument, match="but this node has 4 CPUs and 1000 MiB"),
+            admission.reserve(cpus, memory),
+        ):
+            pass
+
+
+def test_a_failed_run_gives_its_reservation_back() -> None:
+    admission = Admission(Capacity(4, 1000))
+    with pytest.raises(KeyError), admission.reserve(4, 1000):
+        raise KeyError
+    assert (admission.used, admission.running) == (Capacity(0, 0), 0)
+
+
+@pytest.mark.parametrize(
+    ("config", "command", "expected"),
+    [
+        ({"Entrypoint": ["/e"], "Cmd": ["c"]}, [], ("/e", "c")),
+        ({"Entrypoint": ["/e"], "Cmd": ["c"]}, ["x", "y"], ("x", "y")),
+        ({"Entrypoint": None, "Cmd": ["c"]}, [], ("c",)),
+        ({"Entrypoint": ["/e"]}, [], ("/e",)),
+        ({}, [], ()),
+    ],
+)
+def test_command_lines(config: dict[str, object], command: list[str], expected: tuple[str, ...]) -> None:
+    assert command_line(config, command) == expected
+
+
+def test_environments() -> None:
+    assert merge_env([], [], "/root") == (f"PATH={DEFAULT_PATH}", "HOME=/root", "HOSTNAME=afs")
+    merged = merge_env(["PATH=/i", "A=image", "B=1=2", "BARE"], ["A=request", "HOME=/h", "E="], "/root")
+    assert dict(entry.split("=", 1) for entry in merged) == {
+        "PATH": "/i", "HOME": "/h", "HOSTNAME": "afs", "A": "request", "B": "1=2", "BARE": "", "E": "",
+    }  # fmt: skip
+
+
+def config_for(uid: int) -> dict[str, object]:
+    """The runtime's configuration for a user."""
+    user = User(uid, 7, (8, 9), "/")
+    return runtime_config(Process(("true",), ("A=1",), "/w", user), "/root/fs", 5000)
+
+
+def test_the_sandbox() -> None:
+    config = config_for(0)
+    process, linux = config["process"], config["linux"]
+    assert isinstance(process, dict)
+    assert isinstance(linux, dict)
+    assert process["noNewPrivileges"]
+    assert "CAP_SYS_ADMIN" not in process["capabilities"]["bounding"]
+    assert process["capabilities"]["effective"] == process["capabilities"]["bounding"]
+    assert {entry["type"] for entry in linux["namespaces"]} >= {"pid", "ipc", "uts", "mount", "network", "cgroup"}
+    assert "/proc/kcore" in linux["maskedPaths"]
+    assert "/proc/sys" in linux["readonlyPaths"]
+    assert process["rlimits"] == [{"type": "RLIMIT_NOFILE", "soft": 1024, "hard": 5000}]
+
+
+def test_only_root_has_capabilities() -> None:
+    process = config_for(1000)["process"]
+    assert isinstance(process, dict)
+    assert not process["capabilities"].get("effective")
+    assert not process["capabilities"].get("permitted")
+    assert not process["capabilities"].get("ambient")
+    assert process["user"] == {"uid": 1000, "gid": 7, "additionalGids": [8, 9]}

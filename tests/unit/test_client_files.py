@@ -1,0 +1,167 @@
+"""The client's parts that need no cluster: uploads, events, files written whole, and the command line's helpers."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from afs.client.aio import _event, to_json, written_whole
+from afs.client.cli import _environment, _image_name, _split_dir
+from afs.client.events import Accepted, DiffChunk, DiffStart, Done, Finished, Log, Outcome, RunResult
+from afs.client.files import upload_messages
+from afs.core.errors import InvalidArgument
+from afs.proto.v1 import afslet_pb2 as pb
+
+
+def uploaded(directory: Path, prefix: str = "") -> list[tuple[str, str, bytes]]:
+    """(path, what, data) of every entry; each has to begin and to end."""
+    found: list[tuple[str, str, bytes]] = []
+    open_entry: pb.FileEntryBegin | None = None
+    data = b""
+    for message in upload_messages(directory, prefix):
+        match message.WhichOneof("payload"):
+            case "file_begin":
+                assert open_entry is None
+                open_entry, data = message.file_begin, b""
+            case "file_chunk":
+                assert 0 < len(message.file_chunk.data) <= 1 << 20
+                data += message.file_chunk.data
+            case kind:
+                assert kind == "file_end"
+                assert open_entry is not None
+                what = pb.FileType.Name(open_entry.type).removeprefix("FILE_TYPE_")
+                found.append((open_entry.path, what, data or open_entry.symlink_target.encode()))
+                open_entry = None
+    assert open_entry is None
+    return found
+
+
+def test_an_upload_holds_files_directories_and_links(tmp_path: Path) -> None:
+    (tmp_path / "b" / "empty").mkdir(parents=True)
+    (tmp_path / "b" / "file").write_bytes(b"x" * 2_500_000)
+    (tmp_path / "a").write_bytes(b"")
+    (tmp_path / "link").symlink_to("b")
+    (tmp_path / "dangling").symlink_to("/nowhere")
+    assert uploaded(tmp_path) == [
+        ("a", "FILE", b""),
+        ("b", "DIR", b""),
+        ("b/empty", "DIR", b""),
+        ("b/file", "FILE", b"x" * 2_500_000),
+        ("dangling", "SYMLINK", b"/nowhere"),
+        ("link", "SYMLINK", b"b"),
+    ]
+
+
+@pytest.mark.parametrize(("prefix", "path"), [("", "f"), ("/", "f"), ("/opt/x/", "opt/x/f"), ("opt", "opt/f")])
+def test_a_prefix_is_below_the_root(tmp_path: Path, prefix: str, path: str) -> None:
+    (tmp_path / "f").touch()
+    assert [entry[0] for entry in uploaded(tmp_path, prefix)] == [path]
+
+
+def test_modes_and_times_are_kept_and_owners_are_not(tmp_path: Path) -> None:
+    (tmp_path / "f").touch()
+    (tmp_path / "f").chmod(0o4755)
+    os.utime(tmp_path / "f", (7, 7))
+    begin = next(upload_messages(tmp_path)).file_begin
+    assert (begin.mode, begin.mtime_unix, begin.uid, begin.gid) == (0o4755, 7, 0, 0)
+
+
+def test_what_an_upload_cannot_hold(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match=f"^cannot upload {tmp_path}/none: not a directory$"):
+        uploaded(tmp_path / "none")
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(InvalidArgument, match=f"^cannot upload {tmp_path}/fifo: neither file, directory nor symlink$"):
+        uploaded(tmp_path)
+    (tmp_path / "fifo").unlink()
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(tmp_path / "sock"))
+        with pytest.raises(InvalidArgument, match="/sock: neither file"):
+            uploaded(tmp_path)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    with written_whole(path) as out:
+        out.write(b"first")
+        assert not path.exists()
+    assert path.read_bytes() == b"first"
+    with pytest.raises(KeyError), written_whole(path) as out:
+        out.write(b"second")
+        raise KeyError
+    assert path.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(FileNotFoundError), written_whole(tmp_path / "no" / "out"):
+        pass
+
+
+def test_events() -> None:
+    result = pb.Result(
+        exit_code=137, error="why", outcome=pb.OUTCOME_OUT_OF_MEMORY, peak_memory_bytes=5, cpu_time_us=1_500_000,
+        timings=pb.Timings(image_us=2_000_000, run_us=1),
+    )  # fmt: skip
+    finished = Finished(137, Outcome.OUT_OF_MEMORY, "why", 0, 5, 1.5, {"image": 2.0, "run": 1e-6})
+    for response, event in (
+        (pb.ExecuteResponse(accepted=pb.Accepted(accepted=True, node_id="n")), Accepted("n")),
+        (
+            pb.ExecuteResponse(log=pb.LogMessage(source="stdout", message="\ufffd", data=b"\xff")),
+            Log("stdout", b"\xff"),
+        ),
+        (pb.ExecuteResponse(result=result), finished),
+        (pb.ExecuteResponse(tar_header=pb.TarHeader(name="x")), DiffStart("x")),
+        (pb.ExecuteResponse(tar_chunk=pb.TarChunk(data=b"x")), DiffChunk(b"x")),
+        (pb.ExecuteResponse(done=pb.Done()), Done()),
+        (pb.ExecuteResponse(), None),
+    ):
+        assert _event(response) == event
+
+
+def test_events_of_an_old_server() -> None:
+    log = pb.ExecuteResponse(log=pb.LogMessage(source="stderr", message="ü"))
+    assert _event(log) == Log("stderr", "ü".encode())
+    assert _event(pb.ExecuteResponse(result=pb.Result(exit_code=3))) == Finished(3, Outcome.UNKNOWN, "")
+
+
+def test_every_outcome_has_a_name() -> None:
+    for name, number in pb.Outcome.items():
+        event = _event(pb.ExecuteResponse(result=pb.Result(outcome=number)))
+        assert isinstance(event, Finished)
+        assert (event.outcome is Outcome.UNKNOWN) == (name == "OUTCOME_UNSPECIFIED")
+
+
+def test_a_result_is_ok_only_after_an_exit_with_0() -> None:
+    def result(code: int, outcome: Outcome) -> RunResult:
+        return RunResult("n", code, outcome, "", b"\xff", b"", None, 1, 2.0, {})
+
+    assert result(0, Outcome.EXITED).ok
+    assert not result(1, Outcome.EXITED).ok
+    assert not result(0, Outcome.UNKNOWN).ok
+    assert '"stdout": "\\ufffd"' in to_json(result(0, Outcome.EXITED))
+
+
+def test_directories_and_prefixes(tmp_path: Path) -> None:
+    odd = tmp_path / "a:"
+    (odd / "b").mkdir(parents=True)
+    assert _split_dir("d") == (Path("d"), "/")
+    assert _split_dir("d:/opt/x") == (Path("d"), "/opt/x")
+    assert _split_dir("d:relative") == (Path("d:relative"), "/")
+    assert _split_dir(f"{odd}/b") == (odd / "b", "/")
+
+
+def test_local_images_get_absolute_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dir").mkdir()
+    assert _image_name("alpine:3.20") == "alpine:3.20"
+    assert _image_name("oci:/abs:v1") == "oci:/abs:v1"
+    assert _image_name("oci:dir:v1") == f"oci:{tmp_path}/dir:v1"
+    assert _image_name("oci:./dir") == f"oci:{tmp_path}/dir"
+    assert _image_name("docker-archive:sub/x.tar") == f"docker-archive:{tmp_path}/sub/x.tar"
+
+
+def test_environments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PASSED", "on")
+    monkeypatch.delenv("ABSENT", raising=False)
+    assert _environment(("A=1", "B=", "C=x=y", "PASSED")) == {"A": "1", "B": "", "C": "x=y", "PASSED": "on"}
+    for bad in ("ABSENT", "", "=x"):
+        with pytest.raises(InvalidArgument, match=f"^--env '{bad}' is not NAME=value$"):
+            _environment((bad,))

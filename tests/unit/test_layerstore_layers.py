@@ -1,0 +1,454 @@
+"""Layers between nodes: stores in temporary directories, real gRPC servers and a real discovery in this process."""
+
+import asyncio
+import contextlib
+import errno
+import threading
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typing_extensions import override
+
+from afs.core.errors import DataLoss, NotFound, ResourceExhausted, Unavailable
+from afs.core.images import Platform, parse_image
+from afs.core.rpc import serving
+from afs.discovery.client import Announcer, Peer
+from afs.discovery.directory import Directory
+from afs.discovery.server import DiscoveryService
+from afs.layerstore.errors import LayerUnavailable
+from afs.layerstore.fillserver import serving_fills
+from afs.layerstore.fillwire import FillClient, FillError, decode, encode
+from afs.layerstore.images import Images
+from afs.layerstore.layers import Layers, Origin
+from afs.layerstore.manifests import Layer
+from afs.layerstore.partial import PartialLayer
+from afs.layerstore.peers import Peers
+from afs.layerstore.pull import Puller
+from afs.layerstore.registryoptions import RegistryOptions
+from afs.layerstore.server import PeerService
+from afs.layerstore.store import CompleteLayer, LayerStore
+from afs.proto.v1 import layerstore_pb2 as pb
+from afs.proto.v1.discovery_pb2_grpc import add_DiscoveryServicer_to_server
+from afs.proto.v1.layerstore_pb2_grpc import add_LayerstorePeerServicer_to_server
+from tests.testbed import mounts, oci, tars
+from tests.testbed.faults import Fault, FaultServer
+
+AMD64 = Platform("linux", "amd64")
+TAR = tars.tar_of({name: bytes([number]) * 900_000 for number, name in enumerate("abcdef")})
+OTHER = "sha256:" + "0" * 64
+
+
+class Service(PeerService):
+    """The real service, with chunks that a test spoils."""
+
+    spoil = False
+
+    def __init__(self, images: Images, layers: Layers) -> None:
+        super().__init__(images, layers)
+        self.chunks: list[int] = []
+
+    @override
+    async def ReadChunk(self, request: pb.ReadChunkRequest, context: Any) -> pb.ReadChunkResponse:
+        self.chunks.append(request.index)
+        answer = await super().ReadChunk(request, context)
+        return pb.ReadChunkResponse(data=bytes(len(answer.data))) if self.spoil else answer
+
+
+@dataclass(slots=True)
+class Node:
+    """A layerstore's parts."""
+
+    store: LayerStore
+    announcer: Announcer
+    layers: Layers
+    images: Images
+    puller: Puller
+    service: Service
+    stop_serving: Callable[[], Any]
+
+
+class World:
+    """Discovery, a registry, and nodes."""
+
+    def __init__(
+        self, tmp_path: Path, server: FaultServer, directory: Directory, address: str, stack: contextlib.AsyncExitStack
+    ) -> None:
+        self.directory = directory
+        self.tmp_path = tmp_path
+        self.server = server
+        self.discovery = address
+        self.stack = stack
+        stored = oci.read_image(server.layout, "v1").layers[0]
+        layer = Layer(stored.diff_id, stored.digest, stored.size, stored.media_type)
+        self.origin = Origin(parse_image(f"{server.address}/app:v1"), AMD64, layer)
+        self.diff_id = layer.diff_id
+
+    @property
+    def reads(self) -> int:
+        """How often the registry served the layer."""
+        return self.server.count(f"blobs/{self.origin.layer.blob_digest}")
+
+    async def node(self, name: str, *, capacity: int = 1, deadline: float = 5.0) -> Node:
+        """Start a node."""
+        stack = await self.stack.enter_async_context(contextlib.AsyncExitStack())
+        store = LayerStore(self.tmp_path / name)
+        stack.callback(store.close)
+        puller = Puller(store, RegistryOptions(backoff=0), 2)
+        stack.push_async_callback(puller.close)
+        peers = Peers()
+        stack.push_async_callback(peers.close)
+        announcer = Announcer(self.discovery, Peer(name, "none", capacity))
+        stack.push_async_callback(announcer.leave)
+        layers = Layers(store, puller, peers, announcer, deadline)
+        layers.restore()
+        stack.push_async_callback(layers.close)
+        images = Images(store, puller, peers, announcer, 300.0)
+        stack.push_async_callback(images.close)
+        service = Service(images, layers)
+        server = await stack.enter_async_context(contextlib.AsyncExitStack())
+        (address,) = await server.enter_async_context(
+            serving(["127.0.0.1:0"], lambda s: add_LayerstorePeerServicer_to_server(service, s), grace_s=0)
+        )
+        announcer.serve_at(address)
+        await announcer.flush()
+        return Node(store, announcer, layers, images, puller, service, server.aclose)
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    """A cluster without nodes."""
+    builder = oci.LayoutBuilder(tmp_path / "layout")
+    builder.add_image("v1", [builder.add_layer(TAR, "plain")])
+    directory = Directory(60.0)
+    service = DiscoveryService(directory, 1.0)
+    async with contextlib.AsyncExitStack() as stack:
+        server = stack.enter_context(FaultServer(builder.directory))
+        (address,) = await stack.enter_async_context(
+            serving(["127.0.0.1:0"], lambda s: add_DiscoveryServicer_to_server(service, s), grace_s=0)
+        )
+        yield World(tmp_path, server, directory, address, stack)
+
+
+async def open_partial(world: World, node: Node) -> PartialLayer:
+    """The layer as a partial one."""
+    layer = await node.layers.open(world.origin, local=False)
+    assert isinstance(layer, PartialLayer)
+    return layer
+
+
+# Pulling
+
+
+async def test_a_pull_is_shared(world: World) -> None:
+    node, gate = await world.node("n1"), threading.Event()
+    world.server.add(Fault("blobs", gate=gate))
+    pulls = [asyncio.create_task(node.puller.pull(world.origin.ref, world.origin.layer)) for _ in range(3)]
+    await asyncio.sleep(0)
+    pulls[0].cancel()
+    gate.set()
+    results = await asyncio.gather(*pulls, return_exceptions=True)
+    assert isinstance(results[0], asyncio.CancelledError)
+    assert isinstance(results[1], CompleteLayer)
+    assert results[1] is results[2]
+    assert world.reads == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "message"),
+    [
+        (Fault("blobs", status=404), NotFound, "app:v1 not found"),
+        (Fault("blobs", cut=100_000), Unavailable, "reading layer sha256:[0-9a-f]+ failed"),
+        (Fault("blobs", corrupt=100_000), DataLoss, "image 127.0.0.1:[0-9]+/app:v1: .*the blob's digest is"),
+        (Fault("blobs", truncate=100_000), DataLoss, "app:v1: .*the blob's digest is"),
+    ],
+    ids=["missing", "cut", "corrupt", "short"],
+)
+async def test_a_failed_pull_leaves_nothing(world: World, fault: Fault, error: type[Exception], message: str) -> None:
+    node = await world.node("n1")
+    world.server.add(fault)
+    with pytest.raises(error, match=message):
+        await node.puller.pull(world.origin.ref, world.origin.layer)
+    assert list((node.store.root / "tmp").iterdir()) == []
+    assert node.store.complete_ids() == []
+    world.server.clear()
+    assert (await node.puller.pull(world.origin.ref, world.origin.layer)).diff_id == world.diff_id
+
+
+@pytest.mark.root
+async def test_a_full_disk_is_no_room_and_leaves_nothing(world: World) -> None:
+    root = world.tmp_path / "n1"
+    root.mkdir()
+    mounts.mount("tmpfs", root, "tmpfs", "size=2m")
+    try:
+        node = await world.node("n1")
+        with pytest.raises(ResourceExhausted, match=f"^layer {world.diff_id} of .*: no space left in {root}$"):
+            await node.puller.pull(world.origin.ref, world.origin.layer)
+        assert list((root / "tmp").iterdir()) == []
+        assert node.store.complete_ids() == []
+    finally:
+        mounts.umount(root, detach=True)
+
+
+# Peers
+
+
+async def test_a_layer_comes_from_the_peer_that_has_it(world: World) -> None:
+    one, two = await world.node("n1"), await world.node("n2")
+    complete = await one.layers.open(world.origin, local=True)
+    assert isinstance(complete, CompleteLayer)
+    partial = await open_partial(world, two)
+    assert world.reads == 1
+    assert not set(partial.metadata_chunks()) & set(partial.missing())
+    await two.layers.fill(world.diff_id, 1, 2)
+    assert partial.read(1) == complete.read_chunk(1)
+    await two.layers.fill(world.diff_id, 4, 1000)  # more than there are
+    assert partial.has(partial.table.count - 1)
+    assert two.layers.find(world.diff_id) is partial
+    with pytest.raises(NotFound, match=f"layer {OTHER} is not on this node"):
+        await two.layers.fill(OTHER, 0, 1)
+    await one.layers.fill(world.diff_id, 0, 1)  # complete: nothing to do
+
+
+async def test_the_owner_pulls_and_others_read_from_it(world: World) -> None:
+    """Placement decides; with this weight it is n1."""
+    one = await world.node("n1", capacity=1 << 60)
+    two = await world.node("n2", capacity=1)
+    await open_partial(world, two)
+    assert one.store.complete(world.diff_id) is not None
+    assert two.store.complete(world.diff_id) is None
+    assert world.reads == 1
+
+
+async def test_an_owner_that_is_gone_is_stood_in_for(world: World) -> None:
+    one = await world.node("n1", capacity=1 << 60)
+    two = await world.node("n2", capacity=1)
+    await one.stop_serving()
+    assert isinstance(await two.layers.open(world.origin, local=False), CompleteLayer)
+    assert world.reads == 1
+
+
+async def test_a_bad_chunk_is_taken_from_another_peer(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    one, two = await world.node("n1"), await world.node("n2")
+    for node in (one, two):
+        await node.layers.open(world.origin, local=True)
+    three = await world.node("n3")
+    partial = await open_partial(world, three)
+    one.service.spoil = True
+    one.service.chunks.clear()
+    await three.layers.fill(world.diff_id, 1, 3)
+    assert [partial.read(i) for i in (1, 2, 3)] == [partial_of(two, world).read_chunk(i) for i in (1, 2, 3)]
+    assert f"layerstore {one.announcer.me.endpoint} served a bad chunk" in caplog.text
+    one.service.chunks.clear()
+    await three.layers.fill(world.diff_id, 4, 1)
+    assert one.service.chunks == []  # it is avoided
+
+
+def partial_of(node: Node, world: World) -> CompleteLayer:
+    """The layer, which is complete on *node*."""
+    found = node.store.complete(world.diff_id)
+    assert found is not None
+    return found
+
+
+async def test_readers_get_an_error_when_everybody_is_gone(world: World) -> None:
+    one = await world.node("n1")
+    await one.layers.open(world.origin, local=True)
+    two = await world.node("n2", deadline=0.1)
+    partial = await open_partial(world, two)
+    await one.stop_serving()
+    world.server.add(Fault("", status=404))
+    with pytest.raises(LayerUnavailable, match=f"^layer {world.diff_id} cannot be read: ") as caught:
+        await two.layers.fill(world.diff_id, 1, 1)
+    assert one.announcer.me.endpoint in caught.value.line
+    assert not partial.has(1)
+
+
+async def test_a_lost_layer_is_pulled_once_and_read_locally(world: World) -> None:
+    one = await world.node("n1")
+    await one.layers.open(world.origin, local=True)
+    two = await world.node("n2")
+    partial = await open_partial(world, two)
+    await one.stop_serving()
+    world.directory.leave("n1", one.announcer._incarnation)
+    await two.announcer.flush()
+    for index in (1, 2, 3):
+        await two.layers.fill(world.diff_id, index, 1)
+        assert partial.read(index) == partial_of(two, world).read_chunk(index)
+    assert world.reads == 2  # once by n1, once by n2
+
+
+async def test_ensure_completes_from_peers_and_promotes(world: World) -> None:
+    one, two = await world.node("n1"), await world.node("n2")
+    await one.layers.open(world.origin, local=True)
+    await open_partial(world, two)
+    complete, pulled = await two.layers.ensure(world.origin)
+    assert not pulled
+    assert world.reads == 1
+    assert complete.path.read_bytes() == partial_of(one, world).path.read_bytes()
+    assert two.layers.find(world.diff_id) is complete
+    assert two.store.partial_ids() == []
+    assert (await two.layers.ensure(world.origin)) == (complete, False)
+    located = await one.announcer.locate([world.diff_id])
+    assert world.diff_id in located.complete
+
+
+async def test_ensure_pulls_what_nobody_has(world: World) -> None:
+    node = await world.node("n1")
+    results = await asyncio.gather(*(node.layers.ensure(world.origin) for _ in range(3)))
+    assert [pulled for _, pulled in results] == [True] * 3
+    assert world.reads == 1
+
+
+async def test_ensure_pulls_when_the_peer_lies(world: World) -> None:
+    one, two = await world.node("n1"), await world.node("n2", deadline=0.1)
+    await one.layers.open(world.origin, local=True)
+    one.service.spoil = True
+    complete, pulled = await two.layers.ensure(world.origin)
+    assert pulled
+    assert complete.path.read_bytes() == partial_of(one, world).path.read_bytes()
+
+
+async def test_opening_and_ensuring_at_once_make_one_layer(world: World) -> None:
+    one, two = await world.node("n1"), await world.node("n2")
+    await one.layers.open(world.origin, local=True)
+    opening = [asyncio.create_task(two.layers.open(world.origin, local=False)) for _ in range(3)]
+    complete, pulled = await two.layers.ensure(world.origin)
+    opened = await asyncio.gather(*opening)
+    assert not pulled
+    assert two.layers.find(world.diff_id) is complete
+    assert len({id(layer) for layer in opened}) == 1
+    assert two.store.partial_ids() == []
+    assert sorted(one.service.chunks) == list(range(complete.table.count))  # each chunk once
+
+
+# Restarts
+
+
+async def test_a_restarted_node_goes_on_where_it_was(world: World) -> None:
+    one = await world.node("n1")
+    await one.layers.open(world.origin, local=True)
+    other = contextlib.AsyncExitStack()
+    outer, world.stack = world.stack, other
+    async with other:
+        partial = await open_partial(world, await world.node("n2"))
+        missing = partial.missing()
+    world.stack = outer
+    one.service.chunks.clear()
+    two = await world.node("n2")
+    again = two.layers.find(world.diff_id)
+    assert isinstance(again, PartialLayer)
+    assert again.missing() == missing
+    await two.layers.ensure(world.origin)
+    assert sorted(one.service.chunks) == missing
+
+
+async def test_a_partial_layer_beside_the_complete_one_goes_at_the_next_start(world: World) -> None:
+    one = await world.node("n1")
+    await one.layers.open(world.origin, local=True)
+    outer = world.stack
+    async with contextlib.AsyncExitStack() as world.stack:
+        two = await world.node("n2")
+        await open_partial(world, two)
+        await two.puller.pull(world.origin.ref, world.origin.layer)
+        assert two.store.partial_ids() == [world.diff_id]
+    world.stack = outer
+    two = await world.node("n2")
+    assert two.store.partial_ids() == []
+    await one.announcer.flush()
+    assert two.announcer._held[world.diff_id][1]
+
+
+async def test_a_damaged_partial_layer_is_dropped(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    store = LayerStore(world.tmp_path / "n1")
+    store.partial_dir(OTHER).mkdir()
+    (store.partial_dir(OTHER) / "data").write_bytes(b"x")
+    store.close()
+    node = await world.node("n1")
+    assert node.store.partial_ids() == []
+    assert f"dropping the partial layer {OTHER}: " in caplog.text
+
+
+# The fill socket
+
+
+async def test_fills_over_the_socket(world: World) -> None:
+    one, two = await world.node("n1"), await world.node("n2")
+    complete = await one.layers.open(world.origin, local=True)
+    partial = await open_partial(world, two)
+    path = world.tmp_path / "fill.sock"
+    client = FillClient(str(path), 5.0)
+    async with serving_fills(path, two.layers):
+        assert path.stat().st_mode & 0o777 == 0o600
+        answer = await client.ask(op="open", diff_id=world.diff_id)
+        assert answer["size"] == partial.layout.file_size
+        assert (answer["data"], answer["chunks"]) == (str(partial.data_path), str(partial.map_path))
+        await asyncio.gather(*(client.ask(op="fill", diff_id=world.diff_id, first=i, count=1) for i in range(5)))
+        assert [partial.has(index) for index in range(5)] == [True] * 5
+        for message, number, text in (
+            ({"op": "open", "diff_id": OTHER}, errno.ENOENT, f"layer {OTHER} is not on this node"),
+            ({"op": "fill", "diff_id": OTHER, "first": 0, "count": 1}, errno.ENOENT, "is not on this node"),
+            ({"op": "dance", "diff_id": OTHER}, errno.EINVAL, "no operation 'dance'"),
+            ({"op": "open", "diff_id": "../x"}, errno.EINVAL, "not a sha256 digest"),
+            ({"op": "open"}, errno.EINVAL, "not a sha256 digest: 'None'"),
+        ):
+            with pytest.raises(FillError, match=text) as caught:
+                await client.ask(**message)
+            assert caught.value.errno == number
+        assert isinstance(complete, CompleteLayer)
+    assert not path.exists()
+    async with serving_fills(path, one.layers):  # another process on the same path: the client notices
+        answer = await client.ask(op="open", diff_id=world.diff_id)
+        assert (answer["data"], answer["chunks"]) == (str(complete.path), "")
+    await client.close()
+
+
+async def test_questions_wait_while_the_server_is_away(world: World) -> None:
+    node = await world.node("n1")
+    complete = await node.layers.open(world.origin, local=True)
+    assert isinstance(complete, CompleteLayer)
+    path = world.tmp_path / "fill.sock"
+    client = FillClient(str(path), 10.0)
+    asking = [asyncio.create_task(client.ask(op="open", diff_id=world.diff_id)) for _ in range(2)]
+    await asyncio.sleep(0)
+    async with serving_fills(path, node.layers):
+        assert {answer["data"] for answer in await asyncio.gather(*asking)} == {str(complete.path)}
+    await client.close()
+
+
+async def test_a_question_has_a_deadline(tmp_path: Path) -> None:
+    client = FillClient(str(tmp_path / "none"), 0.05)
+    with pytest.raises(FillError, match=f"^layerstore at {tmp_path}/none did not answer within 0 s$") as caught:
+        await client.ask(op="open", diff_id=OTHER)
+    assert caught.value.errno == errno.ETIMEDOUT
+    await client.close()
+
+
+async def test_an_unanswered_question_is_asked_again_on_the_next_connection(tmp_path: Path) -> None:
+    """The first server breaks off after it read the question, as a crash would; garbage counts as that too."""
+    path, questions = tmp_path / "s", list[dict[str, Any]]()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        question = decode(await reader.readline())
+        questions.append(question)
+        if len(questions) == 2:
+            writer.write(b"garbage\n")
+        elif len(questions) > 2:
+            writer.write(encode({"id": 999}) + encode({"id": question["id"], "size": 7}))
+        writer.close()
+
+    async with await asyncio.start_unix_server(serve, path):
+        client = FillClient(str(path), 10.0)
+        assert (await client.ask(op="open"))["size"] == 7
+        await client.close()
+    assert len({question["id"] for question in questions}) == len(questions) == 3
+
+
+def test_the_wire_is_one_object_per_line() -> None:
+    assert encode({"id": 1, "x": "ü\n"}).count(b"\n") == 1
+    assert decode(encode({"id": 1, "x": "ü\n"})) == {"id": 1, "x": "ü\n"}
+    for line in (b"", b"[]\n", b"3\n", b"{\n", b"\xff\n"):
+        with pytest.raises(ValueError, match=r"object|JSON|value|decode|property"):
+            decode(line)
