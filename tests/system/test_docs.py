@@ -33,7 +33,9 @@ def blocks(language: str) -> list[object]:
     return [
         pytest.param(block, id=f"{page.name}-{number}")
         for page in PAGES
-        for number, block in enumerate(re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S))
+        for number, block in enumerate(
+            re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+        )
     ]
 
 
@@ -96,7 +98,7 @@ def test_examples(example: str, arguments: list[str], image: str, environment: d
 def test_running_nodes_by_hand(busybox_image: BusyboxImage, tmp_path: Path) -> None:
     """The services start as docs/configuration.md says, with their default ports and directories, in namespaces of their own."""
     page = (ROOT / "docs" / "configuration.md").read_text()
-    block = next(found for found in re.findall(r"^```sh\n(.*?)^```", page, re.M | re.S) if "&\n" in found)
+    block = next(found for found in re.findall(r"^```sh\n(.*?)^```", page, re.MULTILINE | re.DOTALL) if "&\n" in found)
     setup = "ip link set lo up\n"
     for directory in ("/var/lib/afs", "/run/afs"):
         own = tmp_path / directory[1:]

@@ -54,6 +54,8 @@ def diff_chunks(upper: Path, lower: Sequence[Path]) -> Iterator[bytes]:
         for path in _walk(os.fsencode(upper), b""):
             for _ in _add(tar, os.fsencode(upper), path, lower, links):
                 yield from sink.take(_CHUNK)
+            yield from sink.take(_CHUNK)
+            tar.getmembers().clear()  # tarfile remembers every entry, but we never look back
     sink.finish()
     yield from sink.take(1)
 
@@ -125,8 +127,9 @@ def _info(name: str, full: bytes, status: os.stat_result) -> tarfile.TarInfo:
     info.pax_headers = pax
     info.mode, info.uid, info.gid = stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid
     info.mtime = int(status.st_mtime)
-    if nanoseconds := status.st_mtime_ns % 10**9:  # a float would lose them
-        pax["mtime"] = f"{status.st_mtime_ns // 10**9}.{nanoseconds:09}"
+    seconds, nanoseconds = divmod(abs(status.st_mtime_ns), 10**9)
+    if nanoseconds:  # a float would lose them
+        pax["mtime"] = f"{'-' if status.st_mtime_ns < 0 else ''}{seconds}.{nanoseconds:09}"
     mode = status.st_mode
     if stat.S_ISREG(mode):
         info.size = status.st_size

@@ -34,15 +34,19 @@ def open_root(path: Path) -> Iterator[int]:
 def read_file(root: int, path: str) -> str | None:
     """A small text file inside the root; None if there is none that can be read as a file."""
     try:
-        # O_NONBLOCK: a fifo in the image must not hang us.
-        fd = syscalls.openat2(root, os.fsencode(path), os.O_RDONLY | os.O_NONBLOCK, _INSIDE)
+        found = syscalls.openat2(root, os.fsencode(path), os.O_PATH, _INSIDE)
     except OSError:
         return None
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
+    try:
+        # Looked at before it is opened: opening a device of the image's would be opening the host's.
+        if not stat.S_ISREG(os.fstat(found).st_mode):
+            return None
+        with open(f"/proc/self/fd/{found}", "rb") as file:
+            return file.read(_MAX_PASSWD).decode(errors="replace")
+    except PermissionError:  # a file system that root may not read, such as another user's FUSE
         return None
-    with open(fd, "rb") as file:
-        return file.read(_MAX_PASSWD).decode(errors="replace")
+    finally:
+        os.close(found)
 
 
 def stat_inside(root: int, path: str) -> os.stat_result | None:

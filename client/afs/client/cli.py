@@ -36,9 +36,13 @@ def _split_dir(given: str) -> tuple[Path, str]:
 def _image_name(image: str) -> str:
     """Local sources get an absolute path: the server has another working directory."""
     scheme, colon, rest = image.partition(":")
-    if colon and scheme in ("oci", "docker-archive") and not rest.startswith("/"):
-        return f"{scheme}:{os.path.abspath(rest)}" if "/" in rest or os.path.exists(rest.partition(":")[0]) else image
-    return image
+    if not colon or scheme not in ("oci", "docker-archive") or rest.startswith("/"):
+        return image
+    path, at, digest = rest.partition("@")
+    if not at:
+        path, tag = (rest, "") if os.path.exists(rest) else rest.rpartition(":")[::2] if ":" in rest else (rest, "")
+        return f"{scheme}:{os.path.abspath(path)}" + (f":{tag}" if tag else "")
+    return f"{scheme}:{os.path.abspath(path)}@{digest}"
 
 
 def _environment(entries: tuple[str, ...]) -> dict[str, str]:

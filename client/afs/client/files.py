@@ -26,6 +26,8 @@ def _walk(directory: str, base: PurePosixPath) -> Iterator[pb.ExecuteRequest]:
     with os.scandir(directory) as entries:
         found = sorted(entries, key=lambda entry: entry.name)
     for entry in found:
+        if not _is_text(entry.name):
+            raise InvalidArgument(f"cannot upload {entry.path!r}: its name is not UTF-8, as the interface demands")
         status, path = entry.stat(follow_symlinks=False), base / entry.name
         begin = pb.FileEntryBegin(
             path=str(path), mode=stat.S_IMODE(status.st_mode), uid=0, gid=0, mtime_unix=int(status.st_mtime)
@@ -36,7 +38,12 @@ def _walk(directory: str, base: PurePosixPath) -> Iterator[pb.ExecuteRequest]:
             yield pb.ExecuteRequest(file_end=pb.FileEntryEnd())
             yield from _walk(entry.path, path)
         elif stat.S_ISLNK(status.st_mode):
-            begin.type, begin.symlink_target = pb.FILE_TYPE_SYMLINK, os.readlink(entry.path)
+            target = os.readlink(entry.path)
+            if not _is_text(target):
+                raise InvalidArgument(
+                    f"cannot upload {entry.path!r}: its target is not UTF-8, as the interface demands"
+                )
+            begin.type, begin.symlink_target = pb.FILE_TYPE_SYMLINK, target
             yield pb.ExecuteRequest(file_begin=begin)
             yield pb.ExecuteRequest(file_end=pb.FileEntryEnd())
         elif stat.S_ISREG(status.st_mode):
@@ -48,3 +55,8 @@ def _walk(directory: str, base: PurePosixPath) -> Iterator[pb.ExecuteRequest]:
             yield pb.ExecuteRequest(file_end=pb.FileEntryEnd())
         else:
             raise InvalidArgument(f"cannot upload {entry.path}: neither file, directory nor symlink")
+
+
+def _is_text(name: str) -> bool:
+    """Whether *name* came from valid UTF-8: Python maps other bytes to lone surrogates (PEP 383)."""
+    return name.isprintable() or name.encode(errors="replace").decode() == name

@@ -33,6 +33,7 @@ EOF: object = getattr(grpc.aio, "EOF")  # noqa: B009 - what read() gives at the 
 _NO_CONNECTION = (
     "failed to connect",
     "Socket closed",
+    "Stream removed",
     "recvmsg:",
     "Connection reset",
     "connections to all backends failing",

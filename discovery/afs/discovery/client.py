@@ -9,8 +9,8 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from afs.core.errors import AfsError
 from afs.core.rpc import calling, channel
@@ -34,12 +34,12 @@ class Peer:
 class Located:
     """Holders by diff_id (complete ones first) and by image key; this node is never among them.
 
-    *complete* are the diff_ids of which somebody holds every chunk.
+    *complete* has, for every diff_id of which somebody holds every chunk, the ids of those nodes.
     """
 
     layers: dict[str, list[Peer]]
     images: dict[str, list[Peer]]
-    complete: frozenset[str] = frozenset()
+    complete: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
 class Announcer:
@@ -152,11 +152,12 @@ class Announcer:
         return Located(
             {key: self._others(value) for key, value in response.layers.items()},
             {key: self._others(value) for key, value in response.images.items()},
-            frozenset(key for key, value in response.layers.items() if self._held_whole(value)),
+            {key: whole for key, value in response.layers.items() if (whole := self._held_whole(value))},
         )
 
-    def _held_whole(self, holders: pb.Holders) -> bool:
-        return any(item.complete for item in holders.holders if item.node_id != self.me.node_id)
+    def _held_whole(self, holders: pb.Holders) -> frozenset[str]:
+        others = (item for item in holders.holders if item.node_id != self.me.node_id)
+        return frozenset(item.node_id for item in others if item.complete)
 
     def _others(self, holders: pb.Holders) -> list[Peer]:
         return [Peer(item.node_id, item.endpoint, 0) for item in holders.holders if item.node_id != self.me.node_id]

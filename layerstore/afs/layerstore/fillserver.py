@@ -86,7 +86,10 @@ async def _do(layers: Layers, message: dict[str, Any]) -> dict[str, Any]:
                 "chunks": str(layer.map_path) if isinstance(layer, PartialLayer) and partial else "",
             }
         case "fill":
-            await layers.fill(diff_id, int(message.get("first", 0)), int(message.get("count", 0)))
+            first, count = message.get("first"), message.get("count")
+            if not isinstance(first, int) or not isinstance(count, int):
+                raise InvalidArgument(f"fill of {diff_id}: first and count are numbers")
+            await layers.fill(diff_id, first, count)
             return {}
         case operation:
             raise InvalidArgument(f"no operation {operation!r}")

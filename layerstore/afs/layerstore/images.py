@@ -10,7 +10,7 @@ import logging
 import os
 import time
 
-from afs.core.errors import AfsError, NotFound, Unavailable
+from afs.core.errors import AfsError, DataLoss, NotFound, Unavailable
 from afs.core.images import ImageRef, Platform
 from afs.core.singleflight import SingleFlight
 from afs.discovery.client import Announcer
@@ -71,7 +71,7 @@ class Images:
         old = self._known.get(key)
         if ref.is_local:
             fingerprint = _fingerprint(ref)
-            if not fingerprint:
+            if not fingerprint and not os.path.exists(ref.location):
                 found = old or await self._ask_holders(ref, platform)
                 if found is None:
                     raise ImageNotFound(str(ref), f"no {ref.location} on node {self._announcer.me.node_id}")
@@ -112,7 +112,7 @@ class Images:
             return await self._ask_source(ref, platform)
         try:
             return await self._peers.resolve_image(owner, ref, platform, only_known=False)
-        except Unavailable as error:
+        except (Unavailable, DataLoss) as error:  # DataLoss: what it says cannot be checked against the digest
             log.warning("owner %s of image %s: %s; asking the registry from here", owner.node_id, ref, error.line)
             return await self._ask_source(ref, platform)
 

@@ -6,7 +6,7 @@ State and locks (one event loop):
   :meth:`_promote` after the complete file was committed; in between a layer may be read from either, the bytes are equal.
 - ``_opening`` and ``_ensuring`` are single flight by diff_id: at most one task changes the state of a layer each.
   Both may want a partial layer made: ``_describing`` is single flight for that and waits for neither.
-- ``_providers`` and ``_origins`` are hints; any await may find them changed, and a wrong one costs one failed call.
+- ``_providers``, ``_avoided`` and ``_origins`` are hints; any await may find them changed, and a wrong one costs one failed call.
 """
 
 import asyncio
@@ -53,6 +53,7 @@ class Layers:
         self._partials: dict[str, PartialLayer] = {}
         self._providers: dict[str, list[Peer]] = {}
         self._origins: dict[str, Origin] = {}
+        self._avoided: dict[str, set[str]] = {}  # ids of nodes that served a bad chunk of a layer, by diff_id
         self._opening: SingleFlight[str, OpenLayer] = SingleFlight()
         self._ensuring: SingleFlight[str, bool] = SingleFlight()
         self._describing: SingleFlight[str, PartialLayer | None] = SingleFlight()
@@ -110,13 +111,17 @@ class Layers:
 
         Partial holders alone are of no use: what they miss has to come from the source, and whoever pulls it has it all.
         """
-        located = await self._announcer.locate([diff_id])
-        return located.layers.get(diff_id, []) if diff_id in located.complete else []
+        located, avoided = await self._announcer.locate([diff_id]), self._avoided.get(diff_id, set())
+        if not located.complete.get(diff_id, frozenset()) - avoided:
+            return []
+        return [peer for peer in located.layers.get(diff_id, []) if peer.node_id not in avoided]
 
     async def _place(self, origin: Origin, *, local: bool) -> CompleteLayer | Peer:
-        """Have the layer pulled by its owner, or here if the owner does not answer; the holder."""
+        """Have the layer pulled by its owner, or here if the owner does not answer or served bad chunks; the holder."""
         me, diff_id = self._announcer.me, origin.layer.diff_id
         owner = me if local else ranked(diff_id, self._announcer.peers)[0]
+        if owner.node_id in self._avoided.get(diff_id, ()):
+            owner = me
         if owner.node_id != me.node_id:
             try:
                 await self._peers.ensure_layer(owner, origin.ref, origin.platform, origin.layer)
@@ -184,6 +189,7 @@ class Layers:
                     return data
                 cause = f"layerstore {peer.endpoint} served a bad chunk {index}"
                 log.error("layer %s: %s; avoiding it", partial.diff_id, cause)
+                self._avoided.setdefault(partial.diff_id, set()).add(peer.node_id)
                 self._providers[partial.diff_id] = [p for p in self._providers[partial.diff_id] if p != peer]
             if await self._find_providers(partial.diff_id):
                 continue

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 from typing_extensions import override
 
 from afs.afslet.requests import check_start
@@ -119,7 +120,10 @@ class Forwarder(grpc.GenericRpcHandler):
 
 
 def _start(first: bytes | None) -> pb.StartRequest:
-    request = pb.ExecuteRequest.FromString(first) if first is not None else pb.ExecuteRequest()
+    try:
+        request = pb.ExecuteRequest.FromString(first or b"")
+    except DecodeError:
+        raise InvalidArgument("the first request is not an ExecuteRequest") from None
     if not request.HasField("start"):
         raise InvalidArgument("the first request must be start")
     check_start(request.start)

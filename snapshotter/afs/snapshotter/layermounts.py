@@ -54,16 +54,10 @@ class LayerMounts:
     @contextlib.asynccontextmanager
     async def using(self, diff_id: str, file: str) -> AsyncIterator[MountedLayer]:
         """The mount of a layer while the block runs; *file* is its complete file, "" if it is partial."""
-        layer = self._mounted.get(diff_id)
-        if layer is not None and layer.served_from is not None and not self._fused.serves(layer.served_from):
-            log.error("layer %s: its afs_fused died; mounting it anew", diff_id)
-            del self._mounted[diff_id]
-            if layer.users == 0:
-                await self._unmount(layer)
-            layer = None
-        if layer is None:
+        await self._drop_dead(diff_id)
+        # Another user's _trim may take a new mount away between the end of the single flight and here.
+        while (layer := self._mounted.get(diff_id)) is None:
             await self._mounting.run(diff_id, lambda: self._mount(diff_id, file))
-            layer = self._mounted[diff_id]
         self._mounted[diff_id] = self._mounted.pop(diff_id)  # now the most recently used
         layer.users += 1
         try:
@@ -73,6 +67,15 @@ class LayerMounts:
             if layer.users == 0 and self._mounted.get(diff_id) is not layer:
                 await self._unmount(layer)
             await self._trim(self._keep)
+
+    async def _drop_dead(self, diff_id: str) -> None:
+        layer = self._mounted.get(diff_id)
+        if layer is None or layer.served_from is None or self._fused.serves(layer.served_from):
+            return
+        log.error("layer %s: its afs_fused died; mounting it anew", diff_id)
+        del self._mounted[diff_id]
+        if layer.users == 0:
+            await self._unmount(layer)
 
     async def _mount(self, diff_id: str, file: str) -> MountedLayer:
         served_from = None if file else await self._fused.directory()
