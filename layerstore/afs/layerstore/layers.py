@@ -234,6 +234,9 @@ class Layers:
                 partial = await self._describe(diff_id, await self._holders(diff_id))
             if partial is not None:
                 await partial.fill(partial.missing(), self._fetch)
+                if self._store.complete(diff_id) is not None:  # no peer was left, so a fetch had it pulled
+                    await self._drop(partial)
+                    return True
                 await self._promote(partial)
                 return False
         except (LayerUnavailable, DataLoss) as error:
@@ -246,8 +249,13 @@ class Layers:
         await partial.idle()
         await asyncio.to_thread(partial.verify_and_sync)
         self._store.commit(partial.data_path, partial.diff_id)
+        await self._drop(partial)
+        self._announcer.hold(partial.diff_id, partial.layout.file_size, complete=True)
+        await self._announcer.flush()
+
+    async def _drop(self, partial: PartialLayer) -> None:
+        """Forget a partial layer whose complete file is there; afs_fused keeps what it has open."""
+        await partial.idle()
         self._partials.pop(partial.diff_id, None)
         partial.close()
         self._store.drop_partial(partial.diff_id)
-        self._announcer.hold(partial.diff_id, partial.layout.file_size, complete=True)
-        await self._announcer.flush()
