@@ -117,7 +117,6 @@ class Images:
             return await self._ask_source(ref, platform)
 
     async def _ask_source(self, ref: ImageRef, platform: Platform) -> Image:
-        self._puller.warm()  # an image that has to be asked for mostly brings layers that have to be pulled
         source = self._puller.source(ref)
         reference = ref.digest or ref.tag
         now = int(time.time())

@@ -40,9 +40,9 @@ class Puller:
         """Where *ref* comes from, for manifests and configs."""
         return self._sources.source(ref)
 
-    def warm(self) -> None:
-        """A pull is likely to come soon."""
-        self._workers.warm()
+    async def start(self) -> None:
+        """Have a process ready for the first pull."""
+        await self._workers.start()
 
     async def pull(self, ref: ImageRef, layer: Layer) -> CompleteLayer:
         """The layer, complete; joins a running pull of it. Raises the source's and the converter's errors."""

@@ -1,7 +1,8 @@
 """The process that downloads and converts layers for :mod:`afs.layerstore.workers`, one after the other.
 
-One JSON object per line: ``{"image", "tag", "layer", "out", "registry"}`` on stdin, ``{"done": ...}`` or ``{"error": message,
-"status": gRPC code, "errno": number or null}`` on stdout. It ends when stdin does, or with its parent.
+One JSON object per line. On stdin ``{"image", "layer", "out", "registry"}``; on stdout an empty one when it is ready, then
+for each job ``{"done": ...}`` or ``{"error": message, "status": gRPC code, "errno": number or null}``. It ends when stdin
+does, or with its parent.
 
 A process of its own because of memory and the GIL: converting two layers of IMG4 at once in the layerstore left 35 MiB
 resident for good, in arenas that a few surviving objects pin, and parsing one tar held up the other and the serving of
@@ -53,6 +54,10 @@ def main() -> None:
     syscalls.set_parent_death_signal(signal.SIGKILL)
     if os.getppid() != int(sys.argv[1]):  # the layerstore died before we asked
         return
+    import afs.layerstore.registry  # noqa: F401 - now, not while somebody waits
+
+    sys.stdout.buffer.write(b"{}\n")
+    sys.stdout.buffer.flush()
     sources: Sources | None = None
     for line in sys.stdin.buffer:
         job = json.loads(line)
