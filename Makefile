@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SYSTEM_PACKAGES := runc erofs-utils libfuse3-dev fuse3 pkg-config gcc libc6-dev python3-dev python3-venv busybox-static
+SYSTEM_PACKAGES := runc erofs-utils libfuse3-dev fuse3 kmod ca-certificates pkg-config gcc libc6-dev python3-dev python3-venv busybox-static
 TEST_PACKAGES := containerd docker-registry umoci debootstrap
 SOURCES := core discovery layerstore snapshotter afslet proxy client tests benchmarks examples
 
@@ -19,7 +19,7 @@ test: system test-system venv  ## The whole test suite
 	$(BIN)/pytest $(PYTEST_ARGS)
 
 .PHONY: check
-check: venv  ## Linters, type checkers, import rules, generated stubs
+check: system venv  ## Linters, type checkers, import rules, generated stubs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -55,8 +55,8 @@ test-system:
 	@./packaging/apt-install $(TEST_PACKAGES)
 
 .PHONY: venv
-venv: $(VENV)/.installed  ## A virtual environment with AFS in it, editable
-$(VENV)/.installed: requirements.lock pyproject.toml
+venv: system $(VENV)/.installed  ## A virtual environment with AFS in it, editable
+$(VENV)/.installed: requirements.lock pyproject.toml | system
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r requirements.lock
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .

@@ -110,8 +110,8 @@ async def test_a_bug_is_logged_with_its_traceback(method: str, caplog: pytest.Lo
 
 
 async def test_an_error_of_the_system_keeps_its_words(caplog: pytest.LogCaptureFixture) -> None:
-    async with serving([LOOPBACK], raising(OSError(errno.ENOSPC, "No space left", "/x")).register) as (address,):
-        with pytest.raises(Internal, match=re.escape("[Errno 28] No space left: '/x'")):
+    async with serving([LOOPBACK], raising(OSError(errno.EIO, "Input/output error", "/x")).register) as (address,):
+        with pytest.raises(Internal, match=re.escape("[Errno 5] Input/output error: '/x'")):
             await ask(address)
     assert [record.message for record in caplog.records] == ["unexpected OSError"]
 

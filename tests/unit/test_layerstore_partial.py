@@ -210,6 +210,7 @@ async def test_reopening_trusts_only_what_is_on_disk(
     with (directory / "chunks").open("r+b") as chunks:
         chunks.seek(3)
         chunks.write(b"\1")  # marked, but the data was never written
+    (directory / "boot").write_text("another boot")  # the machine went down, not only the process
     layer = PartialLayer.open(DIFF_ID, directory)
     assert [layer.has(index) for index in range(4)] == [True, False, True, False]
     assert [record.message for record in caplog.records] == [
@@ -280,6 +281,7 @@ class PartialMachine(RuleBasedStateMachine):
         with self.layer.data_path.open("r+b") as data:
             data.seek(index * self.whole.layout.chunk_size + 2000)
             data.write(b"lost")
+        (self.layer.directory / "boot").write_text("another boot")
         self.layer = PartialLayer.open(DIFF_ID, self.layer.directory)
         self.filled.discard(index)
 

@@ -177,7 +177,7 @@ def test_an_archive_says_what_it_has(tmp_path: Path) -> None:
     oci.docker_archive(path, ["app:v1"], TARS)
     with pytest.raises(ImageNotFound, match=f"^image docker-archive:{path}:v9 not found: the archive has: app:v1$"):
         resolved(f"docker-archive:{path}:v9")
-    with pytest.raises(ImageNotFound, match=f"no file {tmp_path}/none"):
+    with pytest.raises(ImageNotFound, match=f"cannot open {tmp_path}/none"):
         resolved(f"docker-archive:{tmp_path}/none")
     source, image = resolved(f"docker-archive:{path}")
     stranger = Layer(image.layers[0].diff_id, "sha256:" + "0" * 64, 1, "x")

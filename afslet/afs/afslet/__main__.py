@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import fcntl
 import hashlib
 import logging
 import os
@@ -55,29 +54,25 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
     from afs.afslet.execution import Node
     from afs.afslet.runc import Runtime
     from afs.afslet.server import AfsletService
-    from afs.core.errors import FailedPrecondition
-    from afs.core.files import remove_tree
+    from afs.core.files import locked, remove_tree
     from afs.core.rpc import serving
     from afs.proto.v1.afslet_pb2_grpc import add_AfsletServicer_to_server
     from afs.snapshotter.client import Mounts
 
     node_id = config.node_id or socket.gethostname()
     scratch, state = config.root / "runs", config.run_dir / "runtime"
-    config.root.mkdir(parents=True, exist_ok=True)
+    for directory in (config.root, config.run_dir):
+        directory.mkdir(parents=True, exist_ok=True)
     parent = cgroup_parent(node_id, config.root)
     async with contextlib.AsyncExitStack() as stack:
-        lock = os.open(config.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        stack.callback(os.close, lock)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FailedPrecondition(f"{config.root} is in use by another afslet") from None
+        stack.enter_context(locked(config.root / "lock", "afslet"))
+        stack.enter_context(locked(config.run_dir / "afslet.lock", "afslet"))
         if left := await asyncio.to_thread(clean_up, parent):
             log.warning("killed %d runs that an earlier afslet left", left)
         stack.callback(clean_up, parent)
         for directory in (scratch, state):
             remove_tree(directory)
-            directory.mkdir(parents=True, mode=0o711)
+            directory.mkdir(parents=True, mode=0o700)  # uploads may hold setuid files
             stack.callback(remove_tree, directory)
         mounts = Mounts(f"unix:{config.run_dir}/mounts.sock")
         stack.push_async_callback(mounts.close)

@@ -140,7 +140,10 @@ def _kill_tree(top: Path) -> bool:
 
 
 def _remove_tree(top: Path) -> None:
-    """rmdir the group and its children. EBUSY for a moment after the last process died is normal: zombies count."""
+    """rmdir the group and its children. EBUSY for a moment after the last process died is normal: zombies count.
+
+    Raises it after a millisecond or so; callers that can wait try again.
+    """
     for directory, _, _ in os.walk(top, topdown=False):
         for attempt in range(200):
             try:

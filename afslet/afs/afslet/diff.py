@@ -4,6 +4,7 @@ Deleted: ``.wh.NAME``; replaced directory: ``.wh..wh..opq`` in it; everything el
 """
 
 import io
+import logging
 import os
 import stat
 import tarfile
@@ -13,8 +14,10 @@ from typing import IO, cast
 
 from afs.core import syscalls
 
+log = logging.getLogger(__name__)
 _OPAQUE = "trusted.overlay.opaque"
 _CHUNK = 1 << 18
+_PATH_MAX = 4096
 _LEVEL = 1  # of ISA-L: at 2 and 3 it is slower for a few per cent
 
 
@@ -51,7 +54,7 @@ def diff_chunks(upper: Path, lower: Sequence[Path]) -> Iterator[bytes]:
     sink = _Gzip()
     with tarfile.open(fileobj=cast("IO[bytes]", sink), mode="w|", format=tarfile.PAX_FORMAT, bufsize=_CHUNK) as tar:
         links: dict[tuple[int, int], str] = {}
-        for path in _walk(os.fsencode(upper), b""):
+        for path in _walk(os.fsencode(upper)):
             for _ in _add(tar, os.fsencode(upper), path, lower, links):
                 yield from sink.take(_CHUNK)
             yield from sink.take(_CHUNK)
@@ -60,15 +63,25 @@ def diff_chunks(upper: Path, lower: Sequence[Path]) -> Iterator[bytes]:
     yield from sink.take(1)
 
 
-def _walk(top: bytes, path: bytes) -> Iterator[bytes]:
-    """Every path below *top*, parents first, sorted; sockets are left out, a layer cannot hold them."""
-    with os.scandir(os.path.join(top, path)) as entries:
-        found = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
-    for name, is_directory in found:
-        child = os.path.join(path, name)
-        yield child
-        if is_directory:
-            yield from _walk(top, child)
+def _walk(top: bytes) -> Iterator[bytes]:
+    """Every path below *top*, parents first, sorted. Iterative: a run may nest directories deeper than Python recurses.
+
+    What lies deeper than the kernel takes in one path (PATH_MAX, 4096 bytes) is left out and logged: a process reaches it
+    only by descending step by step.
+    """
+    pending = [(b"", True)]
+    while pending:
+        path, is_directory = pending.pop()
+        if path:
+            yield path
+        if not is_directory:
+            continue
+        with os.scandir(os.path.join(top, path)) as entries:
+            found = sorted((os.path.join(path, entry.name), entry.is_dir(follow_symlinks=False)) for entry in entries)
+        fitting = [item for item in found if len(top) + 1 + len(item[0]) < _PATH_MAX]
+        if len(fitting) < len(found):
+            log.warning("diff: %d entries below %r lie too deep and are left out", len(found) - len(fitting), path[:80])
+        pending.extend(reversed(fitting))
 
 
 def _add(
@@ -143,7 +156,8 @@ def _info(name: str, full: bytes, status: os.stat_result) -> tarfile.TarInfo:
         info.type = tarfile.CHRTYPE if stat.S_ISCHR(mode) else tarfile.BLKTYPE
         info.devmajor, info.devminor = os.major(status.st_rdev), os.minor(status.st_rdev)
     for attribute in os.listxattr(full, follow_symlinks=False):
-        if not attribute.startswith("trusted.overlay."):
+        # A PAX record's key is UTF-8; an attribute of another name cannot be expressed in a layer.
+        if not attribute.startswith("trusted.overlay.") and attribute.isprintable():
             value = os.getxattr(full, attribute, follow_symlinks=False)
             pax[f"SCHILY.xattr.{attribute}"] = os.fsdecode(value)
     return info

@@ -5,6 +5,7 @@ directory, bundle, container) is on one exit stack, so whatever ends the call gi
 """
 
 import asyncio
+import codecs
 import contextlib
 import json
 import secrets
@@ -57,6 +58,7 @@ class Execution:
         self._name = secrets.token_hex(8)
         self._home = node.scratch / self._name
         self._timings = pb.Timings()
+        self._staging: Staging | None = None
 
     @contextlib.contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -100,7 +102,8 @@ class Execution:
         """Open the image and take the upload at the same time; the image's config and the upload."""
         opening = asyncio.create_task(self._open_image(hold), name=f"open image of {self._name}")
         stack.push_async_callback(_settled, opening)
-        receiving = asyncio.create_task(self._receive(stack, requests), name=f"upload of {self._name}")
+        stack.push_async_callback(self._close_staging)  # once the upload has settled: it uses the descriptors
+        receiving = asyncio.create_task(self._receive(requests), name=f"upload of {self._name}")
         stack.push_async_callback(_settled, receiving)
         await asyncio.wait([opening, receiving], return_when=asyncio.FIRST_EXCEPTION)
         for task in (receiving, opening):
@@ -126,9 +129,11 @@ class Execution:
             raise InvalidArgument(f"image {start.image}: its config makes no sense")
         return settings
 
-    async def _receive(
-        self, stack: contextlib.AsyncExitStack, requests: AsyncIterator[pb.ExecuteRequest]
-    ) -> Staging | None:
+    async def _close_staging(self) -> None:
+        if self._staging is not None:
+            await asyncio.to_thread(self._staging.close)
+
+    async def _receive(self, requests: AsyncIterator[pb.ExecuteRequest]) -> Staging | None:
         """Take files until the client half-closes. None if there were none."""
         staging: Staging | None = None
         with self._timed("upload_us"):
@@ -136,8 +141,7 @@ class Execution:
                 if request.HasField("start"):
                     raise InvalidArgument("a second start")
                 if staging is None:
-                    staging = Staging(self._home / "upload")
-                    stack.push_async_callback(asyncio.to_thread, staging.close)
+                    staging = self._staging = Staging(self._home / "upload")
                 await _receive_one(staging, request)
             if staging is not None:
                 staging.finish()
@@ -156,8 +160,9 @@ class Execution:
     ) -> AsyncGenerator[pb.LogMessage | pb.Result, None]:
         """Logs while the command runs, then its result. Closing it early kills the container."""
         start = self._start
-        process = self._process(image, root)
-        if (refused := self._check_command(process, root)) is not None:
+        # In threads: they read files of the image, which may have to come from a peer first.
+        process = await asyncio.to_thread(self._process, image, root)
+        if (refused := await asyncio.to_thread(self._check_command, process, root)) is not None:
             yield refused
             return
         bundle = self._home / "bundle"
@@ -166,8 +171,11 @@ class Execution:
         timeout = start.timeout_ms / 1000 or self._node.default_timeout
         queue: asyncio.Queue[pb.LogMessage | None] = asyncio.Queue(_OUTPUT_QUEUE)
 
+        # One decoder per stream: a read may end within a character, and old clients see the text only.
+        decoders = {source: codecs.getincrementaldecoder("utf-8")("replace") for source in ("stdout", "stderr")}
+
         async def output(source: str, data: bytes) -> None:
-            await queue.put(pb.LogMessage(source=source, message=data.decode(errors="replace"), data=data))
+            await queue.put(pb.LogMessage(source=source, message=decoders[source].decode(data), data=data))
 
         async def run() -> Ended:
             config = runtime_config(process, str(root), self._node.runtime.max_files)
@@ -217,12 +225,12 @@ class Execution:
         counters = ended.counters
         result = pb.Result(exit_code=ended.status, timings=self._timings)
         result.peak_memory_bytes, result.cpu_time_us = counters.peak_memory, counters.cpu_us
-        if ended.start_error:
+        if ended.start_error and not ended.timed_out and not counters.oom:
             return self._start_failure(process, ended)
         if ended.timed_out:
             result.exit_code, result.outcome = TIMED_OUT, pb.OUTCOME_TIMED_OUT
             result.error = f"command {process.argv[0]!r} timed out after {timeout:g} s"
-        elif counters.oom and ended.status != 0:
+        elif counters.oom and (ended.status != 0 or ended.start_error):
             result.exit_code, result.outcome = KILLED, pb.OUTCOME_OUT_OF_MEMORY
             result.error = f"command {process.argv[0]!r} ran out of memory: the limit is {self._start.memory_mb} MiB"
         elif ended.status > 128:
@@ -239,6 +247,9 @@ class Execution:
         message = ended.start_error
         if "no such file or directory" in message and "exec" in message:  # a script whose interpreter is missing
             return _cannot_run(process.argv[0], self._start.image, Command(found=False, executable=False))
+        if "argument list too long" in message:
+            why = Command(found=True, executable=False, why="its arguments and environment are too long")
+            return _cannot_run(process.argv[0], self._start.image, why)
         if "exec format error" in message or ("permission denied" in message and "exec" in message):
             return _cannot_run(process.argv[0], self._start.image, Command(found=True, executable=False))
         raise Internal(f"the runtime could not start the container of {self._start.image}: {message}")
@@ -260,7 +271,11 @@ async def _receive_one(staging: Staging, request: pb.ExecuteRequest) -> None:
         if len(data) <= _INLINE_WRITE:
             staging.write(data)
         else:
-            await asyncio.to_thread(staging.write, data)
+            writing = asyncio.ensure_future(asyncio.to_thread(staging.write, data))
+            try:
+                await asyncio.shield(writing)
+            finally:
+                await asyncio.wait([writing])  # a thread cannot be cancelled, and its file must not be closed below it
     elif kind == "file_end":
         staging.end_file()
     elif kind == "file_begin":

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from afs.core import syscalls
 
@@ -31,22 +32,30 @@ def open_root(path: Path) -> Iterator[int]:
         os.close(fd)
 
 
+def _open_regular(root: int, path: str) -> BinaryIO | None:
+    """A regular file inside the root, open for reading; None for anything else.
+
+    It is looked at before it is opened: opening a device of the image's would be opening the host's.
+    """
+    found = syscalls.openat2(root, os.fsencode(path), os.O_PATH, _INSIDE)
+    try:
+        if not stat.S_ISREG(os.fstat(found).st_mode):
+            return None
+        return open(f"/proc/self/fd/{found}", "rb")
+    finally:
+        os.close(found)
+
+
 def read_file(root: int, path: str) -> str | None:
     """A small text file inside the root; None if there is none that can be read as a file."""
     try:
-        found = syscalls.openat2(root, os.fsencode(path), os.O_PATH, _INSIDE)
+        file = _open_regular(root, path)
+        if file is None:
+            return None
+        with file:
+            return file.read(_MAX_PASSWD).decode(errors="replace")
     except OSError:
         return None
-    try:
-        # Looked at before it is opened: opening a device of the image's would be opening the host's.
-        if not stat.S_ISREG(os.fstat(found).st_mode):
-            return None
-        with open(f"/proc/self/fd/{found}", "rb") as file:
-            return file.read(_MAX_PASSWD).decode(errors="replace")
-    except PermissionError:  # a file system that root may not read, such as another user's FUSE
-        return None
-    finally:
-        os.close(found)
 
 
 def stat_inside(root: int, path: str) -> os.stat_result | None:
@@ -177,6 +186,8 @@ def find_command(root: int, name: str, cwd: str, path: str, user: User) -> Comma
         if stat.S_ISDIR(status.st_mode):
             if "/" in name:
                 return Command(found=True, executable=False, why="it is a directory")
+        elif not stat.S_ISREG(status.st_mode):
+            refused = Command(found=True, executable=False, why="it is not a regular file")
         elif _may_execute(status, user):
             return _check_format(root, file, cwd, user)
         else:
@@ -191,7 +202,7 @@ def _check_format(root: int, file: str, cwd: str, user: User) -> Command:
             interpreter = read_interpreter(root, file)
         except OSError:
             break  # not for us to judge
-        except ValueError:
+        except (ValueError, OverflowError):  # OverflowError: an offset that no file has
             known = sorted(set(os.listdir(_BINFMT)) - {"register", "status"}) if os.path.isdir(_BINFMT) else []
             return Command(found=True, executable=bool(known), why="" if known else "it is neither program nor script")
         if not interpreter:
@@ -199,7 +210,7 @@ def _check_format(root: int, file: str, cwd: str, user: User) -> Command:
         status = stat_inside(root, os.path.join("/", cwd, interpreter))
         if status is None:
             return Command(found=False, executable=False, why=f"its interpreter {interpreter} is missing")
-        if stat.S_ISDIR(status.st_mode) or not _may_execute(status, user):
+        if not stat.S_ISREG(status.st_mode) or not _may_execute(status, user):
             return Command(found=True, executable=False, why=f"its interpreter {interpreter} is not executable")
         file = os.path.join("/", cwd, interpreter)
     return Command(found=True, executable=True)
@@ -210,7 +221,10 @@ def read_interpreter(root: int, path: str) -> str:
 
     Raises ValueError for a file of neither format.
     """
-    with open(syscalls.openat2(root, os.fsencode(path), os.O_RDONLY | os.O_NONBLOCK, _INSIDE), "rb") as file:
+    opened = _open_regular(root, path)
+    if opened is None:
+        raise ValueError("not a regular file")
+    with opened as file:
         head = file.read(256)  # BINPRM_BUF_SIZE
         if head.startswith(b"#!"):
             words = head[2:].partition(b"\n")[0].split()

@@ -6,6 +6,7 @@ has ended and the cgroup is gone.
 """
 
 import asyncio
+import errno
 import json
 import logging
 import os
@@ -61,9 +62,27 @@ async def run_container(
         status, timed_out = await container.run(timeout, output)
         return Ended(status, timed_out, cgroup.counters(), container.start_error())
     finally:
-        while cgroup.kill():  # noqa: ASYNC110 - nothing signals the end of a process that is not ours
-            await asyncio.sleep(0.001)
-        cgroup.remove()
+        await _kill_all(cgroup)
+        await _remove(cgroup)
+
+
+async def _kill_all(cgroup: Cgroup) -> None:
+    while cgroup.kill():  # noqa: ASYNC110 - nothing signals the end of a process that is not ours
+        await asyncio.sleep(0.001)
+
+
+async def _remove(cgroup: Cgroup) -> None:
+    """Remove the group; killed processes count as in it until they are reaped, so try for a while."""
+    for _ in range(500):
+        try:
+            cgroup.remove()
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            await asyncio.sleep(0.01)
+        else:
+            return
+    log.error("cgroup %s cannot be removed and stays behind", cgroup.path)
 
 
 class _Container:
@@ -91,6 +110,7 @@ class _Container:
             except TimeoutError:
                 timed_out = True
                 await self._end(process)
+                await _kill_all(self._cgroup)  # also if the runtime died before its container
             await asyncio.gather(*copying)
             status = process.wait()
         finally:
@@ -101,6 +121,8 @@ class _Container:
             process.stdout.close()
             process.stderr.close()
             await self._forget()
+        if status < 0 and not timed_out:  # a command's signal arrives as 128 + n
+            raise Internal(f"the runtime {self._runtime.program} was killed by signal {-status}")
         return (status if status >= 0 else 128 - status), timed_out
 
     def _start(self) -> Child:
@@ -181,7 +203,9 @@ class _Container:
             except ValueError:
                 continue
             message = str(entry.get("msg", ""))
-            if entry.get("level") == "error" and ("unable to start container" in message or "creat" in message):
+            # runc logs every failure of its own so; a command's exit code it logs not at all.
+            own = ("runc run failed", "unable to start container", "container_linux.go")
+            if entry.get("level") == "error" and message.startswith(own):
                 return message
         return ""
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from afs.core.cli import fail
-from afs.core.errors import AfsError, Cancelled, FailedPrecondition, InvalidArgument
+from afs.core.errors import AfsError, Cancelled, FailedPrecondition, Internal, InvalidArgument
 from afs.core.units import parse_duration
 from afs.core.version import version
 
@@ -87,7 +87,10 @@ def _write(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view) :]
 
 
-@click.command(help="Run ARGV in a container whose root is the directory --rootfs.")
+@click.command(
+    context_settings={"allow_interspersed_args": False},
+    help="Run ARGV in a container whose root is the directory --rootfs.",
+)
 @click.version_option(version(), prog_name="afs_runc")
 @click.option("--rootfs", type=click.Path(path_type=Path), required=True)
 @click.option("--cpu", "cpus", type=float, default=1.0, show_default=True, help="CPU cores; may be a fraction.")
@@ -106,6 +109,8 @@ def main(rootfs: Path, cpus: float, memory_mb: int, timeout: str, env: tuple[str
         code = asyncio.run(_until_signal(argv[0], run(rootfs.resolve(), argv, cpus, memory_mb << 20, seconds, env)))
     except AfsError as error:
         fail("afs_runc", error)
+    except OSError as error:
+        fail("afs_runc", Internal(str(error)))
     sys.exit(code)
 
 

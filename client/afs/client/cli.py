@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from afs.core.cli import fail
-from afs.core.errors import AfsError, Cancelled, InvalidArgument, status_of
+from afs.core.errors import AfsError, Cancelled, Internal, InvalidArgument, status_of
 from afs.core.units import format_size, parse_duration
 from afs.core.version import version
 
@@ -56,7 +56,7 @@ def _environment(entries: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
-@main.command(context_settings={"ignore_unknown_options": True})
+@main.command(context_settings={"allow_interspersed_args": False})
 @PROXY
 @click.option(
     "--image", required=True, help="alpine:3.20, host:5000/name@sha256:..., oci:DIR:tag, docker-archive:FILE."
@@ -122,7 +122,7 @@ def execute(
             )
             sys.exit(code)
         fail("afs_cli", error)
-    except OSError as error:
+    except (OSError, ValueError, OverflowError) as error:  # a file of ours, or a number or text that no message holds
         fail("afs_cli", InvalidArgument(str(error)))
     sys.exit(code)
 
@@ -152,7 +152,8 @@ async def _stream(
             result = await client.run(image, argv, diff_to=out, **options)
             click.echo(to_json(result))
             return result.exit_code
-        code, size = 0, 0
+        code: int | None = None
+        size = 0
         with contextlib.ExitStack() as stack:
             file = stack.enter_context(written_whole(out)) if out is not None else None
             async with contextlib.aclosing(client.execute(image, argv, **options)) as events:  # type: ignore[arg-type, type-var]
@@ -168,6 +169,8 @@ async def _stream(
                             size += file.write(event.data)
                         case _:
                             pass
+        if code is None:
+            raise Internal(f"AFS at {proxy} ended the run without a result")
         if out is not None:
             click.echo(f"afs_cli: changed files: {out} ({format_size(size)})", err=True)
         return code

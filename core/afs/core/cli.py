@@ -8,11 +8,13 @@ from typing import Any, Never, TypeVar
 import click
 
 from afs.core.config import from_command_line, options
-from afs.core.errors import AfsError, status_of
+from afs.core.errors import AfsError, InvalidArgument, status_of
 from afs.core.service import run_service
 from afs.core.version import version
 
 ConfigT = TypeVar("ConfigT")
+# 2 is what many commands return for reasons of their own (pytest, grep), and `afs_cli execute` exits as its command does.
+click.UsageError.exit_code = status_of(InvalidArgument()).exit_code
 
 
 def fail(program: str, error: AfsError) -> Never:

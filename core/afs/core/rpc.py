@@ -6,6 +6,7 @@ only, unless told ``insecure``.
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import logging
 import os
@@ -23,6 +24,7 @@ from afs.core.errors import (
     FailedPrecondition,
     Internal,
     InvalidArgument,
+    ResourceExhausted,
     error_for_grpc,
     status_of,
 )
@@ -39,11 +41,17 @@ _NO_CONNECTION = (
     "connections to all backends failing",
 )
 MAX_MESSAGE = 16 << 20
+_MAX_DETAILS = 1000  # characters; details travel as a header, percent-encoded, and gRPC refuses headers over 8 KiB
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE),
     ("grpc.max_send_message_length", MAX_MESSAGE),
     ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
     ("grpc.http2.lookahead_bytes", 4 << 20),  # one window holds a 1 MiB chunk with room to spare
+    # A peer that loses power sends no reset: without keepalive a call to it waits for ever.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
 )
 
 
@@ -68,10 +76,14 @@ def calling(peer: str) -> Iterator[None]:
 
 async def abort(context: "grpc.aio.ServicerContext[Any, Any]", error: BaseException) -> Never:
     """End the call with the status of *error*. Only unforeseen exceptions are logged with their traceback."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        error = ResourceExhausted(f"no space left: {error}")
     if not isinstance(error, AfsError):
         log.error("unexpected %s", type(error).__name__, exc_info=error)
         error = error if isinstance(error, OSError) else Internal(f"internal error: {type(error).__name__}: {error}")
     line = error.line if isinstance(error, AfsError) else str(error)
+    if len(line) > _MAX_DETAILS:
+        line = line[:_MAX_DETAILS] + " ..."
     await context.abort(grpc.StatusCode[status_of(error).grpc], line)
 
 
@@ -115,12 +127,14 @@ def _guard_unary(inner: Any) -> Any:
 
 
 def _guard_stream(inner: Any) -> Any:
-    async def guarded(request: Any, context: Any) -> AsyncIterator[Any]:
+    # A coroutine that writes, not a generator that yields: a call that is cancelled while a message is being sent then
+    # raises here, inside the aclosing. gRPC drops a generator without closing it, and the handler would give back what it
+    # holds whenever the garbage collector comes, in a task that nobody waits for.
+    async def guarded(request: Any, context: Any) -> None:
         try:
-            # Closed here, not by the garbage collector: what the handler holds is given back before the call is over.
             async with contextlib.aclosing(inner(request, context)) as messages:
                 async for message in messages:
-                    yield message
+                    await context.write(message)
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
         except Exception as error:

@@ -17,7 +17,7 @@ FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 def set_up_logging(level: str = "INFO") -> None:
     """Log to stderr; the service manager adds the rest."""
-    logging.basicConfig(level=level, format=FORMAT, stream=sys.stderr)
+    logging.basicConfig(level=level.upper(), format=FORMAT, stream=sys.stderr)
 
 
 def notify(state: str) -> None:

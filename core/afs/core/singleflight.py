@@ -19,6 +19,10 @@ class SingleFlight(Generic[K, V]):
     def __init__(self) -> None:
         self._tasks: dict[K, asyncio.Task[V]] = {}
 
+    def __contains__(self, key: K) -> bool:
+        """Whether work for *key* is under way."""
+        return key in self._tasks
+
     async def run(self, key: K, work: Callable[[], Awaitable[V]]) -> V:
         """The result of ``work()``, or of the run of it that is already under way for *key*."""
         task = self._tasks.get(key)

@@ -20,11 +20,11 @@ def main() -> None:
     """Try AFS on one machine."""
 
 
-@main.command(context_settings={"ignore_unknown_options": True})
+@main.command(context_settings={"allow_interspersed_args": False})
 @click.option("--state-dir", type=click.Path(path_type=Path), default=Path("/var/lib/afs/up"), show_default=True)
 @click.option("--nodes", default=2, show_default=True)
 @click.option("--cpus", default=0, help="CPU cores per node; all of the machine's if 0.")
-@click.option("--memory-mb", default=0, help="MiB per node; nine tenths of the machine's if 0.")
+@click.option("--memory-mb", default=0, help="MiB per node; an equal share of nine tenths of the machine's if 0.")
 @click.option("--any-port", is_flag=True, help="Let the kernel choose the ports instead of the default ones.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def up(state_dir: Path, nodes: int, cpus: int, memory_mb: int, any_port: bool, command: tuple[str, ...]) -> None:
@@ -40,6 +40,8 @@ def up(state_dir: Path, nodes: int, cpus: int, memory_mb: int, any_port: bool, c
         code = asyncio.run(_up(state_dir.resolve(), nodes, cpus, memory_mb, command, any_port=any_port))
     except AfsError as error:
         fail("afs", error)
+    except OSError as error:
+        fail("afs", FailedPrecondition(str(error)))
     sys.exit(code)
 
 
@@ -53,7 +55,9 @@ async def _up(
     for signum in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
     ports = (0, 0, 0, 0) if any_port else (60051, 50051, 61051, 62051)
-    cluster = Cluster(Settings(state_dir, cpus, memory_mb, *ports))
+    # The nodes share this machine's memory; CPUs may be promised twice, time is shared without harm.
+    total_mb = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
+    cluster = Cluster(Settings(state_dir, cpus, memory_mb or total_mb * 9 // 10 // nodes, *ports))
     try:
         await cluster.start(nodes)
         address = cluster.proxy.address if cluster.proxy else ""
@@ -74,7 +78,9 @@ async def _up(
             await wait(child)
         for task in done & waits.keys():
             raise FailedPrecondition(f"{waits[task]} ended with status {task.result()}; see {state_dir}/logs")
-        return child.returncode if child is not None else 0
+        if child is None:
+            return 0
+        return child.returncode if child.returncode >= 0 else 128 - child.returncode
     finally:
         await cluster.close()
 

@@ -44,6 +44,8 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
     import grpc.aio
 
     import afs.layerstore.registry  # noqa: F401 - urllib3 takes 40 ms: now, not while the first image waits
+    from afs.core.errors import InvalidArgument
+    from afs.core.files import locked
     from afs.core.rpc import serving
     from afs.core.version import version
     from afs.discovery.client import Announcer, Peer
@@ -57,9 +59,14 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
     from afs.layerstore.store import LayerStore
     from afs.proto.v1 import layerstore_pb2_grpc as pb_grpc
 
+    if not config.advertise and config.listen.rpartition(":")[0].strip("[]") in ("", "0.0.0.0", "::"):  # noqa: S104
+        raise InvalidArgument(
+            f"--listen {config.listen} is no address that peers could use: give --advertise HOST:PORT"
+        )
     node_id = config.node_id or socket.gethostname()
     config.run_dir.mkdir(parents=True, exist_ok=True)
     async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(locked(config.run_dir / "layerstore.lock", "afs_layerstore_grpcd"))
         store = LayerStore(config.root)
         stack.callback(store.close)
         registry = RegistryOptions(config.plain_http, config.docker_config, f"afs/{version()}", node_id)

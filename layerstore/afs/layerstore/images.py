@@ -9,8 +9,17 @@ import functools
 import logging
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 
-from afs.core.errors import AfsError, DataLoss, NotFound, Unavailable
+from afs.core.errors import (
+    AfsError,
+    DataLoss,
+    DeadlineExceeded,
+    Internal,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+)
 from afs.core.images import ImageRef, Platform
 from afs.core.singleflight import SingleFlight
 from afs.discovery.client import Announcer
@@ -22,6 +31,7 @@ from afs.layerstore.pull import Puller
 from afs.layerstore.store import LayerStore
 
 log = logging.getLogger(__name__)
+_SOURCE_TIMEOUT_S = 60.0
 
 
 class Images:
@@ -34,6 +44,7 @@ class Images:
         self._announcer = announcer
         self._ttl = ttl
         self._known: dict[str, Image] = {}
+        self._threads = ThreadPoolExecutor(16, thread_name_prefix="resolve")
         # Local sources: what the file looked like when it was read; a changed file is read again at once.
         self._fingerprints: dict[str, tuple[int, ...]] = {}
         self._resolving: SingleFlight[str, Image] = SingleFlight()
@@ -44,6 +55,7 @@ class Images:
     async def close(self) -> None:
         """End what is under way."""
         await self._resolving.close(cancel=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def resolve(self, ref: ImageRef, platform: Platform, *, here: bool = False) -> Image:
         """What *ref* consists of. *here*: this node asks the source itself, as the owner or because it was told to."""
@@ -85,7 +97,7 @@ class Images:
                 return await self._remember(ref, platform, old)
         try:
             image = await (self._ask_source(ref, platform) if here else self._ask_owner(ref, platform))
-        except Unavailable as error:
+        except (Unavailable, DeadlineExceeded) as error:
             if old is None:
                 raise
             log.warning("using image %s as of %d s ago: %s", ref, time.time() - old.resolved_unix, error.line)
@@ -112,7 +124,8 @@ class Images:
             return await self._ask_source(ref, platform)
         try:
             return await self._peers.resolve_image(owner, ref, platform, only_known=False)
-        except (Unavailable, DataLoss) as error:  # DataLoss: what it says cannot be checked against the digest
+        except (Unavailable, DeadlineExceeded, ResourceExhausted, Internal, DataLoss) as error:
+            # Its trouble need not be ours. DataLoss: what it says cannot be checked against the digest.
             log.warning("owner %s of image %s: %s; asking the registry from here", owner.node_id, ref, error.line)
             return await self._ask_source(ref, platform)
 
@@ -121,13 +134,21 @@ class Images:
         reference = ref.digest or ref.tag
         now = int(time.time())
         work = functools.partial(resolve, str(ref), reference, platform, source.get_manifest, source.get_blob, now)
-        return await asyncio.to_thread(work)
+        # Threads of their own: a registry that trickles must not hold up those that read and check chunks.
+        answer = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        try:
+            return await asyncio.wait_for(answer, _SOURCE_TIMEOUT_S)
+        except TimeoutError:
+            raise Unavailable(f"the source of image {ref} did not answer within {_SOURCE_TIMEOUT_S:.0f} s") from None
 
     async def _remember(self, ref: ImageRef, platform: Platform, image: Image) -> Image:
         old = self._known.get(image.key)
         self._known[image.key] = image
         if old is None or (old.manifest, old.resolved_unix) != (image.manifest, image.resolved_unix):
-            await asyncio.to_thread(self._store.save_image, str(ref), platform, image)
+            try:
+                await asyncio.to_thread(self._store.save_image, str(ref), platform, image)
+            except OSError as error:  # the image is known all the same, until a restart
+                log.warning("cannot remember image %s on disk: %s", ref, error)
         if old is None:
             self._announcer.know_image(image.key)
             await self._announcer.flush()

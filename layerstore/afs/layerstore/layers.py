@@ -14,13 +14,21 @@ import logging
 import time
 from dataclasses import dataclass
 
-from afs.core.errors import AfsError, DataLoss, NotFound, Unavailable
+from afs.core.errors import (
+    AfsError,
+    DataLoss,
+    DeadlineExceeded,
+    Internal,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+)
 from afs.core.images import ImageRef, Platform
 from afs.core.singleflight import SingleFlight
 from afs.discovery.client import Announcer, Peer
 from afs.layerstore.errors import LayerUnavailable
 from afs.layerstore.manifests import Layer
-from afs.layerstore.partial import PartialLayer
+from afs.layerstore.partial import AT_ONCE, PartialLayer
 from afs.layerstore.peers import Peers
 from afs.layerstore.placement import ranked
 from afs.layerstore.pull import Puller
@@ -82,6 +90,7 @@ class Layers:
         await self._opening.close(cancel=True)
         await self._describing.close(cancel=True)
         for partial in self._partials.values():
+            await partial.stop()
             partial.close()
 
     def find(self, diff_id: str) -> OpenLayer | None:
@@ -125,7 +134,12 @@ class Layers:
         if owner.node_id != me.node_id:
             try:
                 await self._peers.ensure_layer(owner, origin.ref, origin.platform, origin.layer)
-            except Unavailable as error:
+            except (
+                Unavailable,
+                DeadlineExceeded,
+                ResourceExhausted,
+                Internal,
+            ) as error:  # its trouble need not be ours
                 log.warning("owner %s of layer %s: %s; pulling it here", owner.node_id, diff_id, error.line)
             else:
                 return owner
@@ -184,6 +198,10 @@ class Layers:
                     data = await self._peers.read_chunk(peer, partial.diff_id, index)
                 except AfsError as error:
                     cause = error.line
+                    others = [other for other in self._providers.get(partial.diff_id, []) if other != peer]
+                    self._providers[partial.diff_id] = [*others, peer]  # last from now on
+                    if time.monotonic() > end:
+                        raise LayerUnavailable(partial.diff_id, cause) from None
                     continue
                 if await asyncio.to_thread(partial.table.verify, index, data):
                     return data
@@ -204,7 +222,9 @@ class Layers:
         origin = self._origins.get(diff_id)
         if not holders and origin is not None:
             try:
-                placed = await self._place(origin, local=origin.ref.is_local)
+                # A node that was itself told to have the layer does not pass that on: two nodes that see different
+                # peers for a moment would wait for each other.
+                placed = await self._place(origin, local=origin.ref.is_local or diff_id in self._ensuring)
             except AfsError as error:
                 log.warning("layer %s cannot be pulled again: %s", diff_id, error.line)
                 return False
@@ -233,7 +253,9 @@ class Layers:
             if partial is None:
                 partial = await self._describe(diff_id, await self._holders(diff_id))
             if partial is not None:
-                await partial.fill(partial.missing(), self._fetch)
+                missing = partial.missing()
+                for start in range(0, len(missing), AT_ONCE):  # what a reader waits for gets in between
+                    await partial.fill(missing[start : start + AT_ONCE], self._fetch)
                 if self._store.complete(diff_id) is not None:  # no peer was left, so a fetch had it pulled
                     await self._drop(partial)
                     return True

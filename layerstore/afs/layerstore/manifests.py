@@ -21,6 +21,7 @@ MANIFEST_TYPES = (
 CONFIG_TYPES = ("application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json")
 MAX_MANIFEST = 4 << 20  # what registries accept at most
 MAX_CONFIG = 8 << 20
+MAX_LAYERS = 500  # overlayfs takes 500 lower directories
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ def parse_json(image: str, what: str, data: bytes) -> dict[str, Any]:
     """*data* as a JSON object; CorruptImage otherwise."""
     try:
         value = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptImage(image, f"{what} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise CorruptImage(image, f"{what} is not a JSON object")
@@ -184,6 +185,8 @@ def _layers(image: str, manifest: dict[str, Any], config: dict[str, Any]) -> tup
         raise CorruptImage(
             image, f"config and manifest disagree on the number of layers ({len(descriptors)} in the manifest)"
         )
+    if len(descriptors) > MAX_LAYERS:
+        raise CorruptImage(image, f"it has {len(descriptors)} layers, more than {MAX_LAYERS}")
     layers = []
     for diff_id, descriptor in zip(diff_ids, descriptors, strict=True):
         media_type, size = str(descriptor.get("mediaType", "")), descriptor.get("size", 0)
@@ -191,7 +194,7 @@ def _layers(image: str, manifest: dict[str, Any], config: dict[str, Any]) -> tup
             raise NotAnImage(
                 image, f"layer {descriptor.get('digest')} is of type {media_type}, which registries do not hold"
             )
-        if not is_digest(str(diff_id)) or not isinstance(size, int) or size < 0:
+        if not is_digest(str(diff_id)) or type(size) is not int or not 0 <= size < 1 << 62 or not media_type.isascii():
             raise CorruptImage(image, f"layer {descriptor.get('digest')} has a bad diff_id or size")
         layers.append(Layer(str(diff_id), _digest(image, descriptor), size, media_type))
     return tuple(layers)

@@ -8,7 +8,7 @@ State and locks. One :class:`PartialLayer` per diff_id, owned by the layerstore'
   is fetched once. A task removes itself when it ends; failures are not remembered.
 - Writes of different chunks touch different ranges, so they need no lock.
 - Nothing is synced to disk. After a crash a byte of the map may be there whose data is not, so the map is trusted only
-  after every marked chunk was hashed again, and the table only if its digest is right (:meth:`PartialLayer.open`). What
+  after every marked chunk was hashed again (once per boot: after a crash of the process alone the page cache is whole), and the table only if its digest is right (:meth:`PartialLayer.open`). What
   is lost is fetched again; waiting for the disk would cost every first run of an image more than that.
 """
 
@@ -26,10 +26,15 @@ from afs.layerstore.afslyr.layout import HEADER_SIZE, ChunkTable, Layout
 from afs.layerstore.afslyr.reader import layout_from_bytes, read_layer, verify_layer
 
 log = logging.getLogger(__name__)
-_AT_ONCE = 16  # chunks of one layer in memory, between the peer and the disk
+AT_ONCE = 16  # chunks of one layer in memory, between the peer and the disk
 
 # Fetches one verified chunk: (layer, index) -> bytes. The layerstore supplies it.
 Fetch = Callable[["PartialLayer", int], Awaitable[bytes]]
+
+
+def _boot_id() -> str:
+    """Changes with every boot of the machine (proc_sys_kernel(5))."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text()
 
 
 class PartialLayer:
@@ -47,7 +52,7 @@ class PartialLayer:
         finally:
             os.close(fd)
         self._filling: dict[int, asyncio.Task[None]] = {}
-        self._slots = asyncio.Semaphore(_AT_ONCE)
+        self._slots = asyncio.Semaphore(AT_ONCE)
 
     @property
     def data_path(self) -> Path:
@@ -75,6 +80,7 @@ class PartialLayer:
             # Table and footer are no chunk of their own: they describe the chunks.
             os.pwrite(data.fileno(), table.digests + footer, layout.table_offset)
         (building / "chunks").write_bytes(bytes(table.count))
+        (building / "boot").write_text(_boot_id())
         # Sizes come from a peer: reading back through the parser checks them against each other.
         fd = os.open(building / "data", os.O_RDWR)
         try:
@@ -95,10 +101,13 @@ class PartialLayer:
         finally:
             os.close(fd)
         layer = cls(diff_id, directory, layout, table)
+        if (directory / "boot").read_text() == _boot_id():
+            return layer  # only the process ended: the page cache has everything that was written
         for index in range(table.count):
             if layer.has(index) and not table.verify(index, layer.read(index)):
                 log.warning("layer %s: chunk %d was not on disk after a crash", diff_id, index)
                 layer._chunks[index] = 0
+        (directory / "boot").write_text(_boot_id())
         return layer
 
     def close(self) -> None:
@@ -125,6 +134,14 @@ class PartialLayer:
         offset, length = self.table.chunk_range(index, self.layout)
         return os.pread(self._data, length, offset)
 
+    async def read_async(self, index: int) -> bytes:
+        """:meth:`read` in a thread, on a descriptor of its own: the layer may be closed meanwhile."""
+        offset, length = self.table.chunk_range(index, self.layout)
+        fd = os.dup(self._data)
+        reading = asyncio.ensure_future(asyncio.to_thread(os.pread, fd, length, offset))
+        reading.add_done_callback(lambda _: os.close(fd))
+        return await asyncio.shield(reading)
+
     async def fill(self, indices: Iterable[int], fetch: Fetch) -> None:
         """Have all of *indices* on return; raises what *fetch* raised for the first that failed."""
         wanted = [index for index in indices if not self.has(index)]
@@ -146,7 +163,12 @@ class PartialLayer:
     async def _fill_one(self, index: int, fetch: Fetch) -> None:
         async with self._slots:
             data = await fetch(self, index)
-            await asyncio.to_thread(self._write, index, data)
+            writing = asyncio.ensure_future(asyncio.to_thread(self._write, index, data))
+            try:
+                await asyncio.shield(writing)
+            except asyncio.CancelledError:
+                await writing  # a thread cannot be cancelled, and the descriptor must not be closed below it
+                raise
 
     def _write(self, index: int, data: bytes) -> None:
         offset, _ = self.table.chunk_range(index, self.layout)
@@ -155,6 +177,12 @@ class PartialLayer:
             written = os.pwrite(self._data, view, offset)
             view, offset = view[written:], offset + written
         self._chunks[index] = 1
+
+    async def stop(self) -> None:
+        """End what is being fetched; before closing at shutdown."""
+        for task in self._filling.values():
+            task.cancel()
+        await self.idle()
 
     async def idle(self) -> None:
         """Wait until nothing is being fetched; before closing."""

@@ -1,5 +1,6 @@
 """Calls to other layerstores. Channels are opened on demand and kept."""
 
+import time
 from typing import TYPE_CHECKING
 
 from afs.core.errors import DataLoss
@@ -43,7 +44,14 @@ class Peers:
         with calling(f"layerstore {peer.endpoint}"):
             request = pb.ResolveImageRequest(name=image_name(ref, platform), only_known=only_known)
             answer = await self._stub(peer.endpoint).ResolveImage(request, timeout=CALL_TIMEOUT_S)
-        image = build_image(str(ref), platform, answer.manifest, answer.config, answer.resolved_unix, answer.index)
+        image = build_image(
+            str(ref),
+            platform,
+            answer.manifest,
+            answer.config,
+            min(answer.resolved_unix, int(time.time())),
+            answer.index,
+        )
         if ref.digest and not image.is_pinned_by(ref.digest):
             raise DataLoss(f"layerstore {peer.endpoint} answered {image.manifest_digest} for {ref}")
         return image

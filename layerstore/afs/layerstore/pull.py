@@ -1,16 +1,18 @@
 """From an image's source to a complete layer: download, convert, commit. Each layer once, in processes of their own.
 
-State: ``_pulls`` is single flight by diff_id, so a caller that goes away does not stop a pull that others, or the next
+State: ``_pulls`` is single flight by layer and place, so a caller that goes away does not stop a pull that others, or the next
 run, can use.
 """
 
+import asyncio
 import dataclasses
 import errno
 import logging
 import time
+from collections.abc import Awaitable
 from typing import Any
 
-from afs.core.errors import ResourceExhausted, error_for_grpc
+from afs.core.errors import ResourceExhausted, Unavailable, error_for_grpc
 from afs.core.files import unlinked_on_error
 from afs.core.images import ImageRef
 from afs.core.singleflight import SingleFlight
@@ -24,6 +26,7 @@ from afs.layerstore.store import CompleteLayer, LayerStore
 from afs.layerstore.workers import Workers
 
 log = logging.getLogger(__name__)
+_PATIENCE_S, _LEAST_RATE = 120.0, 64 << 10  # seconds, and bytes per second, that a source may take for a layer
 
 
 class Puller:
@@ -34,7 +37,7 @@ class Puller:
         self._options = encode_options(options)
         self._sources = Sources(options)
         self._workers = Workers(parallel)
-        self._pulls: SingleFlight[str, CompleteLayer] = SingleFlight()
+        self._pulls: SingleFlight[tuple[str, str, str], CompleteLayer] = SingleFlight()
 
     def source(self, ref: ImageRef) -> Source:
         """Where *ref* comes from, for manifests and configs."""
@@ -50,7 +53,10 @@ class Puller:
         # come here when a pull that ran meanwhile has just ended.
         if (complete := self._store.complete(layer.diff_id)) is not None:
             return complete
-        return await self._pulls.run(layer.diff_id, lambda: self._pull(ref, layer))
+        # Not by diff_id alone: a config can claim any, and another image's bad blob must not be this one's error. Two
+        # pulls of one layer from two places end in a rename each, of equal bytes.
+        key = (layer.diff_id, layer.blob_digest, ref.location)
+        return await self._pulls.run(key, lambda: self._pull(ref, layer))
 
     async def _pull(self, ref: ImageRef, layer: Layer) -> CompleteLayer:
         started = time.monotonic()
@@ -62,13 +68,21 @@ class Puller:
             "registry": self._options,
         }
         with unlinked_on_error(temporary):  # the worker does so too, unless it was killed
-            answer = await self._workers.run(job)
+            answer = await self._within(ref, layer, self._workers.run(job))
             if "error" in answer:
                 self._fail(ref, layer, answer)
             complete = self._store.commit(temporary, layer.diff_id)
         size, seconds = format_size(complete.layout.file_size), time.monotonic() - started
         log.info("pulled layer %s of %s: %s in %.2f s", layer.diff_id, ref, size, seconds)
         return complete
+
+    async def _within(self, ref: ImageRef, layer: Layer, work: Awaitable[dict[str, Any]]) -> dict[str, Any]:
+        """*work*, unless the source is so slow that it only takes up a worker that others wait for."""
+        limit = _PATIENCE_S + layer.blob_size / _LEAST_RATE
+        try:
+            return await asyncio.wait_for(work, limit)
+        except TimeoutError:
+            raise Unavailable(f"image {ref}: layer {layer.blob_digest} did not come within {limit:.0f} s") from None
 
     def _fail(self, ref: ImageRef, layer: Layer, answer: dict[str, Any]) -> None:
         if answer["errno"] in (errno.ENOSPC, errno.EDQUOT):

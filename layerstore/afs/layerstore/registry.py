@@ -8,6 +8,7 @@ import base64
 import contextlib
 import json
 import re
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
@@ -21,6 +22,8 @@ from afs.layerstore.manifests import INDEX_TYPES, MANIFEST_TYPES, MAX_MANIFEST, 
 from afs.layerstore.registryoptions import RegistryOptions
 from afs.layerstore.source import Read
 
+_SMALL_TIMEOUT_S = 45.0  # for a manifest, config or token, beyond the first byte
+_MAX_TOKEN = 1 << 20
 _CHALLENGE = re.compile(r'(\w+)="([^"]*)"')
 _LOOPBACK = re.compile(r"(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?")
 _ALIASES = {"docker.io": "registry-1.docker.io", "index.docker.io": "registry-1.docker.io"}
@@ -116,12 +119,14 @@ class RegistrySource:
         raise RegistryUnreachable(self._ref.registry, detail)
 
     def _read_all(self, response: urllib3.BaseHTTPResponse, limit: int, url: str) -> bytes:
-        data = bytearray()
+        data, end = bytearray(), time.monotonic() + _SMALL_TIMEOUT_S
         try:
-            while chunk := response.read(1 << 16, decode_content=True):
+            while chunk := response.read1(1 << 16, decode_content=True):  # what is there: a trickle meets the deadline
                 data += chunk
                 if len(data) > limit:
                     raise CorruptImage(self._name, f"{url} is larger than {limit} bytes")
+                if time.monotonic() > end:
+                    raise RegistryUnreachable(self._ref.registry, f"{url} comes too slowly")
         except (HTTPError, OSError) as error:
             raise RegistryUnreachable(self._ref.registry, f"reading {url} failed: {_cause(error)}") from None
         return bytes(data)
@@ -141,19 +146,28 @@ class RegistrySource:
         }
         try:
             answer = self._pool.request(
-                "GET", fields["realm"], fields=query, headers={"Authorization": basic} if basic else None
+                "GET",
+                fields["realm"],
+                fields=query,
+                headers={"Authorization": basic} if basic else None,
+                preload_content=False,
             )
         except (HTTPError, OSError) as error:
             raise RegistryUnreachable(
                 self._ref.registry, f"its token service does not answer: {_cause(error)}"
             ) from None
-        if answer.status != 200:
-            raise RegistryDenied(self._name, f"the token service answered HTTP {answer.status}")
+        with contextlib.closing(answer):
+            if answer.status != 200:
+                raise RegistryDenied(self._name, f"the token service answered HTTP {answer.status}")
+            data = self._read_all(answer, _MAX_TOKEN, fields["realm"])
         try:
-            document = json.loads(answer.data)
-            return f"Bearer {document.get('token') or document['access_token']}"
-        except (ValueError, KeyError, AttributeError):
-            raise RegistryDenied(self._name, "the token service's answer holds no token") from None
+            document = json.loads(data)
+            token = document.get("token") or document["access_token"]
+        except (ValueError, KeyError, AttributeError, RecursionError):
+            token = None
+        if not isinstance(token, str) or not token.isprintable() or not token.isascii():
+            raise RegistryDenied(self._name, "the token service's answer holds no token")
+        return f"Bearer {token}"
 
     def _credentials(self) -> str | None:
         """``Basic ...`` from Docker's configuration file, if it has the registry."""

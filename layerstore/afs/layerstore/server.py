@@ -90,7 +90,7 @@ class PeerService(pb_grpc.LayerstorePeerServicer):
             return pb.ReadChunkResponse(data=await asyncio.to_thread(layer.read_chunk, request.index))
         if not layer.has(request.index):
             raise NotFound(f"chunk {request.index} of layer {request.diff_id} is not on this node")
-        return pb.ReadChunkResponse(data=await asyncio.to_thread(layer.read, request.index))
+        return pb.ReadChunkResponse(data=await layer.read_async(request.index))
 
 
 def _ends(path: str, header_end: int, footer_start: int) -> tuple[bytes, bytes]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import stat
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -12,7 +13,7 @@ from afs.core.digests import hex_of, is_digest, sha256_digest
 from afs.core.errors import InvalidArgument
 from afs.core.images import ImageRef
 from afs.layerstore.errors import CorruptImage, ImageNotFound
-from afs.layerstore.manifests import MAX_MANIFEST, Layer, parse_json
+from afs.layerstore.manifests import MAX_CONFIG, MAX_MANIFEST, Layer, parse_json
 
 Read = Callable[[int], bytes]
 
@@ -33,15 +34,34 @@ class Source(Protocol):
         ...
 
 
-def _read_small(path: Path, image: str, limit: int) -> bytes:
+def open_regular(path: Path | str, image: str) -> IO[bytes]:
+    """Open a file that a client named. Only a regular one: opening a device may do things, a fifo may block for ever."""
     try:
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
-    except FileNotFoundError:
-        raise CorruptImage(image, f"{path} is missing") from None
-    if len(data) > limit:
-        raise CorruptImage(image, f"{path} is larger than {limit} bytes")
-    return data
+        found = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        raise ImageNotFound(image, f"cannot open {path}: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        if not stat.S_ISREG(os.fstat(found).st_mode):
+            raise ImageNotFound(image, f"{path} is not a regular file")
+        return open(f"/proc/self/fd/{found}", "rb", buffering=0)
+    finally:
+        os.close(found)
+
+
+def _read_small(path: Path, image: str, limit: int) -> bytes:
+    if not path.exists():
+        raise CorruptImage(image, f"{path} is missing")
+    with open_regular(path, image) as file:
+        return _read_limited(file, str(path), image, limit)
+
+
+def _read_limited(file: IO[bytes], name: str, image: str, limit: int) -> bytes:
+    data = bytearray()
+    while chunk := file.read(limit + 1 - len(data)):
+        data += chunk
+        if len(data) > limit:
+            raise CorruptImage(image, f"{name} is larger than {limit} bytes")
+    return bytes(data)
 
 
 class LayoutSource:
@@ -80,12 +100,10 @@ class LayoutSource:
 
     @contextlib.contextmanager
     def open_layer(self, layer: Layer) -> Iterator[Read]:
-        try:
-            file = self._blob(layer.blob_digest).open("rb", buffering=0)
-        except FileNotFoundError:
-            raise CorruptImage(self._name, f"the blob of layer {layer.blob_digest} is missing") from None
-        with file:
-            yield cast("Read", file.read)
+        if not self._blob(layer.blob_digest).exists():
+            raise CorruptImage(self._name, f"the blob of layer {layer.blob_digest} is missing")
+        with open_regular(self._blob(layer.blob_digest), self._name) as file:
+            yield file.read
 
 
 def _ref_name(entry: dict[str, Any]) -> str | None:
@@ -109,10 +127,8 @@ class ArchiveSource:
     @contextlib.contextmanager
     def _open(self) -> Iterator[tarfile.TarFile]:
         try:
-            with tarfile.open(self._path, "r:") as archive:
+            with open_regular(self._path, self._name) as file, tarfile.open(fileobj=file, mode="r:") as archive:
                 yield archive
-        except FileNotFoundError:
-            raise ImageNotFound(self._name, f"no file {self._path}") from None
         except tarfile.TarError as error:
             raise CorruptImage(self._name, f"not a docker-archive: {error}") from None
 
@@ -129,8 +145,9 @@ class ArchiveSource:
         import json
 
         try:
-            entries = json.load(self._member(archive, "manifest.json"))
-        except ValueError as error:
+            with self._member(archive, "manifest.json") as file:
+                entries = json.loads(_read_limited(file, "manifest.json", self._name, MAX_MANIFEST))
+        except (ValueError, RecursionError) as error:
             raise CorruptImage(self._name, f"manifest.json is not JSON: {error}") from None
         entries = _list(self._name, "manifest.json", entries, dict)
         tags = [_list(self._name, "RepoTags", entry.get("RepoTags") or [], str) for entry in entries]
@@ -147,7 +164,8 @@ class ArchiveSource:
     def _paths(self, archive: tarfile.TarFile) -> tuple[bytes, list[tuple[str, str]]]:
         """The config, and for every layer (blob digest, path in the archive)."""
         entry = self._entry(archive)
-        config = self._member(archive, str(entry.get("Config"))).read()
+        with self._member(archive, str(entry.get("Config"))) as file:
+            config = _read_limited(file, "the config", self._name, MAX_CONFIG)
         rootfs = parse_json(self._name, "config", config).get("rootfs")
         diff_ids = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
         diff_ids = _list(self._name, "diff_ids", diff_ids or [], str)

@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,9 @@ class LayerStore:
             log.error("removing %s: %s", path, error.line)
             path.unlink()
             return None
+        except OSError as error:  # a bad sector: not ours to judge, but no reason not to serve the others
+            log.error("cannot read %s: %s", path, error)
+            return None
         finally:
             os.close(fd)
         layer = self._complete[diff_id] = CompleteLayer(diff_id, path, layout, table)
@@ -178,7 +182,14 @@ class LayerStore:
                 platform = Platform(*document["platform"])
                 parse_image(document["name"])
                 manifest, config, index = (base64.b64decode(document[part]) for part in ("manifest", "config", "index"))
-                yield build_image(document["name"], platform, manifest, config, int(document["resolved_unix"]), index)
+                yield build_image(
+                    document["name"],
+                    platform,
+                    manifest,
+                    config,
+                    min(int(document["resolved_unix"]), int(time.time())),
+                    index,
+                )
             except (AfsError, ValueError, KeyError, TypeError, AttributeError) as error:
                 log.error("removing %s: %s", path, error)
                 with contextlib.suppress(FileNotFoundError):

@@ -7,6 +7,7 @@ been read from the client.
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator
 from typing import Any, cast
 
@@ -82,19 +83,34 @@ class Forwarder(grpc.GenericRpcHandler):
                 nobody = not any(node.reachable for node in self._nodes.nodes)
                 if isinstance(error, NobodyAnswers) or (isinstance(error, Unavailable) and nobody):
                     raise
+                if start.proxy_dispatch_max_retries and retries >= start.proxy_dispatch_max_retries:
+                    raise type(error)(f"{error.line} (tried {retries + 1} times)") from None
+                await self._pause(pause, wanted, start.node_id)
                 retries += 1
-                if start.proxy_dispatch_max_retries and retries > start.proxy_dispatch_max_retries:
-                    raise type(error)(f"{error.line} (tried {retries} times)") from None
-                await self._nodes.room_may_be_free(pause)
                 pause = min(pause * 2, max(_MAX_BACKOFF_S, start.proxy_dispatch_backoff_ms / 1000))
             else:
                 return node, call, accepted
+
+    async def _pause(self, seconds: float, wanted: Room, node_id: str) -> None:
+        """Wait *seconds*, or until a node seems to have room: only offers and pauses count as retries, not every wake-up."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            if not await self._nodes.room_may_be_free(left):
+                return
+            with contextlib.suppress(AfsError):
+                self._nodes.choose(wanted, node_id)
+                return
 
     async def _offer(self, node: AfsletNode, first: bytes, wanted: Room) -> tuple[Call, bytes]:
         # Taken before the node answers, so that a burst of runs does not see the same room free.
         self._nodes.take(node, wanted)
         try:
             return await self._ask(node, first)
+        except ResourceExhausted:
+            # The node knows better than the estimate, and its next report corrects that. Nobody is woken: the others
+            # would be refused as well.
+            node.free = Room()
+            raise
         except BaseException:
             self._nodes.give_back(node, wanted)
             raise

@@ -119,12 +119,23 @@ class Nodes:
             raise NobodyAnswers(f"no afslet answers: {why}")
         if node_id:
             named = [node for node in self.nodes if node.status.node_id == node_id]
+            if not named and any(not node.status.node_id for node in self.nodes):
+                raise NobodyAnswers(f"node {node_id!r} is unknown, and not every afslet has answered yet")
             if not named:
                 raise NotFound(f"no afslet that answers is node {node_id!r}")
             alive = [node for node in named if node.reachable]
             if not alive:
                 raise NobodyAnswers(f"node {node_id!r} does not answer: {named[0].error}")
         able = [node for node in alive if node.limit.fits(wanted)]
+        if not able and not node_id:
+            # A larger node that is just being restarted must not turn a run into one that can never work.
+            silent = [node for node in self.nodes if not node.reachable]
+            maybe = [node for node in silent if not node.status.node_id or node.limit.fits(wanted)]
+            if maybe:
+                raise NobodyAnswers(
+                    f"no afslet that answers has {wanted.cpus} CPUs and {wanted.memory_mb} MiB, "
+                    f"and {maybe[0].endpoint} does not answer: {maybe[0].error}"
+                )
         if not able:
             most = max((node.limit for node in alive), key=lambda room: (room.cpus, room.memory_mb))
             raise InvalidArgument(
@@ -149,9 +160,9 @@ class Nodes:
         self._freed.set()
         self._freed = asyncio.Event()
 
-    async def room_may_be_free(self, most: float) -> None:
-        """Wait until a run ended or a report came, *most* seconds at most."""
+    async def room_may_be_free(self, most: float) -> bool:
+        """Wait until a run ended or a report came, *most* seconds at most; whether one did."""
         try:
-            await asyncio.wait_for(self._freed.wait(), most)
+            return await asyncio.wait_for(self._freed.wait(), most)
         except TimeoutError:
-            return
+            return False

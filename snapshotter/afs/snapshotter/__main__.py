@@ -2,8 +2,6 @@
 
 import asyncio
 import contextlib
-import fcntl
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +26,7 @@ class Config:
 
 async def serve(config: Config, stop: asyncio.Event) -> None:
     """Serve until *stop* is set."""
-    from afs.core.errors import FailedPrecondition
+    from afs.core.files import locked
     from afs.core.mounts import unmount_below
     from afs.core.rpc import serving
     from afs.proto.v1.mounts_pb2_grpc import add_MountsServicer_to_server
@@ -42,12 +40,9 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
     for path in (run_dir, config.root):
         path.mkdir(parents=True, exist_ok=True)
     async with contextlib.AsyncExitStack() as stack:
-        lock = os.open(config.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        stack.callback(os.close, lock)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FailedPrecondition(f"{config.root} is in use by another afs_snapshotter") from None
+        # The directory of mounts as well: whoever starts clears it of what a crash left.
+        stack.enter_context(locked(config.root / "lock", "afs_snapshotter"))
+        stack.enter_context(locked(run_dir / "snapshotter.lock", "afs_snapshotter"))
         # Layers below roots: what a killed process left goes from the top down.
         fused = FusedProcess(run_dir / "fuse", run_dir / "fill.sock", config.read_deadline)
         mounts = LayerMounts(run_dir / "l", fused, config.keep_layers)

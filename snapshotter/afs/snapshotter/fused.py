@@ -26,6 +26,7 @@ from afs.core.version import version
 from afs.layerstore.fillwire import FillClient, FillError
 
 log = logging.getLogger(__name__)
+_REOPENS = 3
 _FOREVER_S = 86400.0  # layers never change, so the kernel may keep names and attributes
 
 
@@ -139,14 +140,35 @@ class LayerFiles(pyfuse3.Operations):
     async def read(self, fh: int, off: int, size: int) -> bytes:
         layer = self._inodes[fh]
         end = min(off + size, layer.size)
-        missing = layer.missing(off, end) if off < end else None
-        if missing is not None:
+        if off < end and layer.missing(off, end) is not None:
             try:
-                await self._client.ask(op="fill", diff_id=layer.diff_id, first=missing[0], count=missing[1])
-            except FillError as error:
+                await self._fill(layer, off, end)
+            except (FillError, OSError, ValueError) as error:
                 log.error("layer %s, bytes %d to %d: %s", layer.diff_id, off, end, error)
                 _fail(error)
         return os.pread(layer.data, size, off)
+
+    async def _fill(self, layer: _Layer, off: int, end: int) -> None:
+        """Have the chunks of [off, end) in the file that *layer* has open; what is not there must never be read.
+
+        The layerstore may say that it filled them and mean another file: one that it made anew, or the complete layer,
+        while we still have an older one open. Then that one is opened; the bytes of a layer are the same everywhere.
+        """
+        for _ in range(_REOPENS):
+            while (missing := layer.missing(off, end)) is not None:
+                seen = layer.data
+                await self._client.ask(op="fill", diff_id=layer.diff_id, first=missing[0], count=missing[1])
+                if layer.data == seen and layer.missing(off, end) == missing:
+                    break  # nothing came into the file that we have
+            if missing is None:
+                return
+            fresh = await self._open_layer(layer.diff_id.removeprefix("sha256:"))
+            if fresh.size != layer.size:
+                fresh.close()
+                break
+            layer.close()
+            layer.data, layer.chunks = fresh.data, fresh.chunks
+        raise FillError(f"layer {layer.diff_id} was filled, but not where we can see it", errno.EIO)
 
     @override
     async def release(self, fh: int) -> None:

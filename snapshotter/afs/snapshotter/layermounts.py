@@ -50,6 +50,7 @@ class LayerMounts:
         self._mounted: dict[str, MountedLayer] = {}
         self._mounting: SingleFlight[str, MountedLayer] = SingleFlight()
         self._next = 0
+        self._going: set[asyncio.Task[None]] = set()
 
     @contextlib.asynccontextmanager
     async def using(self, diff_id: str, file: str) -> AsyncIterator[MountedLayer]:
@@ -97,13 +98,14 @@ class LayerMounts:
         gone = idle[: max(len(idle) - keep, 0)]
         for layer in gone:
             del self._mounted[layer.diff_id]
-        for layer in gone:
-            await self._unmount(layer)
+        await asyncio.gather(*(self._unmount(layer) for layer in gone))
 
-    @staticmethod
-    async def _unmount(layer: MountedLayer) -> None:
-        await asyncio.to_thread(unmount, str(layer.path))
-        layer.path.rmdir()
+    async def _unmount(self, layer: MountedLayer) -> None:
+        """Runs to its end even if the caller is cancelled meanwhile: the layer has left the map already."""
+        task = asyncio.create_task(asyncio.to_thread(_unmount_layer, layer.path), name=f"unmount {layer.path}")
+        self._going.add(task)
+        task.add_done_callback(self._going.discard)
+        await asyncio.shield(task)
 
     def mounted(self) -> list[MountedLayer]:
         """All layer mounts, least recently used first."""
@@ -113,6 +115,12 @@ class LayerMounts:
         """Unmount all; roots must be gone."""
         await self._mounting.close(cancel=False)
         await self._trim(0)
+        await asyncio.gather(*self._going, return_exceptions=True)
+
+
+def _unmount_layer(path: Path) -> None:
+    unmount(str(path))
+    path.rmdir()
 
 
 def _mount_erofs(source: str, target: Path, diff_id: str) -> bool:
@@ -128,7 +136,11 @@ def _mount_erofs(source: str, target: Path, diff_id: str) -> bool:
             why = "EROFS on a file needs kernel 6.12 and a layerstore root on a disk file system such as ext4 or xfs"
             raise FailedPrecondition(f"cannot mount layer {diff_id} from {source}: {why}") from error
         raise Internal(f"cannot mount layer {diff_id} from {source}: {error.strerror}") from error
-    return b"trusted.overlay.opaque" in map(os.fsencode, os.listxattr(target))
+    try:
+        return "trusted.overlay.opaque" in os.listxattr(target)
+    except OSError as error:
+        unmount(str(target))
+        raise Internal(f"cannot read layer {diff_id} from {source}: {error.strerror}") from error
 
 
 def check_kernel() -> None:

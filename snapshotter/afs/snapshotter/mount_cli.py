@@ -28,7 +28,10 @@ async def hold(socket: str, image: str, target: str, extra_dirs: Sequence[str], 
             await held.open(OpenImage(image=image))
             await held.mount(extra_dirs, read_only=read_only, target=target)
             click.echo(f"{image} is mounted at {target}; Ctrl-C unmounts it", err=True)
+            held.when_lost(stop.set)
             await stop.wait()
+            if held.lost:
+                raise held.loss()
     finally:
         await mounts.close()
 

@@ -30,7 +30,9 @@ def mount_overlay(target: Path, lower: Sequence[Path], upper: Path | None = None
     """Mount *lower* (topmost first) and *upper* at *target*. Blocking."""
     data = options(lower, upper, work)
     try:
-        syscalls.mount("afs", str(target), "overlay", 0 if upper else syscalls.MS_RDONLY, data)
+        # nodev: devices in a layer or made by a run are nobody's; a container's own are on the tmpfs at its /dev.
+        flags = syscalls.MS_NODEV | (0 if upper else syscalls.MS_RDONLY)
+        syscalls.mount("afs", str(target), "overlay", flags, data)
     except OSError as error:
         if error.errno == 7:
             raise ResourceExhausted(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from afs.core.errors import FailedPrecondition, InvalidArgument
 from afs.core.files import remove_tree
-from afs.core.mounts import unmount, unmount_below
+from afs.core.mounts import list_mounts, unmount, unmount_below
 from afs.core.rpc import calling, channel
 from afs.proto.v1 import layerstore_pb2 as pb
 from afs.proto.v1.layerstore_pb2_grpc import LayerstoreNodeStub
@@ -22,6 +22,7 @@ from afs.snapshotter.layermounts import LayerMounts, MountedLayer
 from afs.snapshotter.overlay import mount_overlay
 
 log = logging.getLogger(__name__)
+_TARGET = "target"  # holds the path of a root that is mounted elsewhere
 _BASE_DIRECTORIES = ("dev", "proc", "sys")
 
 
@@ -45,12 +46,18 @@ class Roots:
         *base* is the lowest directory of every root: the mount points that a container runtime needs. Without it the
         runtime would make them in the upper directory of an image that lacks them, and they would be in the diff.
         """
+        for file in self._directory.glob(f"*/{_TARGET}"):
+            target = Path(os.fsdecode(file.read_bytes()))
+            if _is_ours(target):
+                log.info("unmounting %s, which a crash left", target)
+                unmount(str(target))
         for path in (self._directory, self._base):
             if count := unmount_below(path):
                 log.info("unmounted %d mounts below %s, which a crash left", count, path)
             remove_tree(path)
             path.mkdir(parents=True)
-        self._directory.chmod(0o711)
+        # Not for others to enter: a run may leave setuid files in its upper directory, and here no nosuid holds.
+        self._directory.chmod(0o700)
         for name in _BASE_DIRECTORIES:
             (self._base / name).mkdir()
 
@@ -101,7 +108,8 @@ class Roots:
 
         async def remove() -> None:
             await asyncio.wait([making])  # a thread cannot be cancelled: what it mounts has to be unmounted after it
-            await asyncio.to_thread(_remove_root, home, merged)
+            made = not making.cancelled() and making.exception() is None
+            await asyncio.to_thread(_remove_root, home, merged if made else None)
 
         task = asyncio.create_task(remove(), name=f"remove {home}")
         self._removing.add(task)
@@ -162,9 +170,19 @@ def _make_root(home: Path, root: MountedRoot, attributes: Path) -> None:
         os.chmod(root.upper, status.st_mode & 0o7777)
     if root.path.parent == home:
         root.path.mkdir()
+    else:  # for whoever cleans up after a crash
+        (home / _TARGET).write_bytes(os.fsencode(root.path))
     mount_overlay(root.path, root.lower, root.upper, work)
 
 
-def _remove_root(home: Path, merged: Path) -> None:
-    unmount(str(merged))
+def _remove_root(home: Path, merged: Path | None) -> None:
+    """Unmount the overlay at *merged*, if it was made, and delete *home*. A target may be below somebody else's mount."""
+    if merged is not None and _is_ours(merged):
+        unmount(str(merged))
     remove_tree(home)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether what is mounted at *path*, topmost, is an overlay of ours: its user may have unmounted it by hand."""
+    at = [mount for mount in list_mounts(os.path.realpath(path)) if mount.target == os.path.realpath(path)]
+    return bool(at) and (at[-1].fstype, at[-1].source) == ("overlay", "afs")
