@@ -194,3 +194,17 @@ def test_a_big_file_streams(root: Overlay) -> None:
     rest = [len(chunk) for chunk in chunks]
     assert max(rest) <= 1 << 18
     assert len(first) + sum(rest) > size
+
+
+def test_links_to_directories_are_not_followed(root: Overlay) -> None:
+    (root.merged / "out").symlink_to("/etc")
+    found = root.members()
+    assert found["out"].linkname == "/etc"
+    assert not [name for name in found if name.startswith("out/")]
+
+
+def test_attributes_that_no_layer_can_express_are_left_out(root: Overlay) -> None:
+    (root.merged / "new").write_text("x")
+    os.setxattr(root.merged / "new", b"user.\xff", b"1")
+    os.setxattr(root.merged / "new", "user.good", b"2")
+    assert root.members()["new"].pax_headers["SCHILY.xattr.user.good"] == "2"

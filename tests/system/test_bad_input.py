@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gzip
+import io
 import os
 import re
 import signal
 import socket
+import tarfile
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -431,3 +433,22 @@ def test_cli_killed_while_the_command_runs(shared_cluster: RealCluster, busybox_
         assert cli.stdout is not None
         assert cli.stdout.readline() == "here\n"
         assert shared_cluster.busy()
+
+
+async def test_a_tree_deeper_than_python_recurses(shared_cluster: RealCluster, busybox_image: BusyboxImage) -> None:
+    """One command must not be able to turn its own result into a fault, nor the node's clean-up into a crash."""
+    script = "d=$(printf 'd/%.0s' $(seq 1500)); mkdir -p /$d && echo deep > /$d/file"
+    async with shared_cluster.client() as client:
+        result = await client.run(busybox_image.reference, ["sh", "-c", script])
+    assert result.ok, result.stderr
+    with tarfile.open(fileobj=io.BytesIO(gzip.decompress(result.diff or b""))) as tar:
+        assert "d/" * 1500 + "file" in tar.getnames()
+
+
+def test_options_behind_the_command_are_the_command_s(shared_cluster: RealCluster, busybox_image: BusyboxImage) -> None:
+    image = ("--image", busybox_image.reference)
+    done = shared_cluster.cli("execute", *image, "echo", "--json", "--timeout", "5s")
+    assert (done.returncode, done.stdout) == (0, "--json --timeout 5s\n")
+    done = shared_cluster.cli("execute", *image, "--tiemout", "5s", "--", "true")
+    assert done.returncode == 64
+    assert "--tiemout" in done.stderr

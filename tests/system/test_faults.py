@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import time
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from afs.client import AfsClient, Log
-from afs.core.errors import AfsError, Unavailable
+from afs.core.errors import AfsError, Internal, Unavailable
 from afs.core.mounts import list_mounts
 from tests.testbed import oci, tars
 from tests.testbed.cluster import cluster, exempt
@@ -255,3 +256,61 @@ def test_corrupt_peer_never_gives_wrong_bytes(busybox_image: BusyboxImage, tmp_p
         assert (status, data) == (0, secret), error  # pulled again from its source
         log = running.log("node2-layerstore")
         assert f"layerstore {running.nodes[0].layerstore.address} served a bad chunk" in log
+
+
+def test_fuse_readers_see_no_hole_when_the_layer_was_pulled_meanwhile(
+    busybox_image: BusyboxImage, tmp_path: Path
+) -> None:
+    """afs_fused outlives the layerstore, with the old partial file open; zeros from it would be wrong bytes."""
+    secret = os.urandom(3 << 20)
+    layout = oci.copy_layout(busybox_image.layout, tmp_path / "layout")
+    builder = oci.LayoutBuilder(layout)
+    files: dict[str, bytes | str | None] = {
+        "first": secret,
+        "pad": os.urandom(4 << 20),
+        "late": secret[::-1],
+        "later": secret,
+    }
+    layer = builder.add_layer(tars.tar_of(files))
+    builder.add_image("big", [*busybox_image.layers, layer], {"Env": ["PATH=/bin"]})
+
+    async def read(node: NodeProcesses, name: str) -> bytes:
+        async with AfsClient(node.afslet.address) as client:
+            result = await client.run(f"oci:{layout}:big", ["cat", name])
+            assert result.ok, result.stderr
+            return result.stdout
+
+    with cluster(1, proxy=False) as running:
+        asyncio.run(read(running.nodes[0], "/first"))
+        node2 = running.start_node(2)
+        assert asyncio.run(read(node2, "/first")) == secret
+        mounted = [mount.target for mount in list_mounts(str(node2.run_dir / "l")) if "/fuse/" in mount.source]
+        running.kill(running.nodes[0].layerstore)
+        assert asyncio.run(read(node2, "/late")) == secret[::-1]  # nobody has it any more: pulled here
+        assert (node2.directory / "layerstore/layers" / f"{layer.diff_id.partition(':')[2]}.afslyr").exists()
+        running.kill(node2.layerstore)
+        asyncio.run(running.restart(node2.layerstore))
+        assert asyncio.run(read(node2, "/later")) == secret
+        assert set(mounted) <= {mount.target for mount in list_mounts(str(node2.run_dir / "l"))}, "mounted anew"
+
+
+async def test_a_killed_runtime_is_no_result(fragile: RealCluster, busybox_image: BusyboxImage) -> None:
+    node = fragile.nodes[0]
+    async with run_under_way(fragile, busybox_image.reference, "node1") as task:
+        runtimes = [
+            int(path.parent.name)
+            for path in Path("/proc").glob("[0-9]*/cmdline")
+            if path.read_bytes().startswith(b"runc\0") and str(node.run_dir).encode() in path.read_bytes()
+        ]
+        assert len(runtimes) == 1
+        os.kill(runtimes[0], signal.SIGKILL)
+        with pytest.raises(Internal, match="runtime runc was killed by signal 9"):
+            await asyncio.wait_for(task, GRACE)
+    await until(lambda: not cgroup_processes(fragile, node), "the container is killed")
+
+
+def test_upper_directories_are_closed_to_other_users(fragile: RealCluster) -> None:
+    """A setuid file in an upper directory would be one of the host's to whoever could reach it."""
+    for node in fragile.nodes:
+        for name in ("snapshotter/roots", "afslet/runs"):
+            assert (node.directory / name).stat().st_mode & 0o777 == 0o700

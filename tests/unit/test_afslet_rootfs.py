@@ -1,6 +1,7 @@
 """Looking into a root that hostile code has written: nothing leads outside."""
 
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -213,3 +214,18 @@ def test_who_may_execute(top: Path, root: int, mode: int, user: User, executable
     assert (found.found, found.executable, found.why) == (
         (True, True, "") if executable else (True, False, "it has no execute permission")
     )
+
+
+@pytest.mark.root
+def test_a_device_of_the_image_is_never_opened(top: Path, root: int) -> None:
+    """/dev/watchdog would reboot the machine. Minor 8 of the memory devices exists nowhere, so opening it would fail."""
+    (top / "bin").mkdir()
+    os.mknod(top / "bin" / "tool", stat.S_IFCHR | 0o755, os.makedev(1, 200))
+    os.mknod(top / "etc" / "passwd", stat.S_IFCHR | 0o644, os.makedev(1, 200))
+    found = find_command(root, "tool", "/", "/bin", User(0, 0, (), "/"))
+    assert (found.found, found.executable, found.why) == (True, False, "it is not a regular file")
+    (top / "bin" / "script").write_text("#!/bin/tool\n")
+    (top / "bin" / "script").chmod(0o755)
+    found = find_command(root, "script", "/", "/bin", User(0, 0, (), "/"))
+    assert (found.executable, found.why) == (False, "its interpreter /bin/tool is not executable")
+    assert read_file(root, "etc/passwd") is None

@@ -194,5 +194,5 @@ def test_help_shows_defaults() -> None:
 
 
 def test_click_refuses_flags_of_the_wrong_kind() -> None:
-    assert run(["--count", "x"])[0] == 2
-    assert run(["--nonsense"])[0] == 2
+    assert run(["--count", "x"])[0] == 64
+    assert run(["--nonsense"])[0] == 64

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from afs.core import mounts, syscalls
-from afs.core.files import remove_tree, unlinked_on_error, write_atomic
+from afs.core.errors import FailedPrecondition
+from afs.core.files import locked, remove_tree, unlinked_on_error, write_atomic
 from afs.core.singleflight import SingleFlight
 
 # Files
@@ -231,3 +232,25 @@ async def test_close_cancels_or_waits() -> None:
     work.gate.set()
     await flights.close(cancel=False)
     assert await caller == 2
+
+
+def test_trees_deeper_than_python_recurses_are_removed(tmp_path: Path) -> None:
+    top = tmp_path / "top"
+    top.mkdir()
+    fd = os.open(top, os.O_RDONLY)
+    for _ in range(1500):
+        os.mkdir("d", dir_fd=fd)
+        deeper = os.open("d", os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = deeper
+    os.close(fd)
+    remove_tree(top)
+    assert not top.exists()
+
+
+def test_one_program_per_directory(tmp_path: Path) -> None:
+    first, second = locked(tmp_path / "lock", "afslet"), locked(tmp_path / "lock", "afslet")
+    with first, pytest.raises(FailedPrecondition, match="in use by another afslet"), second:
+        pass
+    with locked(tmp_path / "lock", "afslet"):
+        pass

@@ -173,7 +173,7 @@ async def test_a_process_that_dies_shows_its_last_words(tmp_path: Path) -> None:
     log = tmp_path / "logs" / "store.log"
     last = log.read_text().splitlines()[-1]
     assert "--count" in last
-    assert str(caught.value) == f"store ended with status 2: {last} (log: {log})"
+    assert str(caught.value) == f"store ended with status 64: {last} (log: {log})"
     assert [path.name for path in tmp_path.iterdir()] == ["logs"]
 
 
