@@ -39,7 +39,7 @@ def layers(tmp_path: Path) -> Iterator[dict[str, str]]:
 @contextlib.asynccontextmanager
 async def mounting(tmp_path: Path, keep: int) -> AsyncIterator[LayerMounts]:
     """Layer mounts that are closed at the end."""
-    fused = FusedProcess(tmp_path / "f", tmp_path / "fill.sock", 1.0)
+    fused = FusedProcess(tmp_path / "f", tmp_path / "faults", tmp_path / "fill.sock", 1.0)
     mounts = LayerMounts(tmp_path / "l", fused, keep)
     try:
         yield mounts

@@ -314,3 +314,27 @@ def test_upper_directories_are_closed_to_other_users(fragile: RealCluster) -> No
     for node in fragile.nodes:
         for name in ("snapshotter/roots", "afslet/runs"):
             assert (node.directory / name).stat().st_mode & 0o777 == 0o700
+
+
+def test_a_read_that_failed_is_no_result(busybox_image: BusyboxImage, tmp_path: Path) -> None:
+    """The command sees an I/O error and exits with 1: that must not look like its own failure."""
+    layout = oci.copy_layout(busybox_image.layout, tmp_path / "layout")
+    builder = oci.LayoutBuilder(layout)
+    layer = builder.add_layer(
+        tars.tar_of({"first": b"first\n", "pad": os.urandom(4 << 20), "late": os.urandom(1 << 20)})
+    )
+    builder.add_image("lost", [*busybox_image.layers, layer], {"Env": ["PATH=/bin"]})
+
+    async def run(node: NodeProcesses, command: str) -> bytes:
+        async with AfsClient(node.afslet.address) as client:
+            return (await client.run(f"oci:{layout}:lost", ["sh", "-c", command])).stdout
+
+    with cluster(1, proxy=False, layerstore_flags=("--read-deadline=1s",)) as running:
+        asyncio.run(run(running.nodes[0], "true"))
+        node2 = running.start_node(2)
+        assert asyncio.run(run(node2, "cat /first")) == b"first\n"
+        running.kill(running.nodes[0].layerstore)
+        (layout / "blobs" / "sha256" / layer.digest.partition(":")[2]).unlink()  # nobody can pull it again
+        with pytest.raises(Unavailable, match=f"layer {layer.diff_id} could not be read during the run"):
+            asyncio.run(run(node2, "cat /late; true"))
+        assert asyncio.run(run(node2, "cat /first")) == b"first\n", "the fault was the other run's"

@@ -196,7 +196,9 @@ class Execution:
                     yield message
             if task.cancelled() and hold.lost:
                 raise hold.loss()
-            yield self._result(process, task.result(), timeout)
+            result = self._result(process, task.result(), timeout)
+            await hold.check()  # an I/O error of ours may have become the command's exit code
+            yield result
         finally:
             await _settled(task)
 

@@ -15,7 +15,6 @@ import click
 from afs.core.cli import fail
 from afs.core.errors import AfsError, Cancelled, FailedPrecondition, Internal, InvalidArgument
 from afs.core.units import parse_duration
-from afs.core.version import version
 
 
 async def run(
@@ -91,7 +90,7 @@ def _write(fd: int, data: bytes) -> None:
     context_settings={"allow_interspersed_args": False},
     help="Run ARGV in a container whose root is the directory --rootfs.",
 )
-@click.version_option(version(), prog_name="afs_runc")
+@click.version_option(package_name="afs-cluster", prog_name="afs_runc")
 @click.option("--rootfs", type=click.Path(path_type=Path), required=True)
 @click.option("--cpu", "cpus", type=float, default=1.0, show_default=True, help="CPU cores; may be a fraction.")
 @click.option("--memory-mb", type=int, default=512, show_default=True)

@@ -12,7 +12,6 @@ import click
 from afs.core.cli import fail
 from afs.core.errors import AfsError, Cancelled, Internal, InvalidArgument, status_of
 from afs.core.units import format_size, parse_duration
-from afs.core.version import version
 
 PROXY = click.option(
     "--proxy", default="127.0.0.1:62051", envvar="AFS_PROXY", show_default=True, help="Address of afs_proxy."
@@ -20,7 +19,7 @@ PROXY = click.option(
 
 
 @click.group()
-@click.version_option(version(), prog_name="afs_cli")
+@click.version_option(package_name="afs-cluster", prog_name="afs_cli")
 def main() -> None:
     """Run commands in images on an AFS cluster."""
 

@@ -10,7 +10,6 @@ import click
 from afs.core.config import from_command_line, options
 from afs.core.errors import AfsError, InvalidArgument, status_of
 from afs.core.service import run_service
-from afs.core.version import version
 
 ConfigT = TypeVar("ConfigT")
 # 2 is what many commands return for reasons of their own (pytest, grep), and `afs_cli execute` exits as its command does.
@@ -43,4 +42,4 @@ def daemon_command(
         sys.exit(run_service(program, lambda stop: serve(config, stop), level=config.log_level))
 
     command = click.command(name=program, help=help)(options(config_class, service)(main))
-    return click.version_option(version(), prog_name=program)(command)
+    return click.version_option(package_name="afs-cluster", prog_name=program)(command)

@@ -11,11 +11,10 @@ import click
 
 from afs.core.cli import fail
 from afs.core.errors import AfsError, FailedPrecondition, InvalidArgument
-from afs.core.version import version
 
 
 @click.group()
-@click.version_option(version(), prog_name="afs")
+@click.version_option(package_name="afs-cluster", prog_name="afs")
 def main() -> None:
     """Try AFS on one machine."""
 

@@ -26,7 +26,7 @@ class Config:
 
 async def serve(config: Config, stop: asyncio.Event) -> None:
     """Serve until *stop* is set."""
-    from afs.core.files import locked
+    from afs.core.files import locked, remove_tree
     from afs.core.mounts import unmount_below
     from afs.core.rpc import serving
     from afs.proto.v1.mounts_pb2_grpc import add_MountsServicer_to_server
@@ -44,7 +44,7 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         stack.enter_context(locked(config.root / "lock", "afs_snapshotter"))
         stack.enter_context(locked(run_dir / "snapshotter.lock", "afs_snapshotter"))
         # Layers below roots: what a killed process left goes from the top down.
-        fused = FusedProcess(run_dir / "fuse", run_dir / "fill.sock", config.read_deadline)
+        fused = FusedProcess(run_dir / "fuse", run_dir / "faults", run_dir / "fill.sock", config.read_deadline)
         mounts = LayerMounts(run_dir / "l", fused, config.keep_layers)
         roots = Roots(config.root / "roots", run_dir / "base", mounts, f"unix:{run_dir}/layerstore.sock")
         await asyncio.to_thread(roots.prepare)
@@ -53,6 +53,9 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
             await asyncio.to_thread(unmount_below, run_dir / name)
             for path in (run_dir / name).iterdir():
                 path.rmdir()
+        remove_tree(run_dir / "faults")
+        (run_dir / "faults").mkdir()
+        stack.callback(remove_tree, run_dir / "faults")
         stack.push_async_callback(fused.close)
         stack.push_async_callback(mounts.close)
         stack.push_async_callback(roots.close)

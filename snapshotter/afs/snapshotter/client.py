@@ -18,10 +18,13 @@ class Hold:
     def __init__(self, call: "grpc.aio.StreamStreamCall[Any, Any]", peer: str) -> None:
         self._call = call
         self._peer = peer
+        self._lazy = False
 
     async def open(self, image: pb.OpenImage) -> pb.OpenedImage:
         """Have the image's layers mounted."""
-        return (await self._ask(pb.HoldRequest(open=image))).opened
+        opened = (await self._ask(pb.HoldRequest(open=image))).opened
+        self._lazy = opened.lazy
+        return opened
 
     async def mount(
         self, extra_dirs: Sequence[str] = (), *, read_only: bool = False, target: str = ""
@@ -29,6 +32,14 @@ class Hold:
         """Have a root mounted; *extra_dirs* topmost first."""
         wanted = pb.MountRoot(extra_dirs=list(extra_dirs), read_only=read_only, target=target)
         return (await self._ask(pb.HoldRequest(mount=wanted))).mounted
+
+    async def check(self) -> None:
+        """Unavailable if a read of the image's layers failed since it was opened: what ran on it cannot be trusted."""
+        if not self._lazy:
+            return
+        failed = (await self._ask(pb.HoldRequest(check=pb.CheckReads()))).faults.layers
+        if failed:
+            raise Unavailable(f"layer {failed[0]} could not be read during the run")
 
     async def _ask(self, request: pb.HoldRequest) -> pb.HoldResponse:
         with calling(self._peer):

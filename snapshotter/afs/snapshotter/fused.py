@@ -22,7 +22,6 @@ import click
 import pyfuse3
 from typing_extensions import override
 
-from afs.core.version import version
 from afs.layerstore.fillwire import FillClient, FillError
 
 log = logging.getLogger(__name__)
@@ -60,13 +59,14 @@ def _fail(error: Exception) -> NoReturn:
 
 
 class LayerFiles(pyfuse3.Operations):
-    """The file system; *client* asks the layerstore."""
+    """The file system; *client* asks the layerstore, *faults* is a directory with a byte per failed read of a layer."""
 
     enable_writeback_cache = False
 
-    def __init__(self, client: FillClient) -> None:
+    def __init__(self, client: FillClient, faults: str) -> None:
         super().__init__()
         self._client = client
+        self._faults = faults
         self._inodes: dict[int, _Layer] = {}
         self._by_name: dict[bytes, int] = {}
         self._next = pyfuse3.ROOT_INODE + 1
@@ -145,8 +145,14 @@ class LayerFiles(pyfuse3.Operations):
                 await self._fill(layer, off, end)
             except (FillError, OSError, ValueError) as error:
                 log.error("layer %s, bytes %d to %d: %s", layer.diff_id, off, end, error)
+                self._note_fault(layer)
                 _fail(error)
         return os.pread(layer.data, size, off)
+
+    def _note_fault(self, layer: _Layer) -> None:
+        """Leave a mark that outlives this process: whoever ran on the layer has to know that it was not all there."""
+        with open(os.path.join(self._faults, layer.diff_id.removeprefix("sha256:")), "ab") as marks:
+            marks.write(b".")
 
     async def _fill(self, layer: _Layer, off: int, end: int) -> None:
         """Have the chunks of [off, end) in the file that *layer* has open; what is not there must never be read.
@@ -187,11 +193,11 @@ class LayerFiles(pyfuse3.Operations):
                 layer.close()
 
 
-async def _serve(mountpoint: str, fill_socket: str, deadline: float, ready_fd: int) -> None:
+async def _serve(mountpoint: str, fill_socket: str, faults: str, deadline: float, ready_fd: int) -> None:
     client = FillClient(fill_socket, deadline)
     options = {*pyfuse3.default_options, "fsname=afs", "subtype=afs", "ro"}
     options.discard("default_permissions")  # one owner, one mode: nothing to check
-    pyfuse3.init(LayerFiles(client), mountpoint, options)
+    pyfuse3.init(LayerFiles(client, faults), mountpoint, options)
     try:
         os.write(ready_fd, b"R")
         os.close(ready_fd)
@@ -202,13 +208,14 @@ async def _serve(mountpoint: str, fill_socket: str, deadline: float, ready_fd: i
 
 
 @click.command(help="Serve partial layers as files. Started and watched by afs_snapshotter.")
-@click.version_option(version(), prog_name="afs_fused")
+@click.version_option(package_name="afs-cluster", prog_name="afs_fused")
 @click.option("--mountpoint", required=True)
 @click.option("--fill-socket", required=True)
+@click.option("--faults", required=True, help="Directory that gets a byte in a layer's file for each failed read.")
 @click.option("--deadline", default=40.0, help="Seconds that a read waits for the layerstore before EIO.")
 @click.option("--ready-fd", type=int, required=True, help="Gets one byte when the file system is mounted.")
 @click.option("--log-level", default="INFO")
-def main(mountpoint: str, fill_socket: str, deadline: float, ready_fd: int, log_level: str) -> None:
+def main(mountpoint: str, fill_socket: str, faults: str, deadline: float, ready_fd: int, log_level: str) -> None:
     """Run until the file system is unmounted or SIGTERM comes."""
     import asyncio
     import signal
@@ -220,7 +227,7 @@ def main(mountpoint: str, fill_socket: str, deadline: float, ready_fd: int, log_
 
     async def run() -> None:
         loop = asyncio.get_running_loop()
-        serving = asyncio.ensure_future(_serve(mountpoint, fill_socket, deadline, ready_fd))
+        serving = asyncio.ensure_future(_serve(mountpoint, fill_socket, faults, deadline, ready_fd))
         loop.add_signal_handler(signal.SIGTERM, serving.cancel)
         # A terminal's Ctrl-C reaches the whole group; mounts need this process until the snapshotter has unmounted them.
         loop.add_signal_handler(signal.SIGINT, lambda: None)

@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 
+from afs.core.digests import hex_of
 from afs.core.errors import Internal
 from afs.core.mounts import unmount
 from afs.core.run import Child, popen, stop
@@ -18,10 +19,11 @@ log = logging.getLogger(__name__)
 
 
 class FusedProcess:
-    """Owns ``DIRECTORY/<n>``, the mount points of afs_fused."""
+    """Owns ``DIRECTORY/<n>``, the mount points of afs_fused, and *faults*, where it marks failed reads."""
 
-    def __init__(self, directory: Path, fill_socket: Path, deadline: float) -> None:
+    def __init__(self, directory: Path, faults: Path, fill_socket: Path, deadline: float) -> None:
         self._directory = directory
+        self._faults = faults
         self._fill_socket = fill_socket
         self._deadline = deadline
         self._process: Child | None = None
@@ -43,12 +45,24 @@ class FusedProcess:
         alive = self._process is not None and self._process.poll() is None
         return alive and mountpoint == self._mountpoints[-1]
 
+    def faults(self, diff_id: str) -> int:
+        """How many reads of a layer failed since the snapshotter started."""
+        try:
+            return (self._faults / hex_of(diff_id)).stat().st_size
+        except FileNotFoundError:
+            return 0
+
     async def _start(self) -> None:
         mountpoint = self._directory / str(len(self._mountpoints))
         mountpoint.mkdir(parents=True, exist_ok=True)
         ready, child_end = os.pipe()
         argv = [sys.executable, "-m", "afs.snapshotter.fused", f"--mountpoint={mountpoint}"]
-        argv += [f"--fill-socket={self._fill_socket}", f"--deadline={self._deadline}", f"--ready-fd={child_end}"]
+        argv += [
+            f"--faults={self._faults}",
+            f"--fill-socket={self._fill_socket}",
+            f"--deadline={self._deadline}",
+            f"--ready-fd={child_end}",
+        ]
         try:
             process = popen(argv, pass_fds=[child_end], new_session=True)
         finally:

@@ -107,6 +107,12 @@ class LayerMounts:
         task.add_done_callback(self._going.discard)
         await asyncio.shield(task)
 
+    def faults(self, layer: MountedLayer) -> int:
+        """How many reads of *layer* failed so far; one more if its afs_fused is gone, for then all do."""
+        if layer.served_from is None:
+            return 0
+        return self._fused.faults(layer.diff_id) + (not self._fused.serves(layer.served_from))
+
     def mounted(self) -> list[MountedLayer]:
         """All layer mounts, least recently used first."""
         return list(self._mounted.values())

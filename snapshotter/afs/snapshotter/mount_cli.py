@@ -11,7 +11,6 @@ import click
 
 from afs.core.cli import fail
 from afs.core.errors import AfsError, InvalidArgument
-from afs.core.version import version
 
 
 async def hold(socket: str, image: str, target: str, extra_dirs: Sequence[str], *, read_only: bool) -> None:
@@ -37,7 +36,7 @@ async def hold(socket: str, image: str, target: str, extra_dirs: Sequence[str], 
 
 
 @click.command(help="Mount IMAGE at the directory DIR until Ctrl-C.")
-@click.version_option(version(), prog_name="afs_mount")
+@click.version_option(package_name="afs-cluster", prog_name="afs_mount")
 @click.option(
     "--run-dir", type=click.Path(path_type=Path), default=Path("/run/afs"), envvar="AFS_RUN_DIR", show_default=True
 )

@@ -28,6 +28,7 @@ class MountsService(mounts_pb2_grpc.MountsServicer):
         self, request_iterator: AsyncIterator[pb.HoldRequest], context: Context
     ) -> AsyncIterator[pb.HoldResponse]:
         layers: list[MountedLayer] | None = None
+        faults: list[int] = []
         # The stack is the lease: it unwinds when the caller half-closes, is cancelled or dies.
         async with contextlib.AsyncExitStack() as stack:
             async for request in request_iterator:
@@ -35,6 +36,7 @@ class MountsService(mounts_pb2_grpc.MountsServicer):
                     if layers is not None:
                         raise InvalidArgument("one image per call")
                     opened, layers = await self._open(stack, request.open)
+                    faults = [self._mounts.faults(layer) for layer in layers]
                     yield pb.HoldResponse(opened=opened)
                 elif request.HasField("mount"):
                     if layers is None:
@@ -46,8 +48,12 @@ class MountsService(mounts_pb2_grpc.MountsServicer):
                     lower = [str(path) for path in root.lower]
                     mounted = pb.MountedRoot(path=str(root.path), upper=str(root.upper or ""), lower=lower)
                     yield pb.HoldResponse(mounted=mounted)
+                elif request.HasField("check"):
+                    pairs = zip(layers or [], faults, strict=True)
+                    failed = {layer.diff_id for layer, before in pairs if self._mounts.faults(layer) != before}
+                    yield pb.HoldResponse(faults=pb.ReadFaults(layers=sorted(failed)))
                 else:
-                    raise InvalidArgument("neither open nor mount")
+                    raise InvalidArgument("neither open, mount nor check")
 
     async def _open(
         self, stack: contextlib.AsyncExitStack, request: pb.OpenImage
@@ -62,7 +68,9 @@ class MountsService(mounts_pb2_grpc.MountsServicer):
         answer = await self._roots.open_image(name, force_local=request.force_local_fetch)
         layers = await self._roots.mount_layers(stack, answer.layers)
         image = answer.image
-        return pb.OpenedImage(key=image.key, manifest_digest=image.manifest_digest, config=image.config), layers
+        lazy = any(layer.served_from is not None for layer in layers)
+        opened = pb.OpenedImage(key=image.key, manifest_digest=image.manifest_digest, config=image.config, lazy=lazy)
+        return opened, layers
 
     @override
     async def Stats(self, request: pb.StatsRequest, context: Context) -> pb.StatsResponse:

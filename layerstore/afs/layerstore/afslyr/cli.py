@@ -13,14 +13,13 @@ import click
 from afs.core.errors import AfsError, AlreadyExists, NotFound, status_of
 from afs.core.files import unlinked_on_error
 from afs.core.units import format_size
-from afs.core.version import version
 from afs.layerstore.afslyr import reader
 
 _COPY = 1 << 20
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(version(), prog_name="afs_layer")
+@click.version_option(package_name="afs-cluster", prog_name="afs_layer")
 def afs_layer() -> None:
     """Work with one .afslyr file: a layer that `mount -t erofs` understands."""
 

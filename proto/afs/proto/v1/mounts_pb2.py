@@ -24,31 +24,35 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x61\x66s/proto/v1/mounts.proto\x12\x06\x61\x66s.v1\"_\n\x0bHoldRequest\x12!\n\x04open\x18\x01 \x01(\x0b\x32\x11.afs.v1.OpenImageH\x00\x12\"\n\x05mount\x18\x02 \x01(\x0b\x32\x11.afs.v1.MountRootH\x00\x42\t\n\x07payload\"u\n\tOpenImage\x12\r\n\x05image\x18\x01 \x01(\t\x12\x0b\n\x03tag\x18\x02 \x01(\t\x12\n\n\x02os\x18\x03 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x04 \x01(\t\x12\x0f\n\x07variant\x18\x05 \x01(\t\x12\x19\n\x11\x66orce_local_fetch\x18\x06 \x01(\x08\"B\n\tMountRoot\x12\x12\n\nextra_dirs\x18\x01 \x03(\t\x12\x11\n\tread_only\x18\x02 \x01(\x08\x12\x0e\n\x06target\x18\x03 \x01(\t\"h\n\x0cHoldResponse\x12%\n\x06opened\x18\x01 \x01(\x0b\x32\x13.afs.v1.OpenedImageH\x00\x12&\n\x07mounted\x18\x02 \x01(\x0b\x32\x13.afs.v1.MountedRootH\x00\x42\t\n\x07payload\"C\n\x0bOpenedImage\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x17\n\x0fmanifest_digest\x18\x02 \x01(\t\x12\x0e\n\x06\x63onfig\x18\x03 \x01(\x0c\"9\n\x0bMountedRoot\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\r\n\x05upper\x18\x02 \x01(\t\x12\r\n\x05lower\x18\x03 \x03(\t\"\x0e\n\x0cStatsRequest\"D\n\rStatsResponse\x12$\n\x06layers\x18\x01 \x03(\x0b\x32\x14.afs.v1.MountedLayer\x12\r\n\x05roots\x18\x02 \x01(\r\"?\n\x0cMountedLayer\x12\x0f\n\x07\x64iff_id\x18\x01 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x02 \x01(\t\x12\r\n\x05users\x18\x03 \x01(\r2u\n\x06Mounts\x12\x35\n\x04Hold\x12\x13.afs.v1.HoldRequest\x1a\x14.afs.v1.HoldResponse(\x01\x30\x01\x12\x34\n\x05Stats\x12\x14.afs.v1.StatsRequest\x1a\x15.afs.v1.StatsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x61\x66s/proto/v1/mounts.proto\x12\x06\x61\x66s.v1\"\x84\x01\n\x0bHoldRequest\x12!\n\x04open\x18\x01 \x01(\x0b\x32\x11.afs.v1.OpenImageH\x00\x12\"\n\x05mount\x18\x02 \x01(\x0b\x32\x11.afs.v1.MountRootH\x00\x12#\n\x05\x63heck\x18\x03 \x01(\x0b\x32\x12.afs.v1.CheckReadsH\x00\x42\t\n\x07payload\"\x0c\n\nCheckReads\"u\n\tOpenImage\x12\r\n\x05image\x18\x01 \x01(\t\x12\x0b\n\x03tag\x18\x02 \x01(\t\x12\n\n\x02os\x18\x03 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x04 \x01(\t\x12\x0f\n\x07variant\x18\x05 \x01(\t\x12\x19\n\x11\x66orce_local_fetch\x18\x06 \x01(\x08\"B\n\tMountRoot\x12\x12\n\nextra_dirs\x18\x01 \x03(\t\x12\x11\n\tread_only\x18\x02 \x01(\x08\x12\x0e\n\x06target\x18\x03 \x01(\t\"\x8e\x01\n\x0cHoldResponse\x12%\n\x06opened\x18\x01 \x01(\x0b\x32\x13.afs.v1.OpenedImageH\x00\x12&\n\x07mounted\x18\x02 \x01(\x0b\x32\x13.afs.v1.MountedRootH\x00\x12$\n\x06\x66\x61ults\x18\x03 \x01(\x0b\x32\x12.afs.v1.ReadFaultsH\x00\x42\t\n\x07payload\"\x1c\n\nReadFaults\x12\x0e\n\x06layers\x18\x01 \x03(\t\"Q\n\x0bOpenedImage\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x17\n\x0fmanifest_digest\x18\x02 \x01(\t\x12\x0e\n\x06\x63onfig\x18\x03 \x01(\x0c\x12\x0c\n\x04lazy\x18\x04 \x01(\x08\"9\n\x0bMountedRoot\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\r\n\x05upper\x18\x02 \x01(\t\x12\r\n\x05lower\x18\x03 \x03(\t\"\x0e\n\x0cStatsRequest\"D\n\rStatsResponse\x12$\n\x06layers\x18\x01 \x03(\x0b\x32\x14.afs.v1.MountedLayer\x12\r\n\x05roots\x18\x02 \x01(\r\"?\n\x0cMountedLayer\x12\x0f\n\x07\x64iff_id\x18\x01 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x02 \x01(\t\x12\r\n\x05users\x18\x03 \x01(\r2u\n\x06Mounts\x12\x35\n\x04Hold\x12\x13.afs.v1.HoldRequest\x1a\x14.afs.v1.HoldResponse(\x01\x30\x01\x12\x34\n\x05Stats\x12\x14.afs.v1.StatsRequest\x1a\x15.afs.v1.StatsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'afs.proto.v1.mounts_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_HOLDREQUEST']._serialized_start=37
-  _globals['_HOLDREQUEST']._serialized_end=132
-  _globals['_OPENIMAGE']._serialized_start=134
-  _globals['_OPENIMAGE']._serialized_end=251
-  _globals['_MOUNTROOT']._serialized_start=253
-  _globals['_MOUNTROOT']._serialized_end=319
-  _globals['_HOLDRESPONSE']._serialized_start=321
-  _globals['_HOLDRESPONSE']._serialized_end=425
-  _globals['_OPENEDIMAGE']._serialized_start=427
-  _globals['_OPENEDIMAGE']._serialized_end=494
-  _globals['_MOUNTEDROOT']._serialized_start=496
-  _globals['_MOUNTEDROOT']._serialized_end=553
-  _globals['_STATSREQUEST']._serialized_start=555
-  _globals['_STATSREQUEST']._serialized_end=569
-  _globals['_STATSRESPONSE']._serialized_start=571
-  _globals['_STATSRESPONSE']._serialized_end=639
-  _globals['_MOUNTEDLAYER']._serialized_start=641
-  _globals['_MOUNTEDLAYER']._serialized_end=704
-  _globals['_MOUNTS']._serialized_start=706
-  _globals['_MOUNTS']._serialized_end=823
+  _globals['_HOLDREQUEST']._serialized_start=38
+  _globals['_HOLDREQUEST']._serialized_end=170
+  _globals['_CHECKREADS']._serialized_start=172
+  _globals['_CHECKREADS']._serialized_end=184
+  _globals['_OPENIMAGE']._serialized_start=186
+  _globals['_OPENIMAGE']._serialized_end=303
+  _globals['_MOUNTROOT']._serialized_start=305
+  _globals['_MOUNTROOT']._serialized_end=371
+  _globals['_HOLDRESPONSE']._serialized_start=374
+  _globals['_HOLDRESPONSE']._serialized_end=516
+  _globals['_READFAULTS']._serialized_start=518
+  _globals['_READFAULTS']._serialized_end=546
+  _globals['_OPENEDIMAGE']._serialized_start=548
+  _globals['_OPENEDIMAGE']._serialized_end=629
+  _globals['_MOUNTEDROOT']._serialized_start=631
+  _globals['_MOUNTEDROOT']._serialized_end=688
+  _globals['_STATSREQUEST']._serialized_start=690
+  _globals['_STATSREQUEST']._serialized_end=704
+  _globals['_STATSRESPONSE']._serialized_start=706
+  _globals['_STATSRESPONSE']._serialized_end=774
+  _globals['_MOUNTEDLAYER']._serialized_start=776
+  _globals['_MOUNTEDLAYER']._serialized_end=839
+  _globals['_MOUNTS']._serialized_start=841
+  _globals['_MOUNTS']._serialized_end=958
 # @@protoc_insertion_point(module_scope)

@@ -24,25 +24,46 @@ class HoldRequest(_message.Message):
 
     OPEN_FIELD_NUMBER: _builtins.int
     MOUNT_FIELD_NUMBER: _builtins.int
+    CHECK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def open(self) -> Global___OpenImage: ...
     @_builtins.property
     def mount(self) -> Global___MountRoot: ...
+    @_builtins.property
+    def check(self) -> Global___CheckReads: ...
     def __init__(
         self,
         *,
         open: Global___OpenImage | None = ...,
         mount: Global___MountRoot | None = ...,
+        check: Global___CheckReads | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["mount", b"mount", "open", b"open", "payload", b"payload"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["check", b"check", "mount", b"mount", "open", b"open", "payload", b"payload"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["mount", b"mount", "open", b"open", "payload", b"payload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["check", b"check", "mount", b"mount", "open", b"open", "payload", b"payload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["open", "mount"]  # noqa: Y015
+    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["open", "mount", "check"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_payload) -> _WhichOneofReturnType_payload | None: ...
 
 Global___HoldRequest: _TypeAlias = HoldRequest  # noqa: Y015
+
+@_typing.final
+class CheckReads(_message.Message):
+    """Ask whether every read of the image's layers succeeded since `open`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckReads: _TypeAlias = CheckReads  # noqa: Y015
 
 @_typing.final
 class OpenImage(_message.Message):
@@ -114,25 +135,53 @@ class HoldResponse(_message.Message):
 
     OPENED_FIELD_NUMBER: _builtins.int
     MOUNTED_FIELD_NUMBER: _builtins.int
+    FAULTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def opened(self) -> Global___OpenedImage: ...
     @_builtins.property
     def mounted(self) -> Global___MountedRoot: ...
+    @_builtins.property
+    def faults(self) -> Global___ReadFaults: ...
     def __init__(
         self,
         *,
         opened: Global___OpenedImage | None = ...,
         mounted: Global___MountedRoot | None = ...,
+        faults: Global___ReadFaults | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["mounted", b"mounted", "opened", b"opened", "payload", b"payload"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["faults", b"faults", "mounted", b"mounted", "opened", b"opened", "payload", b"payload"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["mounted", b"mounted", "opened", b"opened", "payload", b"payload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["faults", b"faults", "mounted", b"mounted", "opened", b"opened", "payload", b"payload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["opened", "mounted"]  # noqa: Y015
+    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["opened", "mounted", "faults"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_payload) -> _WhichOneofReturnType_payload | None: ...
 
 Global___HoldResponse: _TypeAlias = HoldResponse  # noqa: Y015
+
+@_typing.final
+class ReadFaults(_message.Message):
+    """Layers of which a read failed, for this or another user: what the image's programs made of that cannot be trusted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """diff_ids"""
+
+    def __init__(
+        self,
+        *,
+        layers: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadFaults: _TypeAlias = ReadFaults  # noqa: Y015
 
 @_typing.final
 class OpenedImage(_message.Message):
@@ -141,20 +190,24 @@ class OpenedImage(_message.Message):
     KEY_FIELD_NUMBER: _builtins.int
     MANIFEST_DIGEST_FIELD_NUMBER: _builtins.int
     CONFIG_FIELD_NUMBER: _builtins.int
+    LAZY_FIELD_NUMBER: _builtins.int
     key: _builtins.str
     manifest_digest: _builtins.str
     config: _builtins.bytes
     """JSON"""
+    lazy: _builtins.bool
+    """some of its layers come from peers while they are read, so reads may fail"""
     def __init__(
         self,
         *,
         key: _builtins.str = ...,
         manifest_digest: _builtins.str = ...,
         config: _builtins.bytes = ...,
+        lazy: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "key", b"key", "manifest_digest", b"manifest_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "key", b"key", "lazy", b"lazy", "manifest_digest", b"manifest_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -54,6 +54,7 @@ class MountsServicer:
         unmounted and removed before the call ends. So a dead client cannot leave a mount behind.
         -> open     <- opened    (the image's layers are mounted)
         -> mount    <- mounted   (any number of times)
+        -> check    <- faults    (any number of times)
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

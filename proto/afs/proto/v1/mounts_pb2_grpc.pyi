@@ -36,6 +36,7 @@ class MountsStub:
     unmounted and removed before the call ends. So a dead client cannot leave a mount behind.
       -> open     <- opened    (the image's layers are mounted)
       -> mount    <- mounted   (any number of times)
+      -> check    <- faults    (any number of times)
     """
     Stats: _grpc.UnaryUnaryMultiCallable[_mounts_pb2.StatsRequest, _mounts_pb2.StatsResponse]
 
@@ -47,6 +48,7 @@ class MountsAsyncStub(MountsStub):
     unmounted and removed before the call ends. So a dead client cannot leave a mount behind.
       -> open     <- opened    (the image's layers are mounted)
       -> mount    <- mounted   (any number of times)
+      -> check    <- faults    (any number of times)
     """
     Stats: _aio.UnaryUnaryMultiCallable[_mounts_pb2.StatsRequest, _mounts_pb2.StatsResponse]  # type: ignore[assignment]
 
@@ -61,6 +63,7 @@ class MountsServicer(metaclass=_abc_1.ABCMeta):
         unmounted and removed before the call ends. So a dead client cannot leave a mount behind.
           -> open     <- opened    (the image's layers are mounted)
           -> mount    <- mounted   (any number of times)
+          -> check    <- faults    (any number of times)
         """
 
     @_abc_1.abstractmethod
