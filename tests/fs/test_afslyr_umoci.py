@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import os
-import shutil
 import stat
 import subprocess
 from pathlib import Path
@@ -12,9 +11,14 @@ from pathlib import Path
 import pytest
 
 from afs.layerstore.afslyr.convert import convert
-from tests.testbed import tars
+from tests.testbed import capabilities, tars
 
-pytestmark = [pytest.mark.root, pytest.mark.skipif(shutil.which("umoci") is None, reason="no umoci")]
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture(autouse=True)
+def _umoci() -> None:
+    capabilities.require("umoci")  # under CI=true a missing one is a failure
 
 
 def busybox_like() -> bytes:
