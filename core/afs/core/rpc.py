@@ -20,7 +20,6 @@ from typing_extensions import override
 
 from afs.core.errors import (
     AfsError,
-    Cancelled,
     FailedPrecondition,
     Internal,
     InvalidArgument,
@@ -219,8 +218,3 @@ def channel(address: str) -> grpc.aio.Channel:
     """A channel to *address*; it connects at the first call and reconnects within a second after a restart."""
     options = (*_OPTIONS, ("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000))
     return grpc.aio.insecure_channel(address, options=options)
-
-
-def cancelled(what: str) -> Cancelled:
-    """The error for work whose caller went away."""
-    return Cancelled(f"{what}: the caller went away")

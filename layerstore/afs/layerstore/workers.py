@@ -1,11 +1,12 @@
 """Processes that convert layers; see :mod:`afs.layerstore.pullworker`.
 
 State, on one event loop: every process is in ``_all``, and in ``_free`` while it has no job. A job takes whichever is
-free first; if none is for ``PATIENCE_S`` and there may be more, another one is started, which joins ``_free`` when it has
-imported what it needs: that takes 0.1 s of CPU, more than a few small layers. A process whose job was cancelled or whose pipe broke is killed, never reused. When no job came for ``IDLE_S``,
-processes that worked are ended, which gives their memory back, and fresh spares take their place: from a cold disk Python
-takes 0.2 s to be ready, as long as a small image takes altogether. Two spares of 30 MiB, so that the layers of a small
-image come side by side: with one, the first run of three layers took 0.54 of what containerd takes.
+free first; if none is for ``PATIENCE_S`` and there may be more, another one is started, which joins ``_free`` when it
+has imported what it needs: that takes 0.1 s of CPU, more than a few small layers. A process whose job was cancelled
+or whose pipe broke is killed, never reused. When no job came for ``IDLE_S``, processes that worked are ended, which
+gives their memory back, and fresh spares take their place: from a cold disk Python takes 0.2 s to be ready, as long
+as a small image takes altogether. Two spares of 30 MiB, so that the layers of a small image come side by side: with
+one, the first run of three layers took 0.54 of what containerd takes.
 """
 
 import asyncio
