@@ -130,3 +130,10 @@ def test_a_huge_zstd_window_is_refused() -> None:
 def test_a_raw_zlib_stream_counts_as_plain() -> None:
     blob = zlib.compress(DATA)
     assert all_of(blob) == blob
+
+
+def test_a_gzip_header_without_end_is_refused_early() -> None:
+    endless = io.BytesIO(b"\x1f\x8b\x08\x08" + bytes(6) + b"n" * (8 << 20))
+    with pytest.raises(CorruptLayer, match="header exceeds"):
+        list(inflate(endless.read))
+    assert endless.tell() <= 2 << 20

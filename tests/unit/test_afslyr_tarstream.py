@@ -150,6 +150,8 @@ def test_sizes_of_links_and_directories_mean_nothing() -> None:
         (tars.header("a", b"x", size=MAX_RECORD + 1), "extended header of"),
         (tars.header("a", b"L", size=1 << 40), "extended header of"),
         (tars.pax([("path", "a\0b")]) + tars.file("a"), "NUL"),
+        (tars.pax([("linkpath", "a\0b")]) + tars.header("a", b"2"), "NUL"),
+        (tars.pax_sparse("a\0b", [(0, b"x" * 512)], 1024, "1.0"), "NUL"),
         (tars.pax([("uid", "-5")]) + tars.file("a"), "not a number"),
         (tars.pax([("mtime", "x")]) + tars.file("a"), "not a time"),
         (tars.pax([("LIBARCHIVE.xattr.user.x", "%%%")]) + tars.file("a"), "ase64|base64|Incorrect|Invalid"),

@@ -1,11 +1,12 @@
 """From a layer's blob to an ``.afslyr`` file in one pass, with a few MiB of blocks in flight.
 
-Three threads: one reads, hashes and inflates the blob; one writes and hashes the tar; the caller's parses its headers.
-Inflating, hashing and writing release the GIL, so on two cores the whole costs hardly more than inflating alone.
+Two threads: one reads, hashes and inflates the blob; the caller's hashes, writes and parses the tar. Inflating, hashing and
+writing release the GIL. A third thread that parsed alone was slower: on two cores there is no room for it, and it took the
+GIL from the others.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +17,14 @@ from afs.layerstore.afslyr.errors import CorruptLayer, DigestMismatch, LayerLimi
 from afs.layerstore.afslyr.inflate import READ_SIZE, inflate
 from afs.layerstore.afslyr.layout import BLOCK_BITS, MAX_EROFS_END, TAR_OFFSET, align_up, make_layout
 from afs.layerstore.afslyr.limits import DEFAULT_LIMITS, Limits
-from afs.layerstore.afslyr.pipeline import Pipeline, Stopped
+from afs.layerstore.afslyr.readahead import ReadAhead
 from afs.layerstore.afslyr.tarstream import ByteStream, entries
 from afs.layerstore.afslyr.tree import TreeBuilder
 from afs.layerstore.afslyr.writer import LayerWriter
 
 __all__ = ["Converted", "Limits", "convert"]
 
-_DEPTH = 4  # blocks of 1 to 2 MiB that a channel holds
+_DEPTH = 4  # blocks that may wait to be written
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +112,6 @@ class _Conversion:
         self._blob, self._writer, self._limits = blob, writer, limits
         self._tar_hash = hashlib.sha256()
         self._tar_size = 0
-        self._pipeline = Pipeline()
-        self._to_parser = self._pipeline.channel(_DEPTH)
-        self._to_writer = self._pipeline.channel(_DEPTH)
 
     def run(self, diff_id: str | None, blob_digest: str | None) -> Converted:
         """Do everything."""
@@ -133,44 +131,25 @@ class _Conversion:
     # The pass over the tar
 
     def _stream(self) -> TreeBuilder:
-        """Run the threads until the blob is read, hashed, written and parsed."""
-        pipeline = self._pipeline
-        pipeline.start("afslyr-inflate", self._inflate)
-        pipeline.start("afslyr-write", self._write)
+        """Read, hash, write and parse all of the blob."""
         builder = TreeBuilder(self._limits)
-        try:
-            self._parse(builder)
-            pipeline.join()
-        except Stopped:
-            pass
-        except BaseException as error:  # KeyboardInterrupt too: no thread may outlive this call
-            pipeline.stop(error)
-        pipeline.join()
-        if pipeline.error is not None:
-            raise pipeline.error
+        with ReadAhead(inflate(self._blob.read), _DEPTH, "afslyr-inflate") as blocks:
+            written = self._written(blocks)
+            for entry in entries(ByteStream(written)):
+                builder.add(entry)
+            for _ in written:  # behind the end marker: part of the tar, but not parsed
+                pass
         return builder
 
-    def _inflate(self) -> None:
-        for block in inflate(self._blob.read):
+    def _written(self, blocks: Iterable[bytes]) -> Iterator[bytes]:
+        """Hash and write each block of the tar before it is parsed."""
+        for block in blocks:
             self._tar_size += len(block)
             if self._tar_size > self._limits.max_tar_bytes:
                 raise LayerLimit("uncompressed tar", self._limits.max_tar_bytes, "bytes")
-            self._to_writer.put(block)
-            self._to_parser.put(block)
-        self._to_writer.close()
-        self._to_parser.close()
-
-    def _write(self) -> None:
-        for block in self._to_writer:
             self._tar_hash.update(block)
             self._writer.append(block)
-
-    def _parse(self, builder: TreeBuilder) -> None:
-        blocks: Iterator[bytes] = iter(self._to_parser)
-        for entry in entries(ByteStream(blocks)):
-            builder.add(entry)
-        for _ in blocks:  # behind the end marker: part of the tar, but not parsed
-            pass
+            yield block
 
     # What follows the tar
 
@@ -179,14 +158,14 @@ class _Conversion:
         index = Index(builder.finish())
         writer.pad(align_up(TAR_OFFSET + self._tar_size))
         extras_offset = writer.offset
-        self._append_extras(builder)
+        self._append_extras(builder, index)
         layout = make_layout(diff_id, self._tar_size, writer.offset - extras_offset, index.length)
         if layout.erofs_end > MAX_EROFS_END:
             raise LayerLimit("file", MAX_EROFS_END, "bytes")
         writer.pad(layout.meta_offset)
         writer.append(index.pack(layout.meta_offset))
         self._blob.check_cancelled()
-        table = writer.finish(layout, index.inodes)
+        table = writer.finish(layout, index.count)
         return Converted(
             diff_id=diff_id,
             blob_digest=self._blob.digest,
@@ -197,16 +176,17 @@ class _Conversion:
             root_digest=table.root_digest,
         )
 
-    def _append_extras(self, builder: TreeBuilder) -> None:
+    def _append_extras(self, builder: TreeBuilder, index: Index) -> None:
         """Expand the sparse files that are still reachable, each from an aligned offset on."""
         writer = self._writer
-        found = [(node, pieces, offset) for node, pieces, offset in builder.sparse if node.nlink]
-        if sum(align_up(node.size) for node, _, _ in found) > self._limits.max_extras_bytes:
+        inodes = builder.inodes
+        found = [file for file in builder.sparse if index.is_reachable(file[0])]
+        if sum(align_up(inodes.size[node]) for node, _, _ in found) > self._limits.max_extras_bytes:
             raise LayerLimit("expanded sparse files", self._limits.max_extras_bytes, "bytes")
         for node, pieces, offset in found:
             self._blob.check_cancelled()
-            node.addr = writer.offset >> BLOCK_BITS
-            writer.append_sparse(pieces, node.size, TAR_OFFSET + offset)
+            inodes.addr[node] = writer.offset >> BLOCK_BITS
+            writer.append_sparse(pieces, inodes.size[node], TAR_OFFSET + offset)
             writer.pad(align_up(writer.offset))
 
 

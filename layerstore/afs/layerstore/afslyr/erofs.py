@@ -7,11 +7,12 @@ sorted as bytes, ``.`` and ``..`` among them; block addresses have 32 bits.
 
 import stat
 import struct
+from array import array
 
 from afs.layerstore.afslyr import xattrs
 from afs.layerstore.afslyr.errors import LayerLimit
+from afs.layerstore.afslyr.inodes import ROOT, Inodes
 from afs.layerstore.afslyr.layout import BLOCK_BITS, BLOCK_SIZE, MAX_EROFS_END, Layout, align_up
-from afs.layerstore.afslyr.tree import Node
 
 SUPERBLOCK_OFFSET = 1024  # bytes
 VOLUME_NAME = b"afslyr"
@@ -27,7 +28,6 @@ _SLOT = 1 << _SLOT_BITS
 _EXTENDED = 1
 _PLAIN, _INLINE = 0 << 1, 2 << 1  # data layouts, shifted as i_format has them
 _NO_ADDRESS = 0xFFFFFFFF
-_NANO = 1_000_000_000
 
 _FILE_TYPES = {
     stat.S_IFREG: 1,
@@ -75,26 +75,29 @@ def pack_superblock(layout: Layout, inodes: int) -> bytes:
 class Index:
     """The metadata of a tree, in two steps: numbering in the constructor, bytes by :meth:`pack`.
 
-    Between them the caller may set ``addr`` of regular files, for only numbering tells which are still reachable
-    (``nlink`` > 0). Breadth first, directories in byte order of their names, the root first.
+    Between them the caller may set ``addr`` of regular files, for only numbering tells which are still reachable.
+    Breadth first, directories in byte order of their names, the root first.
     """
 
-    def __init__(self, root: Node) -> None:
-        self._order: list[Node] = []
+    def __init__(self, inodes: Inodes) -> None:
+        self._inodes = inodes
+        self._order = array("I")
+        self._nids = array("q", [-1]) * len(inodes)
+        self._links = array("I", [0]) * len(inodes)
         self._end = 0  # of the inode area, bytes
         self._blocks: list[bytes] = []  # what stands behind the inode area
         self._block_count = 0
-        self._number(root)
-        parents = {root.nid: root.nid}
+        self._number(ROOT)
+        parents = {ROOT: self._nids[ROOT]}  # nids, of directories that are numbered but not written yet
         for node in self._order:  # grows while it is walked
-            if node.children is not None:
-                self._add_directory(node, parents)
+            if (children := inodes.children.get(node)) is not None:
+                self._add_directory(node, children, parents)
         if self.length > MAX_EROFS_END:
             raise LayerLimit("metadata", MAX_EROFS_END, "bytes")
 
     @property
-    def inodes(self) -> int:
-        """The number of inodes."""
+    def count(self) -> int:
+        """The number of inodes that have a name."""
         return len(self._order)
 
     @property
@@ -102,21 +105,27 @@ class Index:
         """Bytes that :meth:`pack` gives."""
         return align_up(self._end, BLOCK_SIZE) + self._block_count * BLOCK_SIZE
 
-    def _number(self, node: Node) -> None:
-        """Give *node* its place among the inodes."""
+    def is_reachable(self, node: int) -> bool:
+        """Whether inode *node* has a name; later entries may have taken it."""
+        return self._nids[node] >= 0
+
+    def _number(self, node: int) -> int:
+        """Give *node* its place among the inodes; its nid."""
         at = self._end
-        node.nid = at >> _SLOT_BITS
+        nid = self._nids[node] = at >> _SLOT_BITS
         self._order.append(node)
         end = at + _INODE_SIZE
-        if node.xattrs:
-            end += len(xattrs.encode(node.xattrs))
-        if node.target is not None:
-            if _fits_inline(end, node.size):
-                node.addr = _NO_ADDRESS
-                end += node.size
+        inodes = self._inodes
+        if node in inodes.xattrs:
+            end += len(xattrs.encode(inodes.xattrs[node]))
+        if (target := inodes.targets.get(node)) is not None:
+            if _fits_inline(end, len(target)):
+                inodes.addr[node] = _NO_ADDRESS
+                end += len(target)
             else:
-                node.addr = self._add_blocks(node.target)
+                inodes.addr[node] = self._add_blocks(target)
         self._end = (end + _SLOT - 1) & -_SLOT
+        return nid
 
     def _add_blocks(self, data: bytes) -> int:
         """Store *data* behind the inodes; its first block, counted from there."""
@@ -126,73 +135,75 @@ class Index:
         self._block_count += len(padded) >> BLOCK_BITS
         return first
 
-    def _add_directory(self, node: Node, parents: dict[int, int]) -> None:
-        """Number the children of *node* and write its blocks."""
-        children = node.children or {}
-        here = node.nid
-        found: list[Dirent] = [(b".", here, _DIRECTORY), (b"..", parents.pop(here), _DIRECTORY)]
-        node.nlink = 2
+    def _add_directory(self, node: int, children: dict[bytes, int], parents: dict[int, int]) -> None:
+        """Number the *children* of *node* and write its blocks."""
+        nids, links, modes = self._nids, self._links, self._inodes.mode
+        here = nids[node]
+        found: list[Dirent] = [(b".", here, _DIRECTORY), (b"..", parents.pop(node), _DIRECTORY)]
+        links[node] = 2
         for name in sorted(children):
             child = children[name]
-            if child.nid < 0:
-                self._number(child)
-            kind = _FILE_TYPES[child.mode & 0o170000]
+            nid = nids[child]
+            if nid < 0:
+                nid = self._number(child)
+            kind = _FILE_TYPES[modes[child] & 0o170000]
             if kind == _DIRECTORY:
-                parents[child.nid] = here
-                node.nlink += 1
+                parents[child] = here
+                links[node] += 1
             else:
-                child.nlink += 1
-            found.append((name, child.nid, kind))
+                links[child] += 1
+            found.append((name, nid, kind))
         found.sort()
         data = pack_directory(found)
-        node.size = len(data)
-        node.addr = self._add_blocks(data)
+        self._inodes.size[node] = len(data)
+        self._inodes.addr[node] = self._add_blocks(data)
 
     def pack(self, meta_offset: int) -> bytearray:
         """The metadata for a file that has them at byte *meta_offset*."""
         area = align_up(self._end, BLOCK_SIZE)
         behind = (meta_offset + area) >> BLOCK_BITS
+        inodes = self._inodes
+        children, targets, bodies = inodes.children, inodes.targets, inodes.xattrs
         out = bytearray(area)
+        pack_into = _INODE.pack_into
         for number, node in enumerate(self._order, 1):
-            self._pack_inode(out, number, node, behind)
+            form, address, count = _EXTENDED | _PLAIN, inodes.addr[node], 0
+            at = self._nids[node] << _SLOT_BITS
+            end = at + _INODE_SIZE
+            if node in bodies:
+                body = xattrs.encode(bodies[node])
+                count = xattrs.count_field(body)
+                out[end : end + len(body)] = body
+                end += len(body)
+            if node in targets:
+                if address == _NO_ADDRESS:
+                    form = _EXTENDED | _INLINE
+                    out[end : end + len(targets[node])] = targets[node]
+                else:
+                    address += behind
+            elif node in children:
+                address += behind
+            pack_into(
+                out,
+                at,
+                form,
+                count,
+                inodes.mode[node],
+                0,
+                inodes.size[node],
+                address,
+                number,
+                inodes.uid[node],
+                inodes.gid[node],
+                inodes.seconds[node],
+                inodes.nanoseconds[node],
+                self._links[node],
+                0,
+                0,
+            )
         for block in self._blocks:
             out += block
         return out
-
-    def _pack_inode(self, out: bytearray, number: int, node: Node, behind: int) -> None:
-        form, address = _EXTENDED | _PLAIN, node.addr
-        body = xattrs.encode(node.xattrs) if node.xattrs else b""
-        at = node.nid << _SLOT_BITS
-        end = at + _INODE_SIZE + len(body)
-        if node.target is not None:
-            if address == _NO_ADDRESS:
-                form = _EXTENDED | _INLINE
-                out[end : end + node.size] = node.target
-            else:
-                address += behind
-        elif node.children is not None:
-            address += behind
-        seconds, nanoseconds = divmod(node.mtime, _NANO)
-        _INODE.pack_into(
-            out,
-            at,
-            form,
-            xattrs.count_field(body),
-            node.mode,
-            0,
-            node.size,
-            address,
-            number,
-            node.uid,
-            node.gid,
-            seconds,
-            nanoseconds,
-            node.nlink,
-            0,
-            0,
-        )
-        if body:
-            out[at + _INODE_SIZE : end] = body
 
 
 def _fits_inline(at: int, size: int) -> bool:

@@ -3,24 +3,29 @@
 Media types are not asked: registries and tools get them wrong, the first bytes do not.
 """
 
-from collections.abc import Callable, Iterator
-from typing import IO, cast
+import gzip
+import io
+from collections.abc import Callable, Generator
+from typing import IO, TYPE_CHECKING, cast
 
-from isal import igzip_lib
+from isal import igzip, isal_zlib
+from typing_extensions import override
 
 from afs.layerstore.afslyr.errors import CorruptLayer
 from afs.layerstore.afslyr.zstdframes import FrameWalker, is_zstd_magic
 
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
 READ_SIZE = 256 << 10  # bytes asked of the source at once
-BLOCK_SIZE = 1 << 20  # bytes of a block handed on: never more than twice this
+BLOCK_SIZE = 1 << 20  # bytes of a block handed on, at most
 MAX_WINDOW = 128 << 20  # zstd's window, what the zstd command allows without --memory
 _GZIP_MAGIC = b"\x1f\x8b"
-_FIRST_FEED = 4 << 10
-_GZIP_ERROR = cast("type[Exception]", igzip_lib.error)  # isal's stubs take the class for an instance
+_ISAL_ERROR = cast("type[Exception]", isal_zlib.error)  # isal's stubs take the class for an instance
 
 
-def inflate(read: Callable[[int], bytes]) -> Iterator[bytes]:
-    """Blocks of at most 2 MiB of the uncompressed stream behind *read*.
+def inflate(read: Callable[[int], bytes]) -> Generator[bytes]:
+    """Blocks of at most BLOCK_SIZE bytes of the uncompressed stream behind *read*.
 
     *read(n)* returns at most *n* bytes, and none at the end. gzip may have several members and zeros behind them, zstd
     several frames and skippable ones. The source is read to its end. Raises CorruptLayer for truncated or damaged
@@ -53,77 +58,50 @@ class _Peeked:
         return data
 
 
-def _plain(read: Callable[[int], bytes]) -> Iterator[bytes]:
+def _plain(read: Callable[[int], bytes]) -> Generator[bytes]:
     while data := read(BLOCK_SIZE):
         yield data
 
 
-def _gzip(read: Callable[[int], bytes]) -> Iterator[bytes]:
-    """Whole blocks of :func:`_gzip_pieces`: eStargz has a member, and so a small piece, for each small file."""
-    pieces: list[bytes] = []
-    size = 0
-    for piece in _gzip_pieces(read):
-        pieces.append(piece)
-        size += len(piece)
-        if size >= BLOCK_SIZE:
-            yield b"".join(pieces) if len(pieces) > 1 else piece
-            pieces, size = [], 0
-    if pieces:
-        yield b"".join(pieces)
+def _gzip(read: Callable[[int], bytes]) -> Generator[bytes]:
+    """By isal's file object, whose loop over members, and over the tiny ones of eStargz, is C."""
+    opened = cast("Callable[[io.RawIOBase, str], IO[bytes]]", igzip.open)  # isal has no types for it
+    with opened(_Readable(read), "rb") as file:
+        while True:
+            try:
+                data = file.read(BLOCK_SIZE)
+            except EOFError as error:
+                raise CorruptLayer("gzip stream is truncated or followed by garbage") from error
+            except gzip.BadGzipFile as error:
+                reason = "garbage behind the gzip stream" if "Not a gzipped file" in str(error) else str(error)
+                raise CorruptLayer(f"gzip stream is damaged: {reason}") from error
+            except (_ISAL_ERROR, OverflowError) as error:  # OverflowError: a header of more than 512 KiB
+                raise CorruptLayer(f"gzip stream is damaged: {error}") from error
+            if not data:
+                return
+            yield data
 
 
-def _gzip_pieces(read: Callable[[int], bytes]) -> Iterator[bytes]:
-    """What each step of the decompressor gives, at most BLOCK_SIZE bytes each."""
-    decompressor: igzip_lib.IgzipDecompressor | None = None
-    # What a decompressor does not use it hands back as a copy, so small feeds keep streams of tiny members linear.
-    feed = _FIRST_FEED
-    while data := read(READ_SIZE):
-        view, at = memoryview(data), 0
-        while at < len(view):
-            if decompressor is None:
-                if not view[at]:
-                    _only_zeros(view[at:], read)
-                    return
-                if view[at] != _GZIP_MAGIC[0]:
-                    raise CorruptLayer("garbage behind the gzip stream")
-                decompressor = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP)
-                feed = _FIRST_FEED
-            piece = view[at : at + feed]
-            yield from _gzip_step(decompressor, piece)
-            at += len(piece)
-            feed = min(2 * feed, READ_SIZE)
-            if decompressor.eof:
-                at -= len(decompressor.unused_data)
-                decompressor = None
-    if decompressor is not None:
-        raise CorruptLayer("gzip stream is truncated")
+class _Readable(io.RawIOBase):
+    """A ``read(n)`` as the file object that isal wants; it does not look at a short read, only at an empty one."""
+
+    def __init__(self, read: Callable[[int], bytes]) -> None:
+        super().__init__()
+        self._source = read
+
+    @override
+    def readable(self) -> bool:
+        return True
+
+    @override
+    def readinto(self, buffer: "Buffer") -> int:
+        view = memoryview(buffer)
+        data = self._source(min(len(view), READ_SIZE))
+        view[: len(data)] = data
+        return len(data)
 
 
-def _gzip_step(decompressor: igzip_lib.IgzipDecompressor, piece: memoryview) -> Iterator[bytes]:
-    """All output of *piece*, in parts of at most BLOCK_SIZE bytes, so that a bomb cannot take the memory."""
-    data: memoryview | bytes = piece
-    while True:
-        try:
-            out = decompressor.decompress(data, BLOCK_SIZE)
-        except _GZIP_ERROR as error:
-            raise CorruptLayer(f"gzip stream is damaged: {error}") from error
-        if out:
-            yield out
-        if decompressor.eof or decompressor.needs_input:
-            return
-        data = b""
-
-
-def _only_zeros(rest: memoryview, read: Callable[[int], bytes]) -> None:
-    """Zeros may follow the last member (tapes, and gzip(1) itself, pad with them); anything else may not."""
-    data: memoryview | bytes = rest
-    while data:
-        if bytes(data).strip(b"\0"):
-            raise CorruptLayer("garbage behind the gzip stream")
-        data = read(READ_SIZE)
-
-
-def _zstd(read: Callable[[int], bytes]) -> Iterator[bytes]:
+def _zstd(read: Callable[[int], bytes]) -> Generator[bytes]:
     import zstandard
 
     walker = FrameWalker(read)

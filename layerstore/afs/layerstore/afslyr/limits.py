@@ -10,8 +10,8 @@ class Limits:
     """Going beyond one raises LayerLimit. Sizes in bytes.
 
     ``max_entries`` counts implied parents and replaced entries too; ``max_depth`` the directories above an entry;
-    ``max_extras_bytes`` the expanded sparse files; ``max_metadata_bytes`` the index, which is held in memory with some
-    400 bytes per entry beside it; ``max_extents`` the pieces of all sparse files.
+    ``max_extras_bytes`` the expanded sparse files; ``max_metadata_bytes`` the index, which is held in memory; all in all
+    that is 300 bytes per entry with names of 20 bytes; ``max_extents`` the pieces of all sparse files.
     """
 
     max_tar_bytes: int = 64 << 30

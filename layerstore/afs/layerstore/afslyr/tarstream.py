@@ -110,9 +110,6 @@ class _Extended:
     name: bytes | None = None
     link: bytes | None = None
 
-    def __bool__(self) -> bool:
-        return bool(self.records) or self.name is not None or self.link is not None
-
 
 def entries(stream: ByteStream) -> Iterator[Entry]:
     """The entries of the tar in *stream*, in order.
@@ -120,11 +117,12 @@ def entries(stream: ByteStream) -> Iterator[Entry]:
     Afterwards *stream* stands behind the end marker. Raises CorruptLayer, naming the entry where there is one.
     """
     defaults: dict[bytes, bytes] = {}
-    extended = _Extended()
+    extended: _Extended | None = None
     while (block := _header_block(stream)) is not None:
         header = tarheader.decode(block)
         kind = header.kind
         if kind in b"xXgLK":
+            extended = extended or _Extended()
             _extend(stream, header, extended, defaults)
             continue
         if kind == b"V":  # volume label
@@ -134,10 +132,10 @@ def entries(stream: ByteStream) -> Iterator[Entry]:
             entry, stored = _entry(stream, block, header, extended, defaults)
         except ValueError as error:
             raise CorruptLayer(str(error), entry=header.name) from error
-        extended = _Extended()
+        extended = None
         yield entry
         _skip_data(stream, stored, entry.name)
-    if extended:
+    if extended is not None and extended != _Extended():  # global records alone may stand last
         raise CorruptLayer("tar ends between an extended header and its entry")
 
 
@@ -188,46 +186,55 @@ def _skip_data(stream: ByteStream, size: int, name: bytes) -> None:
 
 
 def _entry(
-    stream: ByteStream, block: bytes, header: Header, extended: _Extended, defaults: dict[bytes, bytes]
+    stream: ByteStream, block: bytes, header: Header, extended: _Extended | None, defaults: dict[bytes, bytes]
 ) -> tuple[Entry, int]:
     """The entry of *header*, and how many bytes of data follow. ValueError if its fields make no sense."""
     kind = _TYPES.get(header.kind)
     if kind is None:
         raise ValueError(f"unsupported tar entry type {header.kind!r}")
     entry = Entry(
-        extended.name if extended.name is not None else header.name,
+        header.name,
         kind,
         header.mode,
         header.uid,
         header.gid,
         header.size,
         header.mtime * 1_000_000_000,
-        extended.link if extended.link is not None else header.link,
+        header.link,
         header.devmajor,
         header.devminor,
     )
     records: dict[bytes, bytes] = {}
-    if defaults or extended.records:
+    if extended is not None or defaults:
+        extended = extended or _Extended()
         records = {**defaults, **dict(extended.records)}
-        _apply(entry, records)
-    if b"\0" in entry.name or b"\0" in entry.link:
-        raise ValueError("NUL in a name")
+        _apply(entry, extended, records)
     if entry.size < 0:
         raise ValueError(f"negative size {entry.size}")
     stored = entry.size if header.kind in _WITH_DATA else 0
     if kind == stat.S_IFREG:
         if header.kind == b"S" or b"GNU.sparse.size" in records or b"GNU.sparse.realsize" in records:
-            stored = _make_sparse(entry, stream, block, header, extended, records)
+            stored = _make_sparse(entry, stream, block, header, extended or _Extended(), records)
         elif entry.name.endswith(b"/"):
             entry.type = stat.S_IFDIR  # v7 had no type for directories
+    # A header's own fields end at their first NUL.
+    if extended is not None and (b"\0" in entry.name or b"\0" in entry.link):
+        raise ValueError("NUL in a name")
     entry.offset = stream.position
     if entry.type != stat.S_IFREG:
         entry.size = 0
     return entry, stored
 
 
-def _apply(entry: Entry, records: dict[bytes, bytes]) -> None:
-    """Let PAX records override the header; an empty value means the header's (POSIX: it deletes the default)."""
+def _apply(entry: Entry, extended: _Extended, records: dict[bytes, bytes]) -> None:
+    """Let GNU's long names, and PAX *records* before all, override the header.
+
+    An empty value of a record means the header's (POSIX: it deletes the default).
+    """
+    if extended.name is not None:
+        entry.name = extended.name
+    if extended.link is not None:
+        entry.link = extended.link
     entry.name = records.get(b"path") or entry.name
     entry.link = records.get(b"linkpath") or entry.link
     if value := records.get(b"size"):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from afs.layerstore.afslyr import xattrs
 from afs.layerstore.afslyr.errors import CorruptLayer, LayerLimit
+from afs.layerstore.afslyr.inodes import ROOT, Inodes
 from afs.layerstore.afslyr.layout import BLOCK_BITS, BLOCK_SIZE, TAR_OFFSET
 from afs.layerstore.afslyr.limits import DEFAULT_LIMITS, Limits
 from afs.layerstore.afslyr.tarstream import HARD_LINK, Entry
@@ -24,41 +25,23 @@ _MAX_CACHE = 100_000
 _MAX_ID = 0xFFFFFFFE  # (uid_t)-1 means "leave it" to chown(2)
 _MAX_MAJOR, _MAX_MINOR = 0xFFF, 0xFFFFF
 _NANO = 1_000_000_000
-_SECONDS = range(-(1 << 63), 1 << 63)
+_MAX_SIGNED = 1 << 63  # times and sizes are 64 bits with a sign to the kernel
 
 _WHITEOUT = b".wh."
 _AUFS = b".wh..wh."
 _OPAQUE = b".wh..wh..opq"
-
-
-class Node:
-    """One inode. ``children`` is set for directories alone, ``target`` for symlinks alone.
-
-    ``addr`` is the EROFS block of a regular file's data or a device's number as the kernel encodes it; ``mtime`` is in
-    nanoseconds. ``nlink`` and ``nid`` belong to the index builder. Slots, for a layer may have millions.
-    """
-
-    __slots__ = ("addr", "children", "gid", "mode", "mtime", "nid", "nlink", "size", "target", "uid", "xattrs")
-
-    def __init__(self, mode: int) -> None:
-        self.mode = mode
-        self.uid = self.gid = self.size = self.mtime = self.addr = self.nlink = 0
-        self.nid = -1
-        self.children: dict[bytes, Node] | None = {} if stat.S_ISDIR(mode) else None
-        self.target: bytes | None = None
-        self.xattrs: dict[bytes, bytes] | None = None
+_NO_NAMES = frozenset({b"", b".", b".."})
 
 
 class _Pending:
-    """A hard link whose target has not come yet: a node that stands in for it, and where."""
+    """A hard link whose target has not come yet: an inode that stands in for it, and where."""
 
     __slots__ = ("entry", "link", "node", "places", "target")
 
-    def __init__(self, entry: bytes, link: bytes) -> None:
-        self.entry, self.link = entry, link
-        self.node = Node(0)
-        self.target: Node | None = None  # once it is known
-        self.places: list[tuple[Node, bytes]] = []
+    def __init__(self, entry: bytes, link: bytes, node: int) -> None:
+        self.entry, self.link, self.node = entry, link, node
+        self.target: int | None = None  # once it is known
+        self.places: list[tuple[int, bytes]] = []
 
 
 def split_path(path: bytes) -> list[bytes]:
@@ -81,22 +64,24 @@ def encode_device(major: int, minor: int) -> int:
 
 
 class TreeBuilder:
-    """Takes entries by :meth:`add`, gives the root by :meth:`finish`.
+    """Takes entries by :meth:`add`, gives the inodes by :meth:`finish`.
 
     Errors are CorruptLayer, naming the entry, and LayerLimit. ``sparse`` lists regular files whose data the tar does
-    not hold in one run: node, map, and the offset in the tar where the pieces start.
+    not hold in one run: inode, map, and the offset in the tar where the pieces start.
     """
 
     def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
-        self.root = Node(stat.S_IFDIR | 0o755)
+        self.inodes = Inodes()
+        self.inodes.add(stat.S_IFDIR | 0o755)
         self.entries = 0
-        self.sparse: list[tuple[Node, SparseMap, int]] = []
+        self.sparse: list[tuple[int, SparseMap, int]] = []
         self._limits = limits
-        self._nodes = self._metadata = self._extents = 0
-        self._parents: dict[bytes, Node] = {}
-        self._opaque: list[Node] = []
-        self._whiteouts: dict[tuple[int, bytes], Node] = {}
-        self._aufs: list[tuple[Node, bytes]] = []
+        self._names = self._metadata = self._extents = 0
+        self._children = self.inodes.children
+        self._parents: dict[bytes, int] = {}
+        self._opaque: list[int] = []
+        self._whiteouts: dict[tuple[int, bytes], None] = {}
+        self._aufs: list[tuple[int, bytes]] = []
         self._pending: dict[int, _Pending] = {}
 
     def add(self, entry: Entry) -> None:
@@ -104,7 +89,7 @@ class TreeBuilder:
         self.entries += 1
         path = entry.name.rstrip(b"/")
         directory, _, base = path.rpartition(b"/")
-        if base in {b"", b".", b".."}:
+        if base in _NO_NAMES:
             parts = split_path(path)
             if not parts:
                 self._set_root(entry)
@@ -117,29 +102,31 @@ class TreeBuilder:
         if base.startswith(_WHITEOUT) and self._is_whiteout(parent, base, entry):
             return
         if entry.type == HARD_LINK:
-            self._place(parent, base, self._link_target(entry), entry)
+            self._link(parent, base, entry)
             return
-        node = parent.children.get(base) if entry.type == stat.S_IFDIR and parent.children else None
-        if node is None or node.children is None:
-            node = Node(entry.type)
+        children = self._children.get(parent)
+        if children is None:
+            raise CorruptLayer("a parent is not a directory", entry=entry.name)
+        node = children.get(base) if entry.type == stat.S_IFDIR else None
+        if node is None or node not in self._children:
+            node = self.inodes.add(entry.type)
             self._place(parent, base, node, entry)
         self._set_attributes(node, entry)
 
-    def finish(self) -> Node:
-        """Resolve what had to wait for the last entry, and return the root."""
+    def finish(self) -> Inodes:
+        """Resolve what had to wait for the last entry, and return the inodes; ROOT is the root."""
         self._resolve_pending()
         for parent, name in self._aufs:
-            if parent.children is not None:
-                parent.children.pop(name, None)
-        for (_, name), parent in self._whiteouts.items():
+            self._children[parent].pop(name, None)
+        for parent, name in self._whiteouts:
             self._apply_whiteout(parent, name)
         for node in self._opaque:
-            node.xattrs = {**(node.xattrs or {}), xattrs.OPAQUE: b"y"}
-        return self.root
+            self.inodes.xattrs[node] = {**self.inodes.xattrs.get(node, {}), xattrs.OPAQUE: b"y"}
+        return self.inodes
 
     # Finding places
 
-    def _find_parent(self, directory: bytes, entry: Entry) -> Node:
+    def _find_parent(self, directory: bytes, entry: Entry) -> int:
         parent = self._walk(split_path(directory), entry, create=True)
         assert parent is not None  # create=True never gives None
         if len(self._parents) >= _MAX_CACHE:
@@ -147,9 +134,9 @@ class TreeBuilder:
         self._parents[directory] = parent
         return parent
 
-    def _walk(self, parts: list[bytes], entry: Entry, *, create: bool) -> Node | None:
+    def _walk(self, parts: list[bytes], entry: Entry, *, create: bool) -> int | None:
         """The directory at *parts*, symlinks followed within the root; missing ones are made, or give None."""
-        stack, todo, hops = [self.root], parts[::-1], 0
+        stack, todo, hops = [ROOT], parts[::-1], 0
         while todo:
             part = todo.pop()
             if part == b"..":
@@ -158,50 +145,45 @@ class TreeBuilder:
                 continue
             if part in {b"", b"."}:
                 continue
-            here = stack[-1].children
-            child = here.get(part) if here is not None else None
+            child = self._children[stack[-1]].get(part)
             if child is None:
                 if not create:
                     return None
-                child = Node(stat.S_IFDIR | 0o755)
+                child = self.inodes.add(stat.S_IFDIR | 0o755)
                 self._place(stack[-1], part, child, entry)
-            elif child.target is not None:
+            elif (target := self.inodes.targets.get(child)) is not None:
                 hops += 1
                 if hops > _MAX_HOPS:
                     raise CorruptLayer("too many symlinks on the way to its directory", entry=entry.name)
-                if child.target.startswith(b"/"):
+                if target.startswith(b"/"):
                     del stack[1:]
-                todo += child.target.split(b"/")[::-1]
+                todo += target.split(b"/")[::-1]
                 continue
-            elif child.children is None:
+            elif child not in self._children:
                 raise CorruptLayer("a parent is not a directory", entry=entry.name)
             stack.append(child)
             if len(stack) > self._limits.max_depth:
                 raise LayerLimit("directory depth", self._limits.max_depth, "levels")
         return stack[-1]
 
-    def _place(self, parent: Node, name: bytes, node: Node, entry: Entry) -> None:
+    def _place(self, parent: int, name: bytes, node: int, entry: Entry) -> None:
         """Let *name* in *parent* be *node*."""
-        children = parent.children
-        if children is None:
-            raise CorruptLayer("a parent is not a directory", entry=entry.name)
+        children = self._children[parent]
         old = children.get(name)
-        if old is not None and (old.children is not None or old.target is not None):
+        if old is not None and (old in self._children or old in self.inodes.targets):
             self._parents.clear()  # cached parents may have led through it
         children[name] = node
         self._count(name, entry)
         if name.startswith(_AUFS):
             # Hard links may lead into aufs's directories, so they go away only at the end.
             self._aufs.append((parent, name))
-        if not node.mode and id(node) in self._pending:
-            self._pending[id(node)].places.append((parent, name))
 
     def _count(self, name: bytes, entry: Entry) -> None:
         """Account for a new *name*."""
         if len(name) > MAX_NAME:
             raise CorruptLayer(f"name of {len(name)} bytes, at most {MAX_NAME} possible", entry=entry.name)
-        self._nodes += 1
-        if self._nodes > self._limits.max_entries:
+        self._names += 1
+        if self._names > self._limits.max_entries:
             raise LayerLimit("entries", self._limits.max_entries)
         self._charge(64 + 12 + len(name))
 
@@ -215,44 +197,60 @@ class TreeBuilder:
     def _set_root(self, entry: Entry) -> None:
         if entry.type != stat.S_IFDIR:
             raise CorruptLayer("the root is not a directory", entry=entry.name)
-        self._set_attributes(self.root, entry)
+        self._set_attributes(ROOT, entry)
 
-    def _set_attributes(self, node: Node, entry: Entry) -> None:
+    def _set_attributes(self, node: int, entry: Entry) -> None:
         if not (0 <= entry.uid <= _MAX_ID and 0 <= entry.gid <= _MAX_ID):
             raise CorruptLayer(f"owner {entry.uid}:{entry.gid} is out of range", entry=entry.name)
-        if entry.mtime_ns // _NANO not in _SECONDS:
+        seconds, nanoseconds = divmod(entry.mtime_ns, _NANO)
+        if not -_MAX_SIGNED <= seconds < _MAX_SIGNED:
             raise CorruptLayer("time is out of range", entry=entry.name)
-        node.mode = entry.type | entry.mode
-        node.uid = entry.uid
-        node.gid = entry.gid
-        node.mtime = entry.mtime_ns
-        node.xattrs = None
+        inodes, kind = self.inodes, entry.type
+        inodes.mode[node] = kind | entry.mode
+        inodes.uid[node] = entry.uid
+        inodes.gid[node] = entry.gid
+        inodes.seconds[node] = seconds
+        inodes.nanoseconds[node] = nanoseconds
+        if entry.xattrs:
+            self._set_xattrs(node, entry, entry.xattrs)
+        elif inodes.xattrs:
+            inodes.xattrs.pop(node, None)  # of a directory that came before
+        if kind == stat.S_IFREG:
+            self._set_data(node, entry)
+        elif kind == stat.S_IFLNK:
+            self._set_target(node, entry)
+        elif kind in {stat.S_IFCHR, stat.S_IFBLK}:
+            try:
+                inodes.addr[node] = encode_device(entry.devmajor, entry.devminor)
+            except ValueError as error:
+                raise CorruptLayer(str(error), entry=entry.name) from error
+
+    def _set_xattrs(self, node: int, entry: Entry, found: dict[bytes, bytes]) -> None:
         try:
-            if entry.xattrs:
-                node.xattrs = xattrs.kept(entry.xattrs)
-                self._charge(sum(len(name) + len(value) + 8 for name, value in entry.xattrs.items()))
-            if entry.type in {stat.S_IFCHR, stat.S_IFBLK}:
-                node.addr = encode_device(entry.devmajor, entry.devminor)
+            kept = xattrs.kept(found)
         except ValueError as error:
             raise CorruptLayer(str(error), entry=entry.name) from error
-        if entry.type == stat.S_IFREG:
-            self._set_data(node, entry)
-        elif entry.type == stat.S_IFLNK:
-            self._set_target(node, entry)
+        self._charge(sum(len(name) + len(value) + 8 for name, value in found.items()))
+        if kept:
+            self.inodes.xattrs[node] = kept
+        else:
+            self.inodes.xattrs.pop(node, None)
 
-    def _set_target(self, node: Node, entry: Entry) -> None:
+    def _set_target(self, node: int, entry: Entry) -> None:
         if not 0 < len(entry.link) <= MAX_TARGET:
             raise CorruptLayer(f"symlink target of {len(entry.link)} bytes", entry=entry.name)
         self._charge(len(entry.link))
-        node.target = entry.link
-        node.size = len(entry.link)
+        self.inodes.targets[node] = entry.link
+        self.inodes.size[node] = len(entry.link)
 
-    def _set_data(self, node: Node, entry: Entry) -> None:
-        node.size = entry.size
+    def _set_data(self, node: int, entry: Entry) -> None:
         if not entry.size:
             return
+        if entry.size >= _MAX_SIGNED:
+            raise CorruptLayer("size is out of range", entry=entry.name)
+        self.inodes.size[node] = entry.size
         if entry.sparse is None or entry.sparse == ((0, entry.size),):
-            node.addr = (TAR_OFFSET + entry.offset) >> BLOCK_BITS
+            self.inodes.addr[node] = (TAR_OFFSET + entry.offset) >> BLOCK_BITS
             if entry.offset % BLOCK_SIZE:
                 raise CorruptLayer("data is not aligned", entry=entry.name)
             return
@@ -263,74 +261,72 @@ class TreeBuilder:
 
     # Whiteouts
 
-    def _is_whiteout(self, parent: Node, base: bytes, entry: Entry) -> bool:
+    def _is_whiteout(self, parent: int, base: bytes, entry: Entry) -> bool:
         if base == _OPAQUE:
             self._opaque.append(parent)
             return True
         if base.startswith(_AUFS):
             return False
         name = base[len(_WHITEOUT) :]
-        if name in {b"", b".", b".."}:
+        if name in _NO_NAMES:
             raise CorruptLayer("whiteout of nothing", entry=entry.name)
         self._count(name, entry)
-        self._whiteouts[id(parent), name] = parent
+        self._whiteouts[parent, name] = None
         return True
 
-    def _apply_whiteout(self, parent: Node, name: bytes) -> None:
+    def _apply_whiteout(self, parent: int, name: bytes) -> None:
         """A whiteout yields to a real entry; if that is a directory, what lies below it must not show through."""
-        children = parent.children
-        if children is None:
-            return
-        node = children.get(name)
+        node = self._children[parent].get(name)
         if node is None:
-            children[name] = Node(stat.S_IFCHR)
-        elif node.children is not None:
+            self._children[parent][name] = self.inodes.add(stat.S_IFCHR)
+        elif node in self._children:
             self._opaque.append(node)
 
     # Hard links
 
-    def _link_target(self, entry: Entry) -> Node:
-        """The inode that *entry* links to, or a stand-in if it has not come yet."""
+    def _link(self, parent: int, base: bytes, entry: Entry) -> None:
+        """Let *base* in *parent* be the inode that *entry* links to, or a stand-in if it has not come yet."""
         node = self._lookup(entry.link, entry)
         if node is None:
-            pending = _Pending(entry.name, entry.link)
-            self._pending[id(pending.node)] = pending
+            node = self.inodes.add(0)
+            self._pending[node] = _Pending(entry.name, entry.link, node)
             self._charge(len(entry.name) + len(entry.link))
-            return pending.node
-        if node.children is not None:
+        elif node in self._children:
             raise self._bad_link(entry, "a directory")
-        return node
+        self._place(parent, base, node, entry)
+        if node in self._pending:
+            self._pending[node].places.append((parent, base))
 
-    def _lookup(self, path: bytes, entry: Entry) -> Node | None:
-        """The node at *path*: symlinks followed on the way, not at its end."""
+    def _lookup(self, path: bytes, entry: Entry) -> int | None:
+        """The inode at *path*: symlinks followed on the way, not at its end."""
         parts = split_path(path)
         if not parts:
-            return self.root
+            return ROOT
         base = parts.pop()
         parent = self._walk(parts, entry, create=False)
-        return parent.children.get(base) if parent is not None and parent.children is not None else None
+        return None if parent is None else self._children[parent].get(base)
 
     def _resolve_pending(self) -> None:
         for pending in list(self._pending.values()):
             node = self._follow(pending)
             for parent, name in pending.places:
-                if parent.children is not None and parent.children.get(name) is pending.node:
-                    parent.children[name] = node
+                if self._children[parent].get(name) == pending.node:
+                    self._children[parent][name] = node
 
-    def _follow(self, pending: _Pending) -> Node:
+    def _follow(self, pending: _Pending) -> int:
         """The real inode behind a stand-in, through other stand-ins; all on the way learn it."""
         chain: dict[int, _Pending] = {}
         link: _Pending | None = pending
-        node: Node | None = None
+        node: int | None = None
         while link is not None:
-            chain[id(link.node)] = link
+            chain[link.node] = link
             entry = Entry(link.entry, HARD_LINK, link=link.link)
-            node = link.target or self._lookup(link.link, entry)
-            if node is None or id(node) in chain:
+            node = link.target if link.target is not None else self._lookup(link.link, entry)
+            if node is None or node in chain:
                 raise self._bad_link(entry, "missing")
-            if node.children is not None:
+            if node in self._children:
                 raise self._bad_link(entry, "a directory")
-            link = self._pending.get(id(node))
+            link = self._pending.get(node)
         assert node is not None  # the loop ran at least once
         for link in chain.values():
             link.target = node

@@ -4,6 +4,7 @@ import hashlib
 import os
 from pathlib import Path
 
+from afs.core import syscalls
 from afs.layerstore.afslyr import reader
 from afs.layerstore.afslyr.erofs import SUPERBLOCK_OFFSET, pack_superblock
 from afs.layerstore.afslyr.layout import (
@@ -18,6 +19,8 @@ from afs.layerstore.afslyr.layout import (
 from afs.layerstore.afslyr.sparse import SparseMap
 
 _ZEROS = bytes(CHUNK_SIZE)
+# Bytes after which the kernel is told to begin with writing: fsync at the end of 550 MB took 0.2 s without it, 0.02 with.
+_WRITEBACK = 8 << 20
 
 
 class LayerWriter:
@@ -29,6 +32,7 @@ class LayerWriter:
     def __init__(self, path: Path) -> None:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         self.offset = HEADER_AREA
+        self._started = 0  # the kernel was told to write all before
         self._table = bytearray()
         self._chunk = hashlib.sha256()
         self._room = CHUNK_SIZE - HEADER_AREA  # bytes to the end of the chunk
@@ -37,6 +41,9 @@ class LayerWriter:
         """Write *data* behind what is there."""
         self._write_all(data, self.offset)
         self._hash(memoryview(data))
+        if self.offset - self._started >= _WRITEBACK:
+            syscalls.start_writeback(self._fd, self._started, self.offset - self._started)
+            self._started = self.offset
 
     def append_zeros(self, count: int) -> None:
         """Leave a hole of *count* bytes."""

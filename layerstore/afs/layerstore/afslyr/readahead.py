@@ -1,0 +1,74 @@
+"""Blocks that a thread makes while the caller works on earlier ones.
+
+State: everything below ``_changed``. The thread appends to ``_items`` and sets ``_done`` last; the caller takes from
+``_items`` and sets ``_stopped``, after which the thread leaves at its next block.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Generator
+from types import TracebackType
+from typing import Self
+
+
+class ReadAhead:
+    """Iterates over what the generator *blocks* yields, in a thread named *name* that is at most *depth* blocks ahead.
+
+    What the generator raises comes where its next block would. Leaving the ``with`` block ends the thread.
+    """
+
+    def __init__(self, blocks: Generator[bytes], depth: int, name: str) -> None:
+        self._blocks = blocks
+        self._depth = depth
+        self._changed = threading.Condition()
+        self._items: deque[bytes] = deque()
+        self._done = self._stopped = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            for block in self._blocks:
+                if not self._put(block):
+                    break
+        except BaseException as error:  # whatever it is, it belongs to the caller, who waits
+            self._error = error
+        finally:
+            self._blocks.close()
+            with self._changed:
+                self._done = True
+                self._changed.notify_all()
+
+    def _put(self, block: bytes) -> bool:
+        with self._changed:
+            while len(self._items) >= self._depth and not self._stopped:
+                self._changed.wait()
+            self._items.append(block)
+            self._changed.notify_all()
+            return not self._stopped
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> bytes:
+        with self._changed:
+            while not self._items and not self._done:
+                self._changed.wait()
+            if self._items:
+                self._changed.notify_all()
+                return self._items.popleft()
+        if self._error is not None:
+            raise self._error
+        raise StopIteration
