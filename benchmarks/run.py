@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from benchmarks import first, measure, memory, warm
+from benchmarks import convert, first, measure, memory, pull, warm
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,6 +19,9 @@ BENCHMARKS: dict[str, tuple[Callable[[str, int | None], measure.Report], str]] =
     "first-busybox": (first.run, "busybox"),
     "first-debian": (first.run, "debian"),
     "first-img4": (first.run, "img4"),
+    "pull-debian": (pull.run, "debian"),
+    "pull-img4": (pull.run, "img4"),
+    "convert-img4": (convert.run, "img4"),
     "memory-img4": (memory.run, "img4"),
 }
 
