@@ -140,6 +140,8 @@ class _Comparison:
         extras_length = sum(align_up(node.size) for node, _, _ in self._sparse)
         if extras_length > self._limits.max_extras_bytes:
             raise LayerLimit("expanded sparse files", self._limits.max_extras_bytes, "bytes")
+        if index.length > self._limits.max_metadata_bytes:
+            raise LayerLimit("metadata", self._limits.max_metadata_bytes, "bytes")
         expected = make_layout(layout.diff_id, layout.tar_length, extras_length, index.length)
         self._compare("header", 0, pack_header(expected))
         if expected != layout:  # nothing is where it should be

@@ -177,6 +177,8 @@ class _Conversion:
     def _finish(self, builder: TreeBuilder, diff_id: str) -> Converted:
         writer = self._writer
         index = Index(builder.finish())
+        if index.length > self._limits.max_metadata_bytes:
+            raise LayerLimit("metadata", self._limits.max_metadata_bytes, "bytes")
         writer.pad(align_up(TAR_OFFSET + self._tar_size))
         extras_offset = writer.offset
         self._append_extras(builder)

@@ -347,7 +347,7 @@ def _blocks(size: int) -> int:
 def read_index(fd: int, layout: Layout, limits: Limits = DEFAULT_LIMITS) -> IndexReader:
     """A reader of the metadata of the open file *fd*, taken into memory; LayerLimit if there are too many for that."""
     length = layout.erofs_end - layout.meta_offset
-    if length > align_up(limits.max_metadata_bytes):
+    if length > align_up(limits.max_metadata_bytes):  # the file has them padded
         raise LayerLimit("metadata", limits.max_metadata_bytes, "bytes")
     superblock = pread_exact(fd, SUPERBLOCK_SIZE, SUPERBLOCK_OFFSET)
     return IndexReader(layout, superblock, pread_exact(fd, length, layout.meta_offset))
