@@ -7,7 +7,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from hypothesis import example, given, note, settings
+from hypothesis import example, given, note
 from hypothesis import strategies as st
 
 from afs.layerstore.afslyr.check import check_layer
@@ -15,6 +15,7 @@ from afs.layerstore.afslyr.convert import convert
 from afs.layerstore.afslyr.errors import CorruptLayer
 from afs.layerstore.afslyr.index import IndexReader, read_index
 from afs.layerstore.afslyr.tarstream import HARD_LINK, ByteStream, entries
+from tests.fuzz.effort import examples
 from tests.fuzz.model import Model, Operation, Refused, Tree
 from tests.testbed import tars
 
@@ -120,7 +121,7 @@ def converted(tar: bytes) -> Tree:
             return seen(fd, read_index(fd, layout))
 
 
-@settings(max_examples=200, deadline=None)
+@examples(120)
 @given(OPERATIONS)
 @example([Operation("hard link", b"a", link=b"b"), Operation("hard link", b"b", link=b"c"), Operation("file", b"c")])
 @example([Operation("symlink", b"a", link=b"b"), Operation("file", b"a/c", data=b"x"), Operation("whiteout", b".wh.b")])
@@ -157,7 +158,7 @@ MEMBERS = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@examples(80)
 @given(MEMBERS, st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]))
 def test_tarfile_sees_the_same_members(members: list[tuple[bytes, str, bytes, int, int, int]], form: int) -> None:
     buffer = io.BytesIO()
