@@ -158,6 +158,18 @@ def test_limits_leave_nothing(tmp_path: Path, limits: Limits) -> None:
     check_failure(tmp_path, io.BytesIO(ZIP).read, LayerLimit, "limit", limits)
 
 
+def test_the_metadata_limit_counts_what_the_blocks_of_directories_leave_empty(tmp_path: Path) -> None:
+    """Two names of 255 bytes do not fit into one block of 512."""
+    names = [f"{number:0255}" for number in range(100)]
+    blob = b"".join(tars.pax([("path", name)]) + tars.file("x") for name in names) + tars.END
+    made(blob, tmp_path / "layer")
+    with (tmp_path / "layer").open("rb") as file:
+        layout, _ = reader.read_layer(file.fileno())
+    (tmp_path / "layer").unlink()
+    size = layout.erofs_end - layout.meta_offset
+    check_failure(tmp_path, io.BytesIO(blob).read, LayerLimit, "metadata", Limits(max_metadata_bytes=size - 4096))
+
+
 def test_a_bomb_stops_at_the_limit(tmp_path: Path) -> None:
     blob = tars.gzipped(tars.header("zeros", size=1 << 30) + bytes(100 << 20))
     check_failure(tmp_path, io.BytesIO(blob).read, LayerLimit, "tar", Limits(max_tar_bytes=5 << 20))

@@ -239,6 +239,7 @@ def test_what_erofs_cannot_hold_is_refused(entry: Entry) -> None:
         (Limits(max_entries=3), [reg(".wh.a"), reg(".wh.b"), reg(".wh.c"), reg(".wh.d")]),
         (Limits(max_depth=3), [reg("a/b/c/d")]),
         (Limits(max_metadata_bytes=1000), [sym("a", "t" * 1000)]),
+        (Limits(max_metadata_bytes=1000), [folder("a"), folder("b")]),
         (Limits(max_metadata_bytes=1000), [odd(xattrs={b"user.a": bytes(1000)})]),
         (Limits(max_extents=1), [odd(size=9, sparse=((0, 1), (3, 1)))]),
     ],

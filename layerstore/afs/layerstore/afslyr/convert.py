@@ -112,6 +112,7 @@ class _Conversion:
         self._blob, self._writer, self._limits = blob, writer, limits
         self._tar_hash = hashlib.sha256()
         self._tar_size = 0
+        self._max_tar = min(limits.max_tar_bytes, MAX_EROFS_END)  # block numbers of data have 32 bits
 
     def run(self, diff_id: str | None, blob_digest: str | None) -> Converted:
         """Do everything."""
@@ -145,8 +146,8 @@ class _Conversion:
         """Hash and write each block of the tar before it is parsed."""
         for block in blocks:
             self._tar_size += len(block)
-            if self._tar_size > self._limits.max_tar_bytes:
-                raise LayerLimit("uncompressed tar", self._limits.max_tar_bytes, "bytes")
+            if self._tar_size > self._max_tar:
+                raise LayerLimit("uncompressed tar", self._max_tar, "bytes")
             self._tar_hash.update(block)
             self._writer.append(block)
             yield block
@@ -156,6 +157,8 @@ class _Conversion:
     def _finish(self, builder: TreeBuilder, diff_id: str) -> Converted:
         writer = self._writer
         index = Index(builder.finish())
+        if index.length > self._limits.max_metadata_bytes:
+            raise LayerLimit("metadata", self._limits.max_metadata_bytes, "bytes")
         writer.pad(align_up(TAR_OFFSET + self._tar_size))
         extras_offset = writer.offset
         self._append_extras(builder, index)
@@ -181,8 +184,9 @@ class _Conversion:
         writer = self._writer
         inodes = builder.inodes
         found = [file for file in builder.sparse if index.is_reachable(file[0])]
-        if sum(align_up(inodes.size[node]) for node, _, _ in found) > self._limits.max_extras_bytes:
-            raise LayerLimit("expanded sparse files", self._limits.max_extras_bytes, "bytes")
+        most = min(self._limits.max_extras_bytes, MAX_EROFS_END - writer.offset)
+        if sum(align_up(inodes.size[node]) for node, _, _ in found) > most:
+            raise LayerLimit("expanded sparse files", most, "bytes")
         for node, pieces, offset in found:
             self._blob.check_cancelled()
             inodes.addr[node] = writer.offset >> BLOCK_BITS

@@ -174,6 +174,8 @@ class TreeBuilder:
             self._parents.clear()  # cached parents may have led through it
         children[name] = node
         self._count(name, entry)
+        if node in self._children:
+            self._charge(BLOCK_SIZE)  # however few entries it gets
         if name.startswith(_AUFS):
             # Hard links may lead into aufs's directories, so they go away only at the end.
             self._aufs.append((parent, name))

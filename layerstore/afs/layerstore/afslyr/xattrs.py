@@ -14,6 +14,8 @@ _WHOLE = {b"system.posix_acl_access": 2, b"system.posix_acl_default": 3}
 # overlayfs steers itself by these: a layer that set them could redirect lookups or hide files of other layers.
 _OVERLAY = (b"trusted.overlay.", b"user.overlay.")
 
+_PREFIXES = {index: name for name, index in (*_INDEXES, *_WHOLE.items())}
+
 _ENTRY = struct.Struct("<BBH")
 _BODY_HEADER = bytes(12)  # name filter 0, shared count 0, reserved
 _MAX_NAME, _MAX_VALUE = 255, 65535
@@ -65,6 +67,26 @@ def encode(attributes: dict[bytes, bytes]) -> bytes:
         body += _ENTRY.pack(len(rest), index, len(value)) + rest + value
         body += bytes(-len(body) % 4)
     return bytes(body)
+
+
+def decode(body: bytes) -> dict[bytes, bytes]:
+    """The attributes in the inline xattr *body* of an inode; ValueError unless :func:`encode` could have made it."""
+    if body[: len(_BODY_HEADER)] != _BODY_HEADER:
+        raise ValueError("extended attributes with a header that is not zero")
+    found: dict[bytes, bytes] = {}
+    at = len(_BODY_HEADER)
+    while at < len(body):
+        name_size, index, value_size = _ENTRY.unpack_from(body, at)  # the body is a multiple of 4 bytes
+        at += _ENTRY.size
+        prefix = _PREFIXES.get(index)
+        end = at + name_size + value_size
+        if prefix is None or end > len(body) or bool(name_size) == (prefix in _WHOLE):
+            raise ValueError(f"extended attribute of type {index} with {name_size} and {value_size} bytes")
+        found[prefix + body[at : at + name_size]] = body[at + name_size : end]
+        at = end + -end % 4
+    if encode(found) != body:
+        raise ValueError("extended attributes out of order")
+    return found
 
 
 def count_field(body: bytes) -> int:
