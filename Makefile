@@ -38,6 +38,14 @@ format: venv  ## Sort imports and format
 stubs: venv  ## Generate the gRPC stubs from proto/
 	$(BIN)/python proto/generate.py
 
+FUZZ_SECONDS ?= 60
+FUZZ_EFFORT ?= 10
+.PHONY: fuzz
+fuzz: system venv  ## Fuzz the layer format: FUZZ_SECONDS per target, FUZZ_EFFORT times the usual property tests
+	$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r tests/fuzz/requirements.lock
+	$(BIN)/python -m tests.fuzz.run --seconds $(FUZZ_SECONDS)
+	AFS_FUZZ_EFFORT=$(FUZZ_EFFORT) $(BIN)/pytest tests/fuzz -o timeout=3600
+
 .PHONY: bench
 bench: system test-system venv  ## Measure against runc and containerd; writes benchmarks/results
 	$(BIN)/python -m benchmarks.run

@@ -1,24 +1,30 @@
-"""Manifests, indexes and configs of arbitrary JSON: an image or a typed error."""
+"""Manifests, indexes, configs and Docker's file of credentials, of arbitrary JSON: an answer or a typed error."""
 
+import io
 import json
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar, cast
 
 import pytest
+import urllib3
 from hypothesis import given
 from hypothesis import strategies as st
 
 from afs.core.digests import is_digest, sha256_digest
 from afs.core.errors import AfsError
-from afs.core.images import Platform
+from afs.core.images import Platform, parse_image
 from afs.layerstore import manifests
+from afs.layerstore.registry import RegistrySource
+from afs.layerstore.registryoptions import RegistryOptions
 from tests.fuzz.effort import examples
 
 NAME = "registry.example/hostile:v1"
 PLATFORM = Platform("linux", "amd64")
 D1 = "sha256:" + "1" * 64
+TEXT = st.text(st.characters(), max_size=8)  # lone surrogates too: JSON can say them
 JSON = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.just(D1)),
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=6), inner, max_size=3)),
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXT, st.just(D1)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXT, inner, max_size=3)),
     max_leaves=8,
 )
 DIGESTS = st.one_of(st.just(D1), st.just("sha256:" + "F" * 64), st.just("../../etc"), JSON)
@@ -49,7 +55,7 @@ INDEXES = close_to({"mediaType": manifests.INDEX_TYPES[0], "manifests": DESCRIPT
 
 def dumped(value: Any) -> bytes:
     """*value* as JSON; NaN and Infinity too, as Python writes and reads them."""
-    return json.dumps(value).encode("utf-8", "surrogatepass")
+    return json.dumps(value).encode()
 
 
 def image_or_error(manifest: bytes, config: bytes) -> manifests.Image | None:
@@ -101,6 +107,39 @@ def test_indexes(index: dict[str, Any], inner: bytes) -> None:
         manifests.resolve(NAME, "v1", PLATFORM, get_manifest, get_blob, 0)
     assert len(asked) <= 6
     assert caught.value.line
+
+
+class Refusing:
+    """Stands for urllib3's pool: every answer asks for a password, so that credentials are looked up."""
+
+    headers: ClassVar[dict[str, str]] = {}
+
+    def request(self, *_: object, **__: object) -> urllib3.HTTPResponse:
+        """401."""
+        headers = {"WWW-Authenticate": 'Basic realm="x"'}
+        return urllib3.HTTPResponse(io.BytesIO(b""), headers, 401, preload_content=False)
+
+
+@examples(150)
+@given(
+    st.one_of(
+        JSON,
+        close_to(
+            {
+                "auths": close_to(
+                    {"registry.example": close_to({"auth": TEXT, "username": TEXT, "password": TEXT})},
+                ),
+            }
+        ),
+    )
+)
+def test_docker_config(tmp_path_factory: pytest.TempPathFactory, config: Any) -> None:
+    path = tmp_path_factory.mktemp("docker") / "config.json"
+    path.write_bytes(dumped(config))
+    pool = cast("urllib3.PoolManager", Refusing())
+    source = RegistrySource(parse_image(NAME), pool, RegistryOptions(docker_config=Path(path)))
+    with pytest.raises(AfsError):
+        source.get_manifest("v1")
 
 
 def test_a_good_one_is_an_image() -> None:
