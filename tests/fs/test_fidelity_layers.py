@@ -61,6 +61,7 @@ UMOCI: Mapping[str, Witness] = {
     ),
     "remade": differs("xattrs", "both"),
     "remade_late": differs("xattrs", "late"),
+    "stray": differs("surplus", "nothing", "fresh/gone"),
     "opaque_root": differs("xattrs", b"."),
     "implied": _NOW,
 }
@@ -88,6 +89,7 @@ CONTAINERD: Mapping[str, Witness] = {
     "dir_to_link": Witness(error="UtimesNanoAt"),
     # The time of whiteouts is that of unpacking; overlayfs shows none of them.
     "whiteouts": differs("mtime", "gone", "gone-link", "gone-dir", "deep/er/gone"),
+    "stray": differs("mtime", "nothing", "fresh/gone"),
     # The new directory is not opaque, so the old contents show. image-spec: whiteouts apply to lower layers first.
     "remade": differs("xattrs", "both"),
     "remade_late": Witness(error="failed to convert whiteout file"),
@@ -110,7 +112,7 @@ GNU_TAR: Mapping[str, Witness] = {
     "nothing": Witness(error="does not look like a tar archive"),
 }
 # Whiteouts have no meaning to GNU tar, and it pads every piece of a sparse file, so it loses its way among odd ones.
-_NOT_FOR_GNU_TAR = ("whiteouts", "remade", "remade_late", "opaque_root", "unaligned_sparse_files")
+_NOT_FOR_GNU_TAR = ("whiteouts", "remade", "remade_late", "stray", "opaque_root", "unaligned_sparse_files")
 
 
 def made(kind: str) -> bytes:
@@ -154,6 +156,17 @@ def test_as_umoci_unpacks_it(kind: str, tmp_path: Path, scratch: Path) -> None:
         return
     theirs = look(unpackers.umoci(builder.directory, "t", scratch / "root"))
     treediff.assert_same(ours(made(kind), tmp_path), theirs, but=witness.but)
+
+
+@pytest.mark.parametrize("kind", ["sources", pytest.param("many", marks=pytest.mark.slow)])
+def test_many_files_as_umoci_unpacks_them(kind: str, tmp_path: Path, scratch: Path) -> None:
+    capabilities.require("umoci")
+    tar = layerkinds.LARGE[kind]()
+    builder = oci.LayoutBuilder(tmp_path / "layout")
+    builder.add_image("t", [builder.add_layer(tar, level=1)])
+    theirs = look(unpackers.umoci(builder.directory, "t", scratch / "root"))
+    assert len(theirs) > layerkinds.SOURCES
+    treediff.assert_same(ours(tar, tmp_path), theirs)
 
 
 @pytest.mark.parametrize("kind", layerkinds.KINDS)

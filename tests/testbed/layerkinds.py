@@ -372,6 +372,12 @@ def remade_late() -> bytes:
     return b"".join(out) + END
 
 
+def stray() -> bytes:
+    """Whiteouts of what no layer has, in directories that no other layer has."""
+    out = [root(), directory("fresh/", mtime=1), file("fresh/.wh.gone"), file("fresh/a", b"a"), file(".wh.nothing")]
+    return b"".join(out) + END
+
+
 def opaque_root() -> bytes:
     """A layer that hides all that lies below it."""
     return root() + file("only", b"this", mtime=1) + file(".wh..wh..opq") + END
@@ -455,7 +461,7 @@ KINDS: Mapping[str, Callable[[], bytes]] = {
         *(names, numbers, before_1970, pax_sparse_files, old_sparse_files, unaligned_sparse_files),
         *(attributes, trusted, overlay_xattrs, empty_xattr, libarchive),
         *(links, hard_links, link_headers, forward_links, duplicates, dir_to_link, devices, modes, borders),
-        *(base, whiteouts, remade, remade_late, opaque_root, implied),
+        *(base, whiteouts, remade, remade_late, stray, opaque_root, implied),
         *(trailing, global_comment, global_times, odd_types, empty, nothing),
     )
 }
