@@ -1,5 +1,6 @@
 """Whole images, as the snapshotter mounts them, and each of their layers, against what umoci and containerd unpack."""
 
+import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -7,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.testbed import capabilities, layerkinds, numpyimage, oci, treediff, unpackers
+from afs.layerstore.afslyr.errors import CorruptLayer
+from tests.testbed import capabilities, layerkinds, numpyimage, oci, tars, treediff, unpackers
 from tests.testbed.containerd import Containerd
 from tests.testbed.images import BusyboxImage
-from tests.testbed.ourroots import convert_layer, merged, mounted
+from tests.testbed.ourroots import convert_bytes, convert_layer, merged, mounted
 from tests.testbed.treediff import Seen, look
 
 pytestmark = pytest.mark.root
@@ -64,6 +66,12 @@ IMAGES: Mapping[str, Image] = {
     "stray-lowest": Image(("stray", "base"), {(b"fresh/gone", "surplus")}, {*_ROOT, (b"fresh/gone", "surplus")}),
     # What a layer alone cannot know: both witnesses keep the attributes that directories have in lower layers.
     "implied": Image(("base", "implied"), {*_ROOT, *_IMPLIED}, _IMPLIED),
+    # umoci follows the symlink of the layer below; containerd makes a directory too, in place of the symlink.
+    "usr-merge": Image(
+        ("merged_usr", "unmerged_usr"),
+        {(b"bin", "type"), (b"bin/tool", "surplus"), (b"usr/bin/tool", "missing")},
+        {*_ROOT, (b"bin", "mode"), (b"bin", "mtime")},
+    ),
     "empty-layers": Image(("base", "empty", "nothing"), _ROOT, set()),
     "types-change": Image(("base", "duplicates", "devices", "base"), set(), None),
 }
@@ -137,6 +145,37 @@ async def test_a_generated_image(name: str, tmp_path: Path, scratch: Path, daemo
         with unpackers.containerd(daemon, image.layout, "t", scratch / name) as snapshots:
             theirs = look(snapshots.merged)
         treediff.assert_same(ours, theirs, but=additions(theirs, expected.containerd))
+
+
+async def test_directories_without_entries_hide_the_attributes_of_lower_ones(tmp_path: Path) -> None:
+    """A layer alone cannot know them; overlayfs shows a directory's attributes from the topmost layer that has it."""
+    image = generated(("base", "implied"), tmp_path / "layout")
+    files = converted(image, tmp_path / "layers")
+    with mounted(files[0][1], tmp_path / "mnt") as at:
+        below = look(at)[b"deep/er"]
+    assert (below.mode, below.uid, below.mtime) == (0o750, 7, 11_000_000_000)
+    async with merged(tmp_path / "ours", files) as root:
+        tree = look(root)
+        assert sorted(os.listdir(root / "deep/er")) == ["gone", "lower", "new"]
+    for path in (b"deep", b"deep/er", b"usr", b"usr/bin"):
+        seen = tree[path]
+        assert (seen.mode, seen.uid, seen.gid, seen.mtime, seen.xattrs) == (0o755, 0, 0, 0, {}), path
+
+
+def test_a_hard_link_to_a_lower_layer_is_an_error(tmp_path: Path, scratch: Path, daemon: Containerd) -> None:
+    """As with containerd; umoci, which unpacks into one tree, takes it."""
+    capabilities.require("umoci")
+    upper = layerkinds.root() + tars.hard_link("link", "kept") + tars.END
+    builder = oci.LayoutBuilder(tmp_path / "layout")
+    builder.add_image("t", [builder.add_layer(layerkinds.base()), builder.add_layer(upper)])
+    with pytest.raises(CorruptLayer, match='"link": target "kept" of the hard link is missing'):
+        convert_bytes(upper, tmp_path / "layer")
+    with (
+        pytest.raises(unpackers.UnpackError, match="no such file"),
+        unpackers.containerd(daemon, builder.directory, "t", scratch / "containerd"),
+    ):
+        pass
+    assert (unpackers.umoci(builder.directory, "t", scratch / "umoci") / "link").read_bytes() == b"k"
 
 
 async def test_busybox(busybox_image: BusyboxImage, tmp_path: Path, scratch: Path, daemon: Containerd) -> None:

@@ -64,6 +64,7 @@ UMOCI: Mapping[str, Witness] = {
     "stray": differs("surplus", "nothing", "fresh/gone"),
     "opaque_root": differs("xattrs", b"."),
     "implied": _NOW,
+    "unmerged_usr": differs("mtime", b".", "bin"),  # makes `bin` after it set the root's time
 }
 
 # containerd ignores an entry of the root: its attributes are those of a new directory.
@@ -95,6 +96,7 @@ CONTAINERD: Mapping[str, Witness] = {
     "remade_late": Witness(error="failed to convert whiteout file"),
     # Missing parents are copied from lower layers, see test_fidelity_images.py; here from `base`.
     "implied": both(_NOW, *(differs(field, "deep", "deep/er") for field in ("mode", "uid"))),
+    "unmerged_usr": differs("mtime", "bin"),
     # Global records are ignored; POSIX and GNU tar apply them.
     "global_times": both(differs("uid", "all", "own"), differs("mtime", "all")),
 }  # fmt: skip
@@ -108,6 +110,9 @@ GNU_TAR: Mapping[str, Witness] = {
     "duplicates": Witness(error="File exists"),  # keeps directories that are not empty
     "dir_to_link": Witness(error="File exists"),
     "implied": _NOW,
+    "unmerged_usr": differs("mtime", "bin"),
+    # Symlinks that are absolute or lead up are made last, so that nothing is written through them.
+    "through_links": Witness(error="Not a directory"),
     "empty": differs("mtime", b"."),
     "nothing": Witness(error="does not look like a tar archive"),
 }

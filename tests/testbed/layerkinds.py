@@ -388,6 +388,29 @@ def implied() -> bytes:
     return file("usr/bin/tool", b"t", mode=0o755, mtime=5) + file("deep/er/new", b"n", mtime=6) + END
 
 
+def through_links() -> bytes:
+    """Entries whose directories are symlinks of the same layer: relative, absolute, out of the root, through each other."""
+    out = [root(), directory("real/", mtime=1), directory("real/inner/", mtime=2), directory("other/", mtime=3)]
+    targets = {"relative": "real", "absolute": "/real", "outside": "../../../real", "other/back": "../real/inner"}
+    out += [symlink(name, target, mtime=4) for name, target in targets.items()] + [
+        symlink("twice", "other/back", mtime=5)
+    ]
+    out += [file(f"{name}/{name.replace('/', '-')}", b"via", mtime=6) for name in (*targets, "twice", "absolute/inner")]
+    out.append(again("other/linked", "twice/twice", mtime=6))
+    # Directories have the times of their entries only if those come last: others set them as they go.
+    return b"".join([*out, directory("real/", mtime=1), directory("real/inner/", mtime=2), END])
+
+
+def merged_usr() -> bytes:
+    """A base as Debian's, where `bin` is a symlink."""
+    return root() + directory("usr/", mtime=1) + directory("usr/bin/", 0o711, mtime=2) + symlink("bin", "usr/bin") + END
+
+
+def unmerged_usr() -> bytes:
+    """A layer that knows nothing of its base's symlink `bin`."""
+    return root() + file("bin/tool", b"t", mode=0o755, mtime=3) + END
+
+
 def trailing() -> bytes:
     """What stands behind the end marker is part of the tar and of nothing else."""
     return root() + file("real", b"r") + END + file("behind", b"the end") + b"garbage" * 1000
@@ -461,7 +484,7 @@ KINDS: Mapping[str, Callable[[], bytes]] = {
         *(names, numbers, before_1970, pax_sparse_files, old_sparse_files, unaligned_sparse_files),
         *(attributes, trusted, overlay_xattrs, empty_xattr, libarchive),
         *(links, hard_links, link_headers, forward_links, duplicates, dir_to_link, devices, modes, borders),
-        *(base, whiteouts, remade, remade_late, stray, opaque_root, implied),
+        *(base, whiteouts, remade, remade_late, stray, opaque_root, implied, through_links, merged_usr, unmerged_usr),
         *(trailing, global_comment, global_times, odd_types, empty, nothing),
     )
 }
