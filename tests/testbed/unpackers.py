@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,8 +74,8 @@ def containerd(daemon: Containerd, layout: Path, tag: str, at: Path) -> Iterator
     daemon.ctr("images", "mount", f"{name}:{tag}", at)
     try:
         (mount,) = (mount for mount in mounts.table() if mount.target == str(at))
-        options = dict(option.partition("=")[::2] for option in mount.options.split(","))
-        yield Snapshots(at, tuple(Path(path) for path in reversed(options["lowerdir"].split(":"))))
+        (lower,) = re.findall(r"(?:^|,)lowerdir=([^,]*)", mount.options)
+        yield Snapshots(at, tuple(Path(path) for path in reversed(lower.split(":"))))
     finally:
         daemon.ctr("images", "unmount", "--rm", at)
 
