@@ -48,6 +48,8 @@ GOLDEN: Mapping[str, tuple[str, str]] = {
     "through_links": ("d44532a8dc29c4b9", "94118b70560745ad6ac2e70f7d173dad238fe2fa1a9f9a02f05be383dc3a26e4"),
     "merged_usr": ("f3805d2003589b75", "227a90127257479f15dbdc4a1d049286ccace80d87045c5480c269d3336e1317"),
     "unmerged_usr": ("9038c011dd695e73", "bb1820e71967d3e52fb77a7c894ce6def0c34bc2bc290655bdfc177b473f0e63"),
+    "marks_alone": ("205f8ffd7700b7b5", "8abcfa1b53157674efdc5a13d32341c5f2d133e4d3d63ac731981cd20f9453f4"),
+    "file_then_dir": ("60f96db9e924ea6a", "51320aac1108066aa50529a132a9db4e4b0acfd887434dbcdb1bcc9ea51e6bcd"),
     "trailing": ("4ae49223fc6f3022", "d0a67ba927907f01109fbe77859a60d15947b71d2c33e8653504e1780fc161f7"),
     "global_comment": ("61635485e4b7a9c2", "6b615397651307400a4b185ab4d3ecb8fd223ee8ddf5be5598f941f1e0a8e8e3"),
     "global_times": ("b384425dcf2efd31", "fb2179cfdef19ecd6788775c9f6931055fbadc1396b5d94c99f6ef0a79b41558"),

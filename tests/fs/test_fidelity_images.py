@@ -25,6 +25,7 @@ _IMPLIED |= {(path, "mtime") for path in (b"usr", b"usr/bin")}
 
 
 _ROOT = {(b".", field) for field in ("mode", "uid", "gid")}
+_ALONE = {(b"alone", field) for field in ("mode", "uid", "mtime")}
 # All of `base`
 _LOWER = {
     *(b"before", b"after", b"between", b"alone", b"deep", b"deep/er", b"both", b"late", b"gone-dir", b"gone-dir/sub"),
@@ -64,6 +65,14 @@ IMAGES: Mapping[str, Image] = {
     # overlayfs lists whiteouts in directories that only one layer has. In the lowest layer containerd removes them.
     "stray": Image(("base", "stray", "base"), {(b"fresh/gone", "surplus")}, _ROOT),
     "stray-lowest": Image(("stray", "base"), {(b"fresh/gone", "surplus")}, {*_ROOT, (b"fresh/gone", "surplus")}),
+    # Marks make their directories, and umoci none.
+    "marks-alone": Image(
+        ("base", "marks_alone"),
+        {*_ALONE, *((path, "surplus") for path in (b"new", b"new/dir", b"new/dir/x", b"fresh"))},
+        {*_ROOT, *_ALONE, *((path, "mtime") for path in (b"new", b"new/dir", b"fresh"))},
+    ),
+    # umoci removes what the file replaces, then the file.
+    "file-then-dir": Image(("base", "file_then_dir"), {(b"late/lower", "surplus")}, _ROOT),
     # What a layer alone cannot know: both witnesses keep the attributes that directories have in lower layers.
     "implied": Image(("base", "implied"), {*_ROOT, *_IMPLIED}, _IMPLIED),
     # umoci follows the symlink of the layer below; containerd makes a directory too, in place of the symlink.

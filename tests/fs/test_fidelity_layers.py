@@ -4,9 +4,10 @@ The tables say where a witness gives something else or nothing, and why. Everywh
 tests.testbed.treediff sees. What no witness unpacks is in test_afslyr_mount.py, against stated expectations.
 """
 
+import random
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,7 @@ UMOCI: Mapping[str, Witness] = {
     "remade": differs("xattrs", "both"),
     "remade_late": differs("xattrs", "late"),
     "stray": differs("surplus", "nothing", "fresh/gone"),
+    "marks_alone": differs("surplus", "new", "new/dir", "new/dir/x", "fresh", "alone"),
     "opaque_root": differs("xattrs", b"."),
     "implied": _NOW,
     "unmerged_usr": differs("mtime", b".", "bin"),  # makes `bin` after it set the root's time
@@ -91,6 +93,10 @@ CONTAINERD: Mapping[str, Witness] = {
     # The time of whiteouts is that of unpacking; overlayfs shows none of them.
     "whiteouts": differs("mtime", "gone", "gone-link", "gone-dir", "deep/er/gone"),
     "stray": differs("mtime", "nothing", "fresh/gone"),
+    "marks_alone": both(
+        differs("mtime", "new", "new/dir", "new/dir/x", "fresh", "alone"),
+        *(differs(field, "alone") for field in ("mode", "uid")),  # copied from `base`
+    ),
     # The new directory is not opaque, so the old contents show. image-spec: whiteouts apply to lower layers first.
     "remade": differs("xattrs", "both"),
     "remade_late": Witness(error="failed to convert whiteout file"),
@@ -117,7 +123,15 @@ GNU_TAR: Mapping[str, Witness] = {
     "nothing": Witness(error="does not look like a tar archive"),
 }
 # Whiteouts have no meaning to GNU tar, and it pads every piece of a sparse file, so it loses its way among odd ones.
-_NOT_FOR_GNU_TAR = ("whiteouts", "remade", "remade_late", "stray", "opaque_root", "unaligned_sparse_files")
+_NOT_FOR_GNU_TAR = (
+    "whiteouts",
+    "remade",
+    "remade_late",
+    "stray",
+    "marks_alone",
+    "opaque_root",
+    "unaligned_sparse_files",
+)
 
 
 def made(kind: str) -> bytes:
@@ -161,6 +175,29 @@ def test_as_umoci_unpacks_it(kind: str, tmp_path: Path, scratch: Path) -> None:
         return
     theirs = look(unpackers.umoci(builder.directory, "t", scratch / "root"))
     treediff.assert_same(ours(made(kind), tmp_path), theirs, but=witness.but)
+
+
+def test_random_layers_are_as_umoci_unpacks_them(tmp_path: Path, scratch: Path, rng: random.Random) -> None:
+    """Those that umoci unpacks; it sets the times of directories as it goes, so they are left out."""
+    capabilities.require("umoci")
+    compared = 0
+    for number in range(100):
+        tar = layerkinds.random_layer(rng)
+        work = tmp_path / f"{number}"
+        builder = oci.LayoutBuilder(work / "layout")
+        builder.add_image("t", [builder.add_layer(tar, level=1)])
+        try:
+            theirs = look(unpackers.umoci(builder.directory, "t", scratch / work.name))
+        except unpackers.UnpackError:
+            continue
+        treediff.assert_same(without_directory_times(ours(tar, work)), without_directory_times(theirs))
+        compared += 1
+    assert compared > 30
+
+
+def without_directory_times(tree: Mapping[bytes, Seen]) -> dict[bytes, Seen]:
+    """A tree with all times of directories alike."""
+    return {path: replace(seen, mtime=0) if seen.type == "d" else seen for path, seen in tree.items()}
 
 
 def test_a_source_tree_is_as_umoci_unpacks_it(tmp_path: Path, scratch: Path) -> None:

@@ -378,6 +378,17 @@ def stray() -> bytes:
     return b"".join(out) + END
 
 
+def marks_alone() -> bytes:
+    """Marks in directories that have no other entry, over `base`, which has `alone`."""
+    opaque = ".wh..wh..opq"
+    return root() + file("new/dir/.wh.x") + file(f"fresh/{opaque}") + file(f"alone/{opaque}") + END
+
+
+def file_then_dir() -> bytes:
+    """A name of `base` that becomes a file and a directory again."""
+    return root() + file("late", b"f") + directory("late/", mtime=9) + file("late/new", b"n") + END
+
+
 def opaque_root() -> bytes:
     """A layer that hides all that lies below it."""
     return root() + file("only", b"this", mtime=1) + file(".wh..wh..opq") + END
@@ -463,6 +474,27 @@ def many() -> bytes:
     return b"".join(out) + END
 
 
+def random_layer(chance: random.Random) -> bytes:
+    """Some entries of all types under few names, so that they meet: parents are symlinks or come late, names come twice."""
+    out, files = [root()], [b""]
+    for number in range(chance.randint(2, 14)):
+        name = b"/".join(chance.choice((b"a", b"b", b"c")) for _ in range(chance.randint(1, 3)))
+        kind = chance.choice("fffdddsslp")
+        if kind == "f":
+            out.append(file(name, b"%d" % number, mtime=number))
+            files.append(name)
+        elif kind == "d":
+            out.append(directory(name + b"/", 0o700 + number, mtime=number))
+        elif kind == "s":
+            target = chance.choice(("a", "b", "../a", "/c", "a/b", "../../b", "."))
+            out.append(symlink(name, target, mtime=number))
+        elif kind == "p":
+            out.append(header(name, b"6", mtime=number))
+        elif earlier := chance.choice(files):
+            out.append(hard_link(name, earlier))
+    return b"".join(out) + END
+
+
 def sources() -> bytes:
     """A source tree of 20,000 files of up to 3000 bytes, in 400 directories."""
     chance = random.Random(20)  # noqa: S311 - it makes text
@@ -484,7 +516,20 @@ KINDS: Mapping[str, Callable[[], bytes]] = {
         *(names, numbers, before_1970, pax_sparse_files, old_sparse_files, unaligned_sparse_files),
         *(attributes, trusted, overlay_xattrs, empty_xattr, libarchive),
         *(links, hard_links, link_headers, forward_links, duplicates, dir_to_link, devices, modes, borders),
-        *(base, whiteouts, remade, remade_late, stray, opaque_root, implied, through_links, merged_usr, unmerged_usr),
+        *(
+            base,
+            whiteouts,
+            remade,
+            remade_late,
+            stray,
+            marks_alone,
+            file_then_dir,
+            opaque_root,
+            implied,
+            through_links,
+            merged_usr,
+            unmerged_usr,
+        ),
         *(trailing, global_comment, global_times, odd_types, empty, nothing),
     )
 }
