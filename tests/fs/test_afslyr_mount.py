@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from afs.layerstore.afslyr.convert import convert
-from tests.testbed import tars
+from tests.testbed import layerkinds, mounts, ourroots, tars, treediff
 
 pytestmark = pytest.mark.root
 
@@ -90,12 +90,26 @@ def test_directories_have_a_link_per_subdirectory(tmp_path: Path) -> None:
         assert [os.lstat(root + path).st_nlink for path in (b"", b"/a", b"/a/x", b"/a/y")] == [3, 4, 2, 3]
 
 
-def test_fsck_accepts_the_file(tmp_path: Path) -> None:
+def test_all_directories_of_every_kind_have_their_links(tmp_path: Path) -> None:
+    with mounted(make(tmp_path, tars.every_kind_tar()), tmp_path / "mnt") as root:
+        wanted = treediff.directory_links(treediff.look(root))
+        assert {path: os.lstat(os.path.join(root, path)).st_nlink for path in wanted} == wanted
+
+
+@pytest.mark.parametrize("options", ["ro", "ro,loop"])
+def test_mount_needs_nothing_of_afs(tmp_path: Path, options: str) -> None:
+    """mount(8) alone does. Without "loop" it may mount the file itself or take a loop device: Debian 12's does the latter."""
     layer = make(tmp_path, tars.every_kind_tar())
-    checked = subprocess.run(["fsck.erofs", layer], check=False, capture_output=True, text=True)
-    if "blksize 512 isn't supported" in checked.stderr:
-        pytest.skip("this erofs-utils knows no blocks of 512 bytes (Debian 12: 1.5)")
-    assert checked.returncode == 0, checked.stderr
+    with ourroots.mounted(layer, tmp_path / "direct") as at:  # by mount(2), so the file itself
+        direct = treediff.look(at)
+    (tmp_path / "mnt").mkdir()
+    subprocess.run(["mount", "-t", "erofs", "-o", options, layer, tmp_path / "mnt"], check=True)
+    try:
+        source = next(mount.source for mount in mounts.table() if mount.target == str(tmp_path / "mnt"))
+        assert source.startswith("/dev/loop") or "loop" not in options
+        treediff.assert_same(treediff.look(tmp_path / "mnt"), direct)
+    finally:
+        subprocess.run(["umount", tmp_path / "mnt"], check=True)
 
 
 @pytest.mark.parametrize("tar", [b"", tars.END, tars.tar_of({"only": None})], ids=["nothing", "end", "directory"])
@@ -132,3 +146,12 @@ def test_large_directories_list_and_look_up(tmp_path: Path) -> None:
         assert set(os.listdir(os.fsdecode(root) + "/d")) == wanted
         for name in sorted(wanted)[::37]:
             os.lstat(os.fsdecode(root) + "/d/" + name)
+
+
+def test_a_directory_of_200_000_names_lists_and_looks_up(tmp_path: Path) -> None:
+    with mounted(make(tmp_path, layerkinds.many()), tmp_path / "mnt") as root:
+        assert sorted(os.listdir(root + b"/many")) == [b"%06d" % number for number in range(layerkinds.MANY)]
+        for number in (*range(0, layerkinds.MANY, 997), layerkinds.MANY - 1):
+            assert os.lstat(root + b"/many/%06d" % number).st_mtime == 2
+        for missing in (b"", b"0", b"000000x", b"199999x", b"200000", b"zzz"):
+            assert not os.path.lexists(root + b"/many/x" + missing)

@@ -10,7 +10,7 @@ import tempfile
 import uuid
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
@@ -32,10 +32,14 @@ def require(*names: str) -> None:
         reason = missing(name)
         if reason is None:
             continue
-        text = f"{name}: {reason}"
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"CI lacks {text}", pytrace=False)
-        pytest.skip(f"needs {text}")
+        unavailable(f"{name}: {reason}")
+
+
+def unavailable(text: str) -> NoReturn:
+    """Skip the running test for want of something; under CI=true fail it instead."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"CI lacks {text}", pytrace=False)
+    pytest.skip(f"needs {text}")
 
 
 def have(name: str) -> bool:
