@@ -92,7 +92,7 @@ class TreeBuilder:
         self.entries = 0
         self.sparse: list[tuple[Node, SparseMap, int]] = []
         self._limits = limits
-        self._nodes = self._metadata = self._extents = 0
+        self._nodes = self._metadata = self._extents = self._steps = 0
         self._parents: dict[bytes, Node] = {}
         self._opaque: list[Node] = []
         self._whiteouts: dict[tuple[int, bytes], Node] = {}
@@ -102,6 +102,8 @@ class TreeBuilder:
     def add(self, entry: Entry) -> None:
         """Place one entry."""
         self.entries += 1
+        if self.entries > self._limits.max_entries:  # not all of them make names: opaque marks, directories again
+            raise LayerLimit("entries", self._limits.max_entries)
         path = entry.name.rstrip(b"/")
         directory, _, base = path.rpartition(b"/")
         if base in {b"", b".", b".."}:
@@ -150,6 +152,7 @@ class TreeBuilder:
     def _walk(self, parts: list[bytes], entry: Entry, *, create: bool) -> Node | None:
         """The directory at *parts*, symlinks followed within the root; missing ones are made, or give None."""
         stack, todo, hops = [self.root], parts[::-1], 0
+        self._count_steps(len(parts))
         while todo:
             part = todo.pop()
             if part == b"..":
@@ -171,7 +174,9 @@ class TreeBuilder:
                     raise CorruptLayer("too many symlinks on the way to its directory", entry=entry.name)
                 if child.target.startswith(b"/"):
                     del stack[1:]
-                todo += child.target.split(b"/")[::-1]
+                target = child.target.split(b"/")
+                self._count_steps(len(target))
+                todo += target[::-1]
                 continue
             elif child.children is None:
                 raise CorruptLayer("a parent is not a directory", entry=entry.name)
@@ -179,6 +184,11 @@ class TreeBuilder:
             if len(stack) > self._limits.max_depth:
                 raise LayerLimit("directory depth", self._limits.max_depth, "levels")
         return stack[-1]
+
+    def _count_steps(self, count: int) -> None:
+        self._steps += count
+        if self._steps > self._limits.max_path_steps:
+            raise LayerLimit("path components to follow", self._limits.max_path_steps)
 
     def _place(self, parent: Node, name: bytes, node: Node, entry: Entry) -> None:
         """Let *name* in *parent* be *node*."""
