@@ -96,6 +96,14 @@ def test_signed_checksums_count() -> None:
     assert parse(bytes(block) + tars.END)[0].name == b"\xe9\xff"
 
 
+@pytest.mark.parametrize("pairs", [[(f"key{n}", "v") for n in range(17)], [("comment", "c" * (64 << 10))]])
+def test_global_records_are_few(pairs: tars.Records) -> None:
+    """They are merged into every entry: without a bound some kilobytes make a tar of hours."""
+    assert parse(tars.pax(pairs[:16], b"x") + tars.file("a") + tars.END)
+    with pytest.raises(CorruptLayer, match="global records"):
+        parse(tars.pax(pairs[:9], b"g") + tars.pax(pairs[9:], b"g") + tars.file("a") + tars.END)
+
+
 def test_pax_overrides_and_global_defaults() -> None:
     tar = (
         tars.pax([("uid", "5"), ("gid", "6")], b"g")

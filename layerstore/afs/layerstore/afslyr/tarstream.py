@@ -14,7 +14,10 @@ from afs.layerstore.afslyr.sparse import SparseMap
 from afs.layerstore.afslyr.tarheader import BLOCK, ZERO_BLOCK, Header
 
 HARD_LINK = 0  # Entry.type of hard links; all others are stat's S_IF numbers
-MAX_DEFAULTS = 256  # global records in force; they are merged into every entry, so many would cost much time
+# Global records in force, and their bytes. They are merged into every entry, so many would cost much time: 250 extended
+# attributes made each entry cost as much as 80 without.
+MAX_DEFAULTS = 16
+MAX_DEFAULT_BYTES = 64 << 10
 MAX_RECORD = 1 << 20  # bytes of a long name or extended header, as in Go's archive/tar
 
 _TYPES = {
@@ -174,6 +177,8 @@ def _extend(stream: ByteStream, header: Header, extended: _Extended, defaults: d
             defaults.update(records)
             if len(defaults) > MAX_DEFAULTS:
                 raise CorruptLayer(f"more than {MAX_DEFAULTS} global records", entry=header.name)
+            if sum(len(key) + len(value) for key, value in defaults.items()) > MAX_DEFAULT_BYTES:
+                raise CorruptLayer(f"more than {MAX_DEFAULT_BYTES} bytes of global records", entry=header.name)
         else:
             extended.records = records
 

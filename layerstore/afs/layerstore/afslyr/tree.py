@@ -76,7 +76,7 @@ class TreeBuilder:
         self.entries = 0
         self.sparse: list[tuple[int, SparseMap, int]] = []
         self._limits = limits
-        self._names = self._metadata = self._extents = 0
+        self._names = self._metadata = self._extents = self._steps = 0
         self._children = self.inodes.children
         self._parents: dict[bytes, int] = {}
         self._opaque: list[int] = []
@@ -87,6 +87,8 @@ class TreeBuilder:
     def add(self, entry: Entry) -> None:
         """Place one entry."""
         self.entries += 1
+        if self.entries > self._limits.max_entries:  # not all of them make names: opaque marks, directories again
+            raise LayerLimit("entries", self._limits.max_entries)
         path = entry.name.rstrip(b"/")
         directory, _, base = path.rpartition(b"/")
         if base in _NO_NAMES:
@@ -137,6 +139,7 @@ class TreeBuilder:
     def _walk(self, parts: list[bytes], entry: Entry, *, create: bool) -> int | None:
         """The directory at *parts*, symlinks followed within the root; missing ones are made, or give None."""
         stack, todo, hops = [ROOT], parts[::-1], 0
+        self._count_steps(len(parts))
         while todo:
             part = todo.pop()
             if part == b"..":
@@ -157,7 +160,9 @@ class TreeBuilder:
                     raise CorruptLayer("too many symlinks on the way to its directory", entry=entry.name)
                 if target.startswith(b"/"):
                     del stack[1:]
-                todo += target.split(b"/")[::-1]
+                more = target.split(b"/")
+                self._count_steps(len(more))
+                todo += more[::-1]
                 continue
             elif child not in self._children:
                 raise CorruptLayer("a parent is not a directory", entry=entry.name)
@@ -165,6 +170,11 @@ class TreeBuilder:
             if len(stack) > self._limits.max_depth:
                 raise LayerLimit("directory depth", self._limits.max_depth, "levels")
         return stack[-1]
+
+    def _count_steps(self, count: int) -> None:
+        self._steps += count
+        if self._steps > self._limits.max_path_steps:
+            raise LayerLimit("path components to follow", self._limits.max_path_steps)
 
     def _place(self, parent: int, name: bytes, node: int, entry: Entry) -> None:
         """Let *name* in *parent* be *node*."""
