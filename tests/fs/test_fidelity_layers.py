@@ -210,6 +210,7 @@ def test_a_source_tree_is_as_umoci_unpacks_it(tmp_path: Path, scratch: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_a_large_directory_is_as_gnu_tar_unpacks_it(tmp_path: Path, scratch: Path) -> None:
     """umoci takes a minute for this one."""
     theirs = look(unpackers.gnu_tar(layerkinds.many(), scratch / "root"))
