@@ -116,6 +116,14 @@ async def test_an_error_of_the_system_keeps_its_words(caplog: pytest.LogCaptureF
     assert [record.message for record in caplog.records] == ["unexpected OSError"]
 
 
+@pytest.mark.parametrize("error", [InvalidArgument("no \ud800 here"), OSError(errno.EIO, "broken", "/x\udcff")])
+async def test_what_utf8_cannot_say_arrives_escaped(error: Exception) -> None:
+    async with serving([LOOPBACK], raising(error).register) as (address,), channel(address) as opened:
+        unary: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = opened.unary_unary("/test/Unary")
+        with pytest.raises(grpc.aio.AioRpcError, match=r"\\ud800|\\udcff"):
+            await unary(b"", timeout=10)
+
+
 async def test_unknown_methods_are_unimplemented() -> None:
     async with serving([LOOPBACK], Service(echo).register) as (address,):
         assert await ask(address) == [b"x"]

@@ -9,13 +9,21 @@ import errno
 from typing import NamedTuple
 
 
+def one_line(text: str) -> str:
+    """*text* without line breaks, and what UTF-8 cannot say escaped.
+
+    Messages quote file names and JSON, which may hold lone surrogates; with one in its details gRPC never ends the call.
+    """
+    return " ".join(text.split()).encode("utf-8", "backslashreplace").decode()
+
+
 class AfsError(Exception):
     """Base of every error that AFS raises on purpose."""
 
     @property
     def line(self) -> str:
         """The message as one line."""
-        return " ".join(str(self).split()) or type(self).__name__
+        return one_line(str(self)) or type(self).__name__
 
 
 class InvalidArgument(AfsError):

@@ -25,6 +25,7 @@ from afs.core.errors import (
     InvalidArgument,
     ResourceExhausted,
     error_for_grpc,
+    one_line,
     status_of,
 )
 
@@ -80,7 +81,7 @@ async def abort(context: "grpc.aio.ServicerContext[Any, Any]", error: BaseExcept
     if not isinstance(error, AfsError):
         log.error("unexpected %s", type(error).__name__, exc_info=error)
         error = error if isinstance(error, OSError) else Internal(f"internal error: {type(error).__name__}: {error}")
-    line = error.line if isinstance(error, AfsError) else str(error)
+    line = error.line if isinstance(error, AfsError) else one_line(str(error))
     if len(line) > _MAX_DETAILS:
         line = line[:_MAX_DETAILS] + " ..."
     await context.abort(grpc.StatusCode[status_of(error).grpc], line)
