@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.testbed import capabilities, largelayers, layerkinds, layermarks, oci, treediff, unpackers
+from afs.layerstore.afslyr.errors import CorruptLayer
+from tests.testbed import capabilities, largelayers, layerkinds, layermarks, oci, tars, treediff, unpackers
 from tests.testbed.containerd import Containerd
 from tests.testbed.ourroots import convert_bytes, mounted
 from tests.testbed.treediff import Seen, look
@@ -245,3 +246,15 @@ def test_as_gnu_tar_unpacks_it(kind: str, tmp_path: Path, scratch: Path) -> None
         return
     theirs = look(unpackers.gnu_tar(made(kind), scratch / "root"))
     treediff.assert_same(ours(made(kind), tmp_path), theirs, but=witness.but)
+
+
+@pytest.mark.parametrize("length", [0, 4096])
+def test_targets_that_no_symlink_can_have_are_errors_everywhere(length: int, tmp_path: Path, scratch: Path) -> None:
+    capabilities.require("umoci")
+    tar = tars.root() + tars.pax([("linkpath", "t" * length)]) + tars.symlink("link", "") + tars.END
+    builder = oci.LayoutBuilder(tmp_path / "layout")
+    builder.add_image("t", [builder.add_layer(tar)])
+    with pytest.raises(CorruptLayer, match=f'"link": symlink target of {length} bytes'):
+        convert_bytes(tar, tmp_path / "layer")
+    with pytest.raises(unpackers.UnpackError, match="symlink"):
+        unpackers.umoci(builder.directory, "t", scratch / "root")
