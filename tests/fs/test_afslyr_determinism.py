@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.testbed import encodings, layerkinds, tars
+from tests.testbed import encodings, largelayers, layerkinds, tars
 from tests.testbed.ourroots import convert_bytes
 
 KINDS: Mapping[str, Callable[[], bytes]] = {**layerkinds.KINDS, "every_kind": tars.every_kind_tar}
+LARGE: Mapping[str, Callable[[], bytes]] = {"many": largelayers.many, "sources": largelayers.sources}
 # By kind: the first 16 hex digits of the tar's sha256, so that a changed fixture tells itself; and the root digest.
 GOLDEN: Mapping[str, tuple[str, str]] = {
     "names": ("7c7a342ae3a0f30a", "3eb4997d50f8132c61908aa5872793c41e893680fc6cbe10dee0e29df92e3a33"),
@@ -73,7 +74,7 @@ for tar in sorted(Path(sys.argv[1]).glob("*.tar")):
 
 @pytest.mark.parametrize("kind", [*KINDS, "sources", pytest.param("many", marks=pytest.mark.slow)])
 def test_the_file_is_the_same_in_all_versions_of_the_code(kind: str, tmp_path: Path) -> None:
-    tar = {**KINDS, **layerkinds.LARGE}[kind]()
+    tar = {**KINDS, **LARGE}[kind]()
     fixture, root_digest = GOLDEN[kind]
     assert hashlib.sha256(tar).hexdigest()[:16] == fixture, "the fixture changed, not the converter"
     assert convert_bytes(tar, tmp_path / "layer").root_digest == f"sha256:{root_digest}"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.testbed import capabilities, erofsutils, layerkinds, numpyimage, tars, treediff, unpackers
+from tests.testbed import capabilities, erofsutils, largelayers, layerkinds, numpyimage, tars, treediff, unpackers
 from tests.testbed.ourroots import convert_bytes, convert_layer, mounted
 from tests.testbed.treediff import look
 
@@ -44,13 +44,13 @@ def test_fsck_agrees_with_the_kernel(kind: str, fsck: list[str], tmp_path: Path,
 
 
 def test_fsck_agrees_on_many_files(fsck: list[str], tmp_path: Path, scratch: Path) -> None:
-    convert_bytes(layerkinds.sources(), tmp_path / "layer")
+    convert_bytes(largelayers.sources(), tmp_path / "layer")
     check(fsck, tmp_path / "layer", scratch, set())
 
 
 @pytest.mark.slow
 def test_fsck_reads_a_large_directory(fsck: list[str], tmp_path: Path) -> None:
-    convert_bytes(layerkinds.many(), tmp_path / "layer")
+    convert_bytes(largelayers.many(), tmp_path / "layer")
     run([*fsck, "--extract", tmp_path / "layer"])
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from afs.layerstore.afslyr.convert import convert
-from tests.testbed import layerkinds, mounts, ourroots, tars, treediff
+from tests.testbed import largelayers, mounts, ourroots, tars, treediff
 
 pytestmark = pytest.mark.root
 
@@ -149,9 +149,9 @@ def test_large_directories_list_and_look_up(tmp_path: Path) -> None:
 
 
 def test_a_directory_of_200_000_names_lists_and_looks_up(tmp_path: Path) -> None:
-    with mounted(make(tmp_path, layerkinds.many()), tmp_path / "mnt") as root:
-        assert sorted(os.listdir(root + b"/many")) == [b"%06d" % number for number in range(layerkinds.MANY)]
-        for number in (*range(0, layerkinds.MANY, 997), layerkinds.MANY - 1):
+    with mounted(make(tmp_path, largelayers.many()), tmp_path / "mnt") as root:
+        assert sorted(os.listdir(root + b"/many")) == [b"%06d" % number for number in range(largelayers.MANY)]
+        for number in (*range(0, largelayers.MANY, 997), largelayers.MANY - 1):
             assert os.lstat(root + b"/many/%06d" % number).st_mtime == 2
         for missing in (b"", b"0", b"000000x", b"199999x", b"200000", b"zzz"):
             assert not os.path.lexists(root + b"/many/x" + missing)

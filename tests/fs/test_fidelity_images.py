@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from afs.layerstore.afslyr.errors import CorruptLayer
-from tests.testbed import capabilities, layerkinds, numpyimage, oci, tars, treediff, unpackers
+from tests.testbed import capabilities, layerkinds, layermarks, numpyimage, oci, tars, treediff, unpackers
 from tests.testbed.containerd import Containerd
 from tests.testbed.images import BusyboxImage
 from tests.testbed.ourroots import convert_bytes, convert_layer, merged, mounted
@@ -174,9 +174,9 @@ async def test_directories_without_entries_hide_the_attributes_of_lower_ones(tmp
 def test_a_hard_link_to_a_lower_layer_is_an_error(tmp_path: Path, scratch: Path, daemon: Containerd) -> None:
     """As with containerd; umoci, which unpacks into one tree, takes it."""
     capabilities.require("umoci")
-    upper = layerkinds.root() + tars.hard_link("link", "kept") + tars.END
+    upper = tars.root() + tars.hard_link("link", "kept") + tars.END
     builder = oci.LayoutBuilder(tmp_path / "layout")
-    builder.add_image("t", [builder.add_layer(layerkinds.base()), builder.add_layer(upper)])
+    builder.add_image("t", [builder.add_layer(layermarks.base()), builder.add_layer(upper)])
     with pytest.raises(CorruptLayer, match='"link": target "kept" of the hard link is missing'):
         convert_bytes(upper, tmp_path / "layer")
     with (

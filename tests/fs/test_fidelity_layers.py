@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.testbed import capabilities, layerkinds, oci, treediff, unpackers
+from afs.layerstore.afslyr.errors import CorruptLayer
+from tests.testbed import capabilities, largelayers, layerkinds, layermarks, oci, tars, treediff, unpackers
 from tests.testbed.containerd import Containerd
 from tests.testbed.ourroots import convert_bytes, mounted
 from tests.testbed.treediff import Seen, look
@@ -182,7 +183,7 @@ def test_random_layers_are_as_umoci_unpacks_them(tmp_path: Path, scratch: Path, 
     capabilities.require("umoci")
     compared = 0
     for number in range(100):
-        tar = layerkinds.random_layer(rng)
+        tar = largelayers.random_layer(rng)
         work = tmp_path / f"{number}"
         builder = oci.LayoutBuilder(work / "layout")
         builder.add_image("t", [builder.add_layer(tar, level=1)])
@@ -203,19 +204,19 @@ def without_directory_times(tree: Mapping[bytes, Seen]) -> dict[bytes, Seen]:
 def test_a_source_tree_is_as_umoci_unpacks_it(tmp_path: Path, scratch: Path) -> None:
     capabilities.require("umoci")
     builder = oci.LayoutBuilder(tmp_path / "layout")
-    builder.add_image("t", [builder.add_layer(layerkinds.sources(), level=1)])
+    builder.add_image("t", [builder.add_layer(largelayers.sources(), level=1)])
     theirs = look(unpackers.umoci(builder.directory, "t", scratch / "root"))
-    assert len(theirs) > layerkinds.SOURCES
-    treediff.assert_same(ours(layerkinds.sources(), tmp_path), theirs)
+    assert len(theirs) > largelayers.SOURCES
+    treediff.assert_same(ours(largelayers.sources(), tmp_path), theirs)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_large_directory_is_as_gnu_tar_unpacks_it(tmp_path: Path, scratch: Path) -> None:
     """umoci takes a minute for this one."""
-    theirs = look(unpackers.gnu_tar(layerkinds.many(), scratch / "root"))
-    assert len(theirs) == layerkinds.MANY + 2
-    treediff.assert_same(ours(layerkinds.many(), tmp_path), theirs)
+    theirs = look(unpackers.gnu_tar(largelayers.many(), scratch / "root"))
+    assert len(theirs) == largelayers.MANY + 2
+    treediff.assert_same(ours(largelayers.many(), tmp_path), theirs)
 
 
 @pytest.mark.parametrize("kind", layerkinds.KINDS)
@@ -223,7 +224,7 @@ def test_as_containerd_unpacks_it(kind: str, tmp_path: Path, scratch: Path, daem
     """As the upper one of two layers: then containerd writes the marks of overlayfs too, and they can be compared."""
     witness = both(CONTAINERD.get(kind, SAME), differs("mtime", b".") if kind in _WITHOUT_ROOT else _ROOT)
     builder = oci.LayoutBuilder(tmp_path / "layout")
-    builder.add_image("t", [builder.add_layer(tar, level=1) for tar in (layerkinds.base(), made(kind))])
+    builder.add_image("t", [builder.add_layer(tar, level=1) for tar in (layermarks.base(), made(kind))])
     if witness.error:
         with (
             pytest.raises(unpackers.UnpackError, match=witness.error),
@@ -245,3 +246,15 @@ def test_as_gnu_tar_unpacks_it(kind: str, tmp_path: Path, scratch: Path) -> None
         return
     theirs = look(unpackers.gnu_tar(made(kind), scratch / "root"))
     treediff.assert_same(ours(made(kind), tmp_path), theirs, but=witness.but)
+
+
+@pytest.mark.parametrize("length", [0, 4096])
+def test_targets_that_no_symlink_can_have_are_errors_everywhere(length: int, tmp_path: Path, scratch: Path) -> None:
+    capabilities.require("umoci")
+    tar = tars.root() + tars.pax([("linkpath", "t" * length)]) + tars.symlink("link", "") + tars.END
+    builder = oci.LayoutBuilder(tmp_path / "layout")
+    builder.add_image("t", [builder.add_layer(tar)])
+    with pytest.raises(CorruptLayer, match=f'"link": symlink target of {length} bytes'):
+        convert_bytes(tar, tmp_path / "layer")
+    with pytest.raises(unpackers.UnpackError, match="symlink"):
+        unpackers.umoci(builder.directory, "t", scratch / "root")

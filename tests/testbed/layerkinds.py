@@ -6,11 +6,10 @@ Every directory has an entry of its own, the root included, unless a layer is ab
 
 from __future__ import annotations
 
-import random
 import struct
 from typing import TYPE_CHECKING, Unpack
 
-from tests.testbed import tars
+from tests.testbed import layermarks, tars
 from tests.testbed.tars import (
     END,
     FileFields,
@@ -22,25 +21,18 @@ from tests.testbed.tars import (
     padded,
     pax,
     pax_sparse,
+    root,
     symlink,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-TIME = 1_700_000_000
-MANY = 200_000
-SOURCES = 20_000
 _LONG = "/".join(letter * 70 for letter in "xyz")
 _USER_OBJ, _USER, _GROUP_OBJ, _GROUP, _MASK, _OTHER = 1, 2, 4, 8, 16, 32
 _NOBODY = 0xFFFFFFFF
 _BORDERS = (*range(360, 460, 4), 880, 944, 948)
 """Lengths of attributes: with the inode and what else stands there, around whole blocks."""
-
-
-def root() -> bytes:
-    """The entry of the root, with attributes that no unpacker would give it by itself."""
-    return directory("./", 0o751, uid=1, gid=2, mtime=TIME)
 
 
 def again(name: str, target: str, **fields: Unpack[FileFields]) -> bytes:
@@ -315,90 +307,6 @@ def borders() -> bytes:
     return b"".join(out) + END
 
 
-def base() -> bytes:
-    """What `whiteouts` works on."""
-    out = [root()]
-    for name in ("before", "after", "between", "alone", "deep", "deep/er", "both", "late", "gone-dir", "gone-dir/sub"):
-        out += [directory(f"{name}/", 0o750, uid=7, mtime=11), file(f"{name}/lower", b"l", mtime=12)]
-    out += [
-        file("gone", b"g"),
-        symlink("gone-link", "gone"),
-        file("kept", b"k", mtime=13),
-        directory("to-file/", mtime=1),
-    ]
-    out += [file("to-file/inside", b"i"), file("to-dir", b"f"), file("changed", b"old"), file("deep/er/gone", b"g")]
-    return b"".join(out) + END
-
-
-def whiteouts() -> bytes:
-    """Whiteouts and opaque directories over `base`: their marks before, behind and between their entries."""
-    opaque = ".wh..wh..opq"
-    out = [root()]
-    out += [file(f"before/{opaque}"), directory("before/", mtime=1), file("before/new", b"n")]
-    out += [directory("after/", mtime=2), file("after/new", b"n"), file(f"after/{opaque}")]
-    out += [
-        directory("between/", mtime=3),
-        file("between/new", b"n"),
-        file(f"between/{opaque}"),
-        file("between/also", b"a"),
-    ]
-    out += [
-        directory("deep/", mtime=4),
-        directory("deep/er/", mtime=5),
-        file("deep/er/.wh.gone"),
-        file("deep/er/new", b"n"),
-    ]
-    out += [file(".wh.gone"), file(".wh.gone-link"), file(".wh.gone-dir"), file("changed", b"new", mtime=6)]
-    out += [file("to-file", b"file"), directory("to-dir/", mtime=7), file("to-dir/inside", b"i"), file("added", b"a")]
-    return b"".join(out) + END
-
-
-def remade() -> bytes:
-    """Directories of `base` that are removed and made anew: what the lower layer has there must not show."""
-    out = [root(), file(".wh.both"), directory("both/", mtime=8), file("both/upper", b"u")]
-    return b"".join(out) + END
-
-
-def remade_late() -> bytes:
-    """The same with the whiteout last."""
-    out = [
-        root(),
-        directory("late/", mtime=8),
-        file("late/upper", b"u"),
-        file(".wh.late"),
-        file(".wh.kept"),
-        file("kept"),
-    ]
-    return b"".join(out) + END
-
-
-def stray() -> bytes:
-    """Whiteouts of what no layer has, in directories that no other layer has."""
-    out = [root(), directory("fresh/", mtime=1), file("fresh/.wh.gone"), file("fresh/a", b"a"), file(".wh.nothing")]
-    return b"".join(out) + END
-
-
-def marks_alone() -> bytes:
-    """Marks in directories that have no other entry, over `base`, which has `alone`."""
-    opaque = ".wh..wh..opq"
-    return root() + file("new/dir/.wh.x") + file(f"fresh/{opaque}") + file(f"alone/{opaque}") + END
-
-
-def file_then_dir() -> bytes:
-    """A name of `base` that becomes a file and a directory again."""
-    return root() + file("late", b"f") + directory("late/", mtime=9) + file("late/new", b"n") + END
-
-
-def opaque_root() -> bytes:
-    """A layer that hides all that lies below it."""
-    return root() + file("only", b"this", mtime=1) + file(".wh..wh..opq") + END
-
-
-def implied() -> bytes:
-    """Files whose directories have no entries of their own."""
-    return file("usr/bin/tool", b"t", mode=0o755, mtime=5) + file("deep/er/new", b"n", mtime=6) + END
-
-
 def through_links() -> bytes:
     """Entries whose directories are symlinks of the same layer: relative, absolute, out of the root, through each other."""
     out = [root(), directory("real/", mtime=1), directory("real/inner/", mtime=2), directory("other/", mtime=3)]
@@ -410,16 +318,6 @@ def through_links() -> bytes:
     out.append(again("other/linked", "twice/twice", mtime=6))
     # Directories have the times of their entries only if those come last: others set them as they go.
     return b"".join([*out, directory("real/", mtime=1), directory("real/inner/", mtime=2), END])
-
-
-def merged_usr() -> bytes:
-    """A base as Debian's, where `bin` is a symlink."""
-    return root() + directory("usr/", mtime=1) + directory("usr/bin/", 0o711, mtime=2) + symlink("bin", "usr/bin") + END
-
-
-def unmerged_usr() -> bytes:
-    """A layer that knows nothing of its base's symlink `bin`."""
-    return root() + file("bin/tool", b"t", mode=0o755, mtime=3) + END
 
 
 def trailing() -> bytes:
@@ -460,56 +358,6 @@ def nothing() -> bytes:
     return b""
 
 
-def many() -> bytes:
-    """A directory of 200,000 files."""
-    out = [root(), directory("many/", mtime=1)]
-    # Formatting a header takes longer than all else here; name and checksum are the only fields that change.
-    template = bytearray(file("many/" + "0" * 6, mtime=2))
-    blank = sum(template[:148]) + sum(template[156:]) + 8 * 32 - 6 * ord("0")
-    for number in range(MANY):
-        digits = b"%06d" % number
-        template[5:11] = digits
-        template[148:156] = b"%06o\0 " % (blank + sum(digits))
-        out.append(bytes(template))
-    return b"".join(out) + END
-
-
-def random_layer(chance: random.Random) -> bytes:
-    """Some entries of all types under few names, so that they meet: parents are symlinks or come late, names come twice."""
-    out, files = [root()], [b""]
-    for number in range(chance.randint(2, 14)):
-        name = b"/".join(chance.choice((b"a", b"b", b"c")) for _ in range(chance.randint(1, 3)))
-        kind = chance.choice("fffdddsslp")
-        if kind == "f":
-            out.append(file(name, b"%d" % number, mtime=number))
-            files.append(name)
-        elif kind == "d":
-            out.append(directory(name + b"/", 0o700 + number, mtime=number))
-        elif kind == "s":
-            target = chance.choice(("a", "b", "../a", "/c", "a/b", "../../b", "."))
-            out.append(symlink(name, target, mtime=number))
-        elif kind == "p":
-            out.append(header(name, b"6", mtime=number))
-        elif earlier := chance.choice(files):
-            out.append(hard_link(name, earlier))
-    return b"".join(out) + END
-
-
-def sources() -> bytes:
-    """A source tree of 20,000 files of up to 3000 bytes, in 400 directories."""
-    chance = random.Random(20)  # noqa: S311 - it makes text
-    words = chance.randbytes(1 << 16).hex().encode()
-    out = [root()]
-    for package in range(20):
-        out.append(directory(f"package{package}/", mtime=TIME + package))
-        out += [directory(f"package{package}/sub{sub}/", mtime=TIME + sub) for sub in range(20)]
-    for number in range(SOURCES):
-        start, size = chance.randrange(1 << 16), chance.randrange(3000)
-        name = f"package{number % 20}/sub{number // 20 % 20}/module{number:05}.py"
-        out.append(file(name, words[start : start + size], mode=0o644 | number % 2 * 0o111, mtime=TIME + number))
-    return b"".join(out) + END
-
-
 KINDS: Mapping[str, Callable[[], bytes]] = {
     make.__name__: make
     for make in (
@@ -517,23 +365,20 @@ KINDS: Mapping[str, Callable[[], bytes]] = {
         *(attributes, trusted, overlay_xattrs, empty_xattr, libarchive),
         *(links, hard_links, link_headers, forward_links, duplicates, dir_to_link, devices, modes, borders),
         *(
-            base,
-            whiteouts,
-            remade,
-            remade_late,
-            stray,
-            marks_alone,
-            file_then_dir,
-            opaque_root,
-            implied,
+            layermarks.base,
+            layermarks.whiteouts,
+            layermarks.remade,
+            layermarks.remade_late,
+            layermarks.stray,
+            layermarks.marks_alone,
+            layermarks.file_then_dir,
+            layermarks.opaque_root,
+            layermarks.implied,
             through_links,
-            merged_usr,
-            unmerged_usr,
+            layermarks.merged_usr,
+            layermarks.unmerged_usr,
         ),
         *(trailing, global_comment, global_times, odd_types, empty, nothing),
     )
 }
 """The small ones, by name."""
-
-LARGE: Mapping[str, Callable[[], bytes]] = {"many": many, "sources": sources}
-"""Those of tens of MB."""

@@ -153,6 +153,11 @@ def pax_sparse(name: str, pieces: list[tuple[int, bytes]], size: int, version: s
     return pax(pairs) + file(name, stored)
 
 
+def root() -> bytes:
+    """The entry of the root, with attributes that no unpacker would give it by itself."""
+    return directory("./", 0o751, uid=1, gid=2, mtime=1_700_000_000)
+
+
 def tar_of(files: dict[str, bytes | str | None]) -> bytes:
     """A tar: bytes are files' contents, a str is a symlink's target, None makes a directory."""
     out = b""
