@@ -15,8 +15,12 @@ demo: system venv  ## Install, start a cluster, run one command in an image, sho
 	examples/demo.sh
 
 .PHONY: test
-test: system test-system venv  ## The whole test suite
-	$(BIN)/pytest $(PYTEST_ARGS)
+test: system test-system venv  ## The test suite, but for the slow tests
+	$(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
+
+.PHONY: slow
+slow: system test-system venv  ## The slow tests
+	$(BIN)/pytest -m slow $(PYTEST_ARGS)
 
 .PHONY: check
 check: system venv  ## Linters, type checkers, import rules, generated stubs
