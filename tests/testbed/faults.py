@@ -6,11 +6,13 @@ import base64
 import json
 import re
 import socket
+import ssl
 import struct
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from urllib.parse import parse_qs
 
 from tests.testbed import oci
 
@@ -47,6 +49,9 @@ class Fault:
         corrupt: flip the bits of the byte at this offset of the body.
         content_length: claim this length.
         gate: wait (60 s at most) until it is set before the first byte of the answer.
+        stall: send this many bytes of the body, then nothing until the server stops or the client goes away.
+        rate: bytes per second of the body, for each connection by itself.
+        ignore_range: answer 200 with the whole body, whatever range was asked for.
 
     """
 
@@ -61,6 +66,9 @@ class Fault:
     corrupt: int | None = None
     content_length: int | None = None
     gate: threading.Event | None = None
+    stall: int | None = None
+    rate: int | None = None
+    ignore_range: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,7 @@ class Seen:
     method: str
     path: str
     headers: Mapping[str, str]
+    body: bytes = b""
 
     @property
     def digest(self) -> str | None:
@@ -92,13 +101,31 @@ class FaultServer:
         layout: the OCI layout directory; read anew for each request.
         auth: "basic", or "token" as registries with a token service do it, for USER with PASSWORD.
         ranges: honour Range requests with 206; otherwise the whole body is sent with 200.
+        tls: speak TLS with this context.
+        identity_token: what the token service takes in place of a password, by a POST of OAuth 2.
+        expires_in: life of a token in seconds; None leaves that out of the answer.
 
     """
 
-    def __init__(self, layout: Path, *, auth: Literal["none", "basic", "token"] = "none", ranges: bool = True) -> None:
+    def __init__(
+        self,
+        layout: Path,
+        *,
+        auth: Literal["none", "basic", "token"] = "none",
+        ranges: bool = True,
+        tls: ssl.SSLContext | None = None,
+        identity_token: str | None = None,
+        expires_in: int | None = 300,
+    ) -> None:
         self.layout = layout
         self.auth = auth
         self.ranges = ranges
+        self.tls = tls
+        self.identity_token = identity_token
+        self.expires_in = expires_in
+        self.stopping = threading.Event()
+        self.connections = 0
+        """How many were accepted so far."""
         self.errors: list[BaseException] = []
         """What went wrong in the server itself; broken connections are not counted."""
         self._lock = threading.Lock()
@@ -120,6 +147,11 @@ class FaultServer:
         """Host and port, as they begin an image's name."""
         return f"127.0.0.1:{self.port}"
 
+    @property
+    def url(self) -> str:
+        """Scheme, host and port."""
+        return f"{'http' if self.tls is None else 'https'}://{self.address}"
+
     def start(self) -> None:
         """Listen on a free loopback port; requests are answered from now on."""
         self._server = _Server(self)
@@ -134,6 +166,7 @@ class FaultServer:
         with self._lock:
             gates = [fault.gate for fault, _ in self._faults if fault.gate is not None]
         self._server.shutdown()
+        self.stopping.set()
         for gate in gates:
             gate.set()
         self._server.close_connections()
@@ -225,15 +258,22 @@ class FaultServer:
         if self.auth == "token":
             found = re.fullmatch(r"/v2/(.+)/(?:manifests|blobs)/[^/]+", path)
             scope = f',scope="repository:{found.group(1)}:pull"' if found else ""
-            challenge = f'Bearer realm="http://{self.address}/token",service="testbed"{scope}'
+            challenge = f'Bearer realm="{self.url}/token",service="testbed"{scope}'
         answer = _error(401, "UNAUTHORIZED")
         answer.headers["WWW-Authenticate"] = challenge
         return answer
 
     def _token(self, seen: Seen) -> _Answer:
+        if seen.method == "POST":
+            form = {name: values[0] for name, values in parse_qs(seen.body.decode()).items()}
+            right = form.get("grant_type") == "refresh_token" and self.identity_token is not None
+            if not right or form.get("refresh_token") != self.identity_token or not form.get("scope"):
+                return _error(401, "UNAUTHORIZED")
+            return _json_answer(200, {"access_token": TOKEN, "expires_in": self.expires_in})
         if seen.headers.get("authorization") != _basic():
             return _error(401, "UNAUTHORIZED")
-        return _json_answer(200, {"token": TOKEN, "access_token": TOKEN, "expires_in": 300})
+        life = {} if self.expires_in is None else {"expires_in": self.expires_in}
+        return _json_answer(200, {"token": TOKEN, "access_token": TOKEN, **life})
 
 
 class _Server(ThreadingHTTPServer):
@@ -249,6 +289,9 @@ class _Server(ThreadingHTTPServer):
     @override
     def get_request(self) -> tuple[socket.socket, Any]:
         connection, peer = super().get_request()
+        self.owner.connections += 1
+        if self.owner.tls is not None:  # the handshake comes with the first read, in the connection's thread
+            connection = self.owner.tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
         with self._open_lock:
             self._open.add(connection)
         return connection, peer
@@ -264,7 +307,7 @@ class _Server(ThreadingHTTPServer):
         import sys
 
         error = sys.exc_info()[1]
-        if error is not None and not isinstance(error, (ConnectionError, TimeoutError)):
+        if error is not None and not isinstance(error, (ConnectionError, TimeoutError, ssl.SSLError)):
             self.owner.errors.append(error)
 
     def close_connections(self) -> None:
@@ -281,9 +324,12 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        owner = cast("_Server", self.server).owner
-        seen = Seen(self.command, self.path, {name.lower(): value for name, value in self.headers.items()})
+        owner = self._server().owner
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        seen = Seen(self.command, self.path, headers, self.rfile.read(int(headers.get("content-length", 0))))
         fault = owner.take(seen) or Fault("")
+        if fault.ignore_range:
+            headers.pop("range", None)
         if fault.gate is not None:
             fault.gate.wait(_GATE_TIMEOUT)
         if fault.reset and fault.cut is None:
@@ -293,6 +339,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(answer, fault)
 
     do_HEAD = do_GET
+    do_POST = do_GET
 
     def _send(self, answer: _Answer, fault: Fault) -> None:
         body = answer.body if fault.body is None else fault.body
@@ -307,11 +354,28 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(length))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body if fault.cut is None else body[: fault.cut])
+            self._send_body(body[: fault.cut if fault.cut is not None else fault.stall], fault.rate)
+        if fault.stall is not None:
+            self.wfile.flush()
+            self._server().owner.stopping.wait(_GATE_TIMEOUT)
+            self.close_connection = True
         if fault.cut is not None and fault.reset:
             self._reset()
         if fault.cut is not None or length != len(body):
             self.close_connection = True
+
+    def _server(self) -> _Server:
+        return cast("_Server", self.server)
+
+    def _send_body(self, body: bytes, rate: int | None) -> None:
+        if rate is None:
+            self.wfile.write(body)
+            return
+        step = max(rate // 200, 1)
+        for start in range(0, len(body), step):
+            if self._server().owner.stopping.wait(step / rate):
+                return
+            self.wfile.write(body[start : start + step])
 
     def _reset(self) -> None:
         """Close with RST: SO_LINGER with a time of zero."""

@@ -60,12 +60,23 @@ class Registry:
     Args:
         auth: ask for basic authentication as USER with PASSWORD.
         certificate: paths of a certificate and its key; the registry then speaks TLS.
+        client_authority: path of the certificate that clients' certificates must be signed with.
+        mirror_of: URL of another registry; this one then passes on what that one has, and keeps it.
 
     """
 
-    def __init__(self, *, auth: bool = False, certificate: tuple[Path, Path] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        auth: bool = False,
+        certificate: tuple[Path, Path] | None = None,
+        client_authority: Path | None = None,
+        mirror_of: str | None = None,
+    ) -> None:
         self._auth = auth
         self._certificate = certificate
+        self._client_authority = client_authority
+        self._mirror_of = mirror_of
         self._directory: Path | None = None
         self._daemon: Daemon | None = None
         self._since = 0
@@ -157,13 +168,18 @@ class Registry:
     def _config(self, directory: Path) -> dict[str, Any]:
         http_section: dict[str, Any] = {"addr": "127.0.0.1:0", "secret": "testbed"}
         if self._certificate is not None:
-            http_section["tls"] = {"certificate": str(self._certificate[0]), "key": str(self._certificate[1])}
+            tls: dict[str, Any] = {"certificate": str(self._certificate[0]), "key": str(self._certificate[1])}
+            if self._client_authority is not None:
+                tls["clientcas"] = [str(self._client_authority)]
+            http_section["tls"] = tls
         config: dict[str, Any] = {
             "version": "0.1",
             "log": {"accesslog": {"disabled": False}, "level": "info", "formatter": "text"},
             "storage": {"filesystem": {"rootdirectory": str(directory / "data")}, "delete": {"enabled": True}},
             "http": http_section,
         }
+        if self._mirror_of is not None:
+            config["proxy"] = {"remoteurl": self._mirror_of}
         if self._auth:
             (directory / "htpasswd").write_text(_HTPASSWD)
             config["auth"] = {"htpasswd": {"realm": "testbed", "path": str(directory / "htpasswd")}}

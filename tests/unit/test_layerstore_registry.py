@@ -1,23 +1,31 @@
 """Pulling from a registry that fails as told."""
 
 import base64
+import contextlib
 import json
+import os
 import socket
-import time
+import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
-import urllib3
-from urllib3.util import Retry
+from typing_extensions import override
 
+from afs.core.config import load
 from afs.core.errors import status_of
 from afs.core.images import Platform, parse_image
-from afs.layerstore import registry
+from afs.layerstore.__main__ import Config, _registry_options
 from afs.layerstore.errors import CorruptImage, ImageNotFound, RegistryDenied, RegistryUnreachable
 from afs.layerstore.manifests import Image, Layer, resolve
-from afs.layerstore.registry import RegistrySource, make_pool
+from afs.layerstore.pullworker import _options, encode_options
+from afs.layerstore.registry import Registries, RegistrySource
+from afs.layerstore.registryfailures import RequestFailed
+from afs.layerstore.registryhosts import hosts_of
 from afs.layerstore.registryoptions import RegistryOptions
+from afs.layerstore.registryproxies import Proxies
 from tests.testbed import faults, oci, tars
 from tests.testbed.faults import Fault, FaultServer
 
@@ -25,15 +33,15 @@ AMD64 = Platform("linux", "amd64")
 TAR = tars.tar_of({"a": bytes(range(256)) * 400})
 
 
-POOLS: list[urllib3.PoolManager] = []
+OPENED: list[Registries] = []
 
 
 @pytest.fixture(autouse=True)
-def _pools() -> Iterator[None]:
+def _opened() -> Iterator[None]:
     """Close every connection afterwards."""
     yield
-    while POOLS:
-        POOLS.pop().clear()
+    while OPENED:
+        OPENED.pop().close()
 
 
 @pytest.fixture
@@ -52,11 +60,15 @@ def server(layout: Path) -> Iterator[FaultServer]:
     assert not running.errors
 
 
+def registries(**options: object) -> Registries:
+    """Closed at the end of the test."""
+    OPENED.append(Registries(RegistryOptions(**{"backoff": 0.0, **options})))  # type: ignore[arg-type]  # what each test sets
+    return OPENED[-1]
+
+
 def source_of(address: str, tag: str = "v1", **options: object) -> RegistrySource:
-    """A source with a pool of its own."""
-    given = RegistryOptions(backoff=0, **options)  # type: ignore[arg-type]  # what each test sets
-    POOLS.append(make_pool(given))
-    return RegistrySource(parse_image(f"{address}/app:{tag}"), POOLS[-1], given)
+    """A source with connections of its own."""
+    return registries(**options).source(parse_image(f"{address}/app:{tag}"))
 
 
 def resolved(source: RegistrySource, reference: str = "v1") -> Image:
@@ -135,16 +147,55 @@ def test_a_registry_that_stays_busy_is_told(server: FaultServer, status: int) ->
     assert status_of(caught.value).exit_code == 69
 
 
+class Pauses(threading.Event):
+    """Stands for the event that ends pauses: notes them and does not wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: list[float] = []
+
+    @override
+    def wait(self, timeout: float | None = None) -> bool:
+        assert timeout is not None
+        self.seconds.append(timeout)
+        return False
+
+
+def pauses_of(server: FaultServer, fault: Fault, **options: object) -> list[float]:
+    """Seconds that a request which meets *fault* waits between its tries."""
+    server.add(fault)
+    opened = registries(**{"backoff": 1.0, **options})
+    (host,) = hosts_of(server.address, opened.options)
+    pauses = Pauses()
+    with contextlib.suppress(RequestFailed):
+        opened.http.request("GET", host, "/v2/app/manifests/v1", {}, {}, stop=pauses).close()
+    return pauses.seconds
+
+
+def test_pauses_grow_and_are_out_of_step(server: FaultServer) -> None:
+    first, second, third = pauses_of(server, Fault("manifests", status=503))
+    assert 0.5 <= first <= 1 <= second <= 2 <= third <= 4
+    assert pauses_of(server, Fault("manifests", status=503))[0] != first
+
+
 def test_retry_after_is_honoured(server: FaultServer) -> None:
-    server.add(Fault("manifests", times=1, status=429, headers={"Retry-After": "1"}))
-    started = time.monotonic()
-    source_of(server.address).get_manifest("v1")
-    assert time.monotonic() - started >= 1
+    fault = Fault("manifests", times=2, status=429, headers={"Retry-After": "7"})
+    assert pauses_of(server, fault) == [7, 7]
 
 
-def test_retry_after_is_bounded() -> None:
-    assert isinstance(registry._RETRIES, Retry)
-    assert registry._RETRIES.retry_after_max == 30
+def test_retry_after_may_be_a_date(server: FaultServer) -> None:
+    when = format_datetime(datetime.now(UTC) + timedelta(seconds=20), usegmt=True)
+    (pause,) = pauses_of(server, Fault("manifests", times=1, status=503, headers={"Retry-After": when}))
+    assert 10 < pause <= 20
+
+
+def test_retry_after_is_bounded_and_so_is_the_whole(server: FaultServer) -> None:
+    assert pauses_of(server, Fault("manifests", status=429, headers={"Retry-After": "3600"})) == [30]
+
+
+def test_a_retry_after_that_makes_no_sense_does_not_count(server: FaultServer) -> None:
+    (pause,) = pauses_of(server, Fault("manifests", times=1, status=429, headers={"Retry-After": "soon"}))
+    assert 0.5 <= pause <= 1
 
 
 def test_a_reset_connection_is_tried_again(server: FaultServer) -> None:
@@ -167,7 +218,7 @@ def test_nobody_listens() -> None:
         with pytest.raises(RegistryUnreachable) as caught:
             source_of(address).get_manifest("v1")
     line = caught.value.line
-    assert line.startswith(f"registry {address} is unreachable: ")
+    assert line.startswith(f"registry {address} is unreachable: image {address}/app:v1: ")
     assert line.endswith("Connection refused")
     no_credentials_in(line)
 
@@ -181,35 +232,30 @@ def test_an_unknown_host_name() -> None:
 # Bodies
 
 
-@pytest.mark.parametrize(
-    "fault", [Fault("blobs", cut=5000), Fault("blobs", cut=5000, reset=True)], ids=["cut", "reset"]
-)
-def test_a_layer_that_breaks_off(server: FaultServer, layout: Path, fault: Fault) -> None:
-    server.add(fault)
+def test_a_layer_of_another_length_is_told(server: FaultServer, layout: Path) -> None:
     layer = layer_of(layout)
-    with pytest.raises(RegistryUnreachable) as caught:
-        pulled(source_of(server.address), layer)
-    assert f"reading layer {layer.blob_digest} failed: " in caught.value.line
-    no_credentials_in(caught.value.line)
+    for fault, length in (
+        (Fault("blobs", content_length=len(TAR) + 1), len(TAR) + 1),
+        (Fault("blobs", truncate=5000), 5000),
+    ):
+        server.clear()
+        server.add(fault)
+        with pytest.raises(CorruptImage) as caught:
+            pulled(source_of(server.address), layer)
+        assert f"app:v1 is corrupt: layer {layer.blob_digest} should have {len(TAR)} bytes but has {length}" in str(
+            caught.value
+        )
 
 
-def test_a_length_that_is_too_long(server: FaultServer, layout: Path) -> None:
-    server.add(Fault("blobs", content_length=len(TAR) + 1))
-    with pytest.raises(RegistryUnreachable, match="reading layer sha256:"):
-        pulled(source_of(server.address), layer_of(layout))
-
-
-def test_a_short_body_that_claims_to_be_whole_is_for_the_digest(server: FaultServer, layout: Path) -> None:
-    server.add(Fault("blobs", truncate=5000), Fault("manifests", truncate=50))
-    source = source_of(server.address)
-    assert pulled(source, layer_of(layout)) == TAR[:5000]
+def test_a_short_manifest_is_told(server: FaultServer) -> None:
+    server.add(Fault("manifests", truncate=50))
     with pytest.raises(CorruptImage, match="manifest is not JSON"):
-        resolved(source)
+        resolved(source_of(server.address))
 
 
 def test_a_manifest_that_breaks_off(server: FaultServer) -> None:
     server.add(Fault("manifests", cut=50))
-    with pytest.raises(RegistryUnreachable, match=r"reading http://.*/manifests/v1 failed: "):
+    with pytest.raises(RegistryUnreachable, match=r"http://.*/manifests/v1: reading it failed: "):
         source_of(server.address).get_manifest("v1")
 
 
@@ -226,14 +272,14 @@ def test_wrong_bytes_are_found(server: FaultServer, layout: Path) -> None:
         resolved(source_of(server.address), digest)
 
 
-def test_a_connection_is_good_again_after_a_failure(server: FaultServer, layout: Path) -> None:
-    source, layer = source_of(server.address), layer_of(layout)
-    server.add(Fault("blobs", times=1, cut=5000))
-    with pytest.raises(RegistryUnreachable):
-        pulled(source, layer)
-    with source.open_layer(layer) as read:
+def test_a_connection_is_kept(server: FaultServer, layout: Path) -> None:
+    source = source_of(server.address)
+    image = resolved(source)
+    with source.open_layer(image.layers[0]) as read:
         assert read(10) == TAR[:10]  # given up in the middle
-    assert pulled(source, layer) == TAR
+    assert pulled(source, image.layers[0]) == TAR
+    assert resolved(source) == image
+    assert server.connections == 2
 
 
 # Authentication
@@ -298,15 +344,29 @@ def test_an_expired_token_is_renewed(layout: Path, tmp_path: Path) -> None:
         assert server.count("/token") == 2
 
 
-@pytest.mark.parametrize(
-    "text", ["{", "[]", '{"auths": {"HOST": 3}}', '{"auths": null}', '{"auths": {"HOST": {"auth": 3}}}']
-)
-def test_a_bad_docker_config_is_told(layout: Path, tmp_path: Path, text: str) -> None:
-    with FaultServer(layout, auth="basic") as server:
-        path = tmp_path / "config.json"
-        path.write_text(text.replace("HOST", server.address))
-        with pytest.raises(RegistryDenied):
-            source_of(server.address, docker_config=path).get_manifest("v1")
+# Settings
+
+
+def test_the_service_s_settings_reach_the_client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "environ", {"HTTPS_PROXY": "http://p:1", "no_proxy": "x"})
+    flags: dict[str, object] = {
+        "plain_http": ("a:1",),
+        "insecure_registry": ("b:2",),
+        "registry_config": tmp_path,
+        "registry_cas": ("/ca.pem",),
+        "docker_config": tmp_path / "config.json",
+        "download_connections": 7,
+    }
+    config = load(Config, "layerstore", file=None, environ={}, flags=flags)
+    options = _registry_options(config, "n1")
+    assert options.plain_http == ("a:1",)
+    assert options.insecure == ("b:2",)
+    assert options.hosts_dir == tmp_path
+    assert options.authorities == (Path("/ca.pem"),)
+    assert options.proxies == Proxies(https="http://p:1", no_proxy="x")
+    assert (options.connections, options.node_id) == (7, "n1")
+    # and from there, as JSON, the processes that pull layers
+    assert _options(json.loads(json.dumps(encode_options(options)))) == options
 
 
 # Addresses
@@ -325,5 +385,6 @@ def test_a_bad_docker_config_is_told(layout: Path, tmp_path: Path, text: str) ->
     ],
 )
 def test_what_is_asked(name: str, plain: tuple[str, ...], base: str) -> None:
-    options = RegistryOptions(plain)
-    assert RegistrySource(parse_image(name), make_pool(options), options)._base == base
+    opened, ref = registries(plain_http=plain), parse_image(name)
+    (host,) = hosts_of(ref.registry, opened.options)
+    assert f"{opened.http.base(host)}{host.path}/{ref.repository}" == base

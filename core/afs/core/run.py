@@ -10,9 +10,9 @@ import shlex
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
-from typing import IO
+from typing import IO, NamedTuple
 
-from afs.core.errors import Internal
+from afs.core.errors import DeadlineExceeded, Internal
 
 log = logging.getLogger(__name__)
 Child = subprocess.Popen[bytes]
@@ -39,6 +39,29 @@ def run(
         log.warning("%s", failure.line)
         raise failure
     return done.stdout
+
+
+class Answer(NamedTuple):
+    """How a program ended that was asked something; *returncode* is negative for a signal."""
+
+    returncode: int
+    stdout: bytes
+    stderr: bytes
+
+
+def ask(argv: Sequence[str], *, stdin: bytes, timeout: float) -> Answer:
+    """Run *argv*, whose failure is an answer too, to its end. Raises FileNotFoundError, PermissionError.
+
+    After *timeout* seconds it is killed with all that it started: DeadlineExceeded.
+    """
+    with popen(argv, stdin=PIPE, stdout=PIPE, stderr=PIPE, new_session=True) as child:
+        try:
+            out, err = child.communicate(stdin, timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)  # its children may hold the pipes
+            child.communicate()
+            raise DeadlineExceeded(f"{shlex.join(argv)} did not answer within {timeout:g} s") from None
+    return Answer(child.returncode, out, err)
 
 
 def popen(

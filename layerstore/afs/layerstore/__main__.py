@@ -6,14 +6,17 @@ import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from afs.core.cli import daemon_command
 from afs.core.config import setting
 from afs.core.service import notify
 from afs.core.units import parse_duration, parse_size
 
+if TYPE_CHECKING:
+    from afs.layerstore.registryoptions import RegistryOptions
+
 SERVICE = "layerstore"
-_EVERYWHERE = ("", "0.0.0.0", "::")  # noqa: S104 - looked for, not bound
 _EVERYWHERE = ("", "0.0.0.0", "::")  # noqa: S104 - looked for, not bound
 
 
@@ -36,7 +39,15 @@ class Config:
     )
     pulls: int = setting(2, "Layers pulled at the same time.")
     plain_http: tuple[str, ...] = setting((), "HOST:PORT of a registry without TLS; loopback ones always are.")
+    insecure_registry: tuple[str, ...] = setting(
+        (), "HOST:PORT of a registry whose certificate is not checked, and which may do without TLS."
+    )
+    registry_config: Path = setting(
+        Path("/etc/afs/certs.d"), "Directory with a HOST:PORT/hosts.toml for each registry, as containerd's."
+    )
+    registry_cas: tuple[str, ...] = setting((), "File with certificates to trust besides the system's.")
     docker_config: Path = setting(Path("/root/.docker/config.json"), "Docker's file of registry credentials.")
+    download_connections: int = setting(4, "Connections that a large layer is downloaded through.")
     insecure: bool = setting(False, "Serve other than loopback addresses in the clear.")
     log_level: str = setting("INFO", "Least level to log.")
 
@@ -49,14 +60,12 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
     from afs.core.errors import InvalidArgument
     from afs.core.files import locked
     from afs.core.rpc import serving
-    from afs.core.version import version
     from afs.discovery.client import Announcer, Peer
     from afs.layerstore.fillserver import serving_fills
     from afs.layerstore.images import Images
     from afs.layerstore.layers import Layers
     from afs.layerstore.peers import Peers
     from afs.layerstore.pull import Puller
-    from afs.layerstore.registryoptions import RegistryOptions
     from afs.layerstore.server import NodeService, PeerService
     from afs.layerstore.store import LayerStore
     from afs.proto.v1 import layerstore_pb2_grpc as pb_grpc
@@ -71,8 +80,7 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         stack.enter_context(locked(config.run_dir / "layerstore.lock", "afs_layerstore_grpcd"))
         store = LayerStore(config.root)
         stack.callback(store.close)
-        registry = RegistryOptions(config.plain_http, config.docker_config, f"afs/{version()}", node_id)
-        puller = Puller(store, registry, config.pulls)
+        puller = Puller(store, _registry_options(config, node_id), config.pulls)
         stack.push_async_callback(puller.close)
         await puller.start()
         peers = Peers()
@@ -103,6 +111,24 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         stack.callback(beating.cancel)
         notify(f"READY=1\nSTATUS=serving on {bound[0]}")
         await stop.wait()
+
+
+def _registry_options(config: Config, node_id: str) -> "RegistryOptions":
+    from afs.core.version import version
+    from afs.layerstore.registryoptions import RegistryOptions
+    from afs.layerstore.registryproxies import proxies_from
+
+    return RegistryOptions(
+        plain_http=config.plain_http,
+        docker_config=config.docker_config,
+        user_agent=f"afs/{version()}",
+        node_id=node_id,
+        insecure=config.insecure_registry,
+        hosts_dir=config.registry_config,
+        authorities=tuple(Path(name) for name in config.registry_cas),
+        proxies=proxies_from(os.environ),
+        connections=config.download_connections,
+    )
 
 
 def _size_of_file_system(path: Path) -> int:

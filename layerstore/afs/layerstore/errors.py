@@ -38,11 +38,19 @@ class CorruptImage(DataLoss):
 
 
 class RegistryUnreachable(Unavailable):
-    """No answer, or an answer that asks to come back later."""
+    """No answer, or an answer that asks to come back later. *registry* is who was asked: the registry or a mirror."""
 
     def __init__(self, registry: str, cause: str) -> None:
         self.registry = registry
         super().__init__(f"registry {registry} is unreachable: {cause}")
+
+
+class RegistryMisconfigured(FailedPrecondition):
+    """This node's settings for a registry cannot be used; *cause* names the file or the setting."""
+
+    def __init__(self, registry: str, cause: str) -> None:
+        self.registry = registry
+        super().__init__(f"this node's settings for registry {registry} cannot be used: {cause}")
 
 
 class RegistryDenied(PermissionDenied):

@@ -66,6 +66,7 @@ class Puller:
             "layer": dataclasses.asdict(layer),
             "out": str(temporary),
             "registry": self._options,
+            "grants": self._sources.grants(ref),
         }
         with unlinked_on_error(temporary):  # the worker does so too, unless it was killed
             answer = await self._within(ref, layer, self._workers.run(job))

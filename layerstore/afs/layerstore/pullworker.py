@@ -1,6 +1,6 @@
 """The process that downloads and converts layers for :mod:`afs.layerstore.workers`, one after the other.
 
-One JSON object per line. On stdin ``{"image", "layer", "out", "registry"}``; on stdout an empty one when it is ready, then
+One JSON object per line. On stdin ``{"image", "layer", "out", "registry", "grants"}``; on stdout an empty one when it is ready, then
 for each job ``{"done": ...}`` or ``{"error": message, "status": gRPC code, "errno": number or null}``. It ends when stdin
 does, or with its parent.
 
@@ -11,6 +11,7 @@ chunks. Killing the process cancels a pull at once, wherever it is.
 
 import dataclasses
 import json
+import logging
 import os
 import signal
 import sys
@@ -20,29 +21,59 @@ from typing import Any
 from afs.core import syscalls
 from afs.core.errors import AfsError, status_of
 from afs.core.images import parse_image
-from afs.layerstore.afslyr.convert import convert
+from afs.core.service import set_up_logging
+from afs.layerstore.afslyr.convert import Converted, convert
+from afs.layerstore.afslyr.errors import DigestMismatch
 from afs.layerstore.manifests import Layer
 from afs.layerstore.registryoptions import RegistryOptions
+from afs.layerstore.registryproxies import Proxies
+from afs.layerstore.source import Source
 from afs.layerstore.sources import Sources
+
+log = logging.getLogger(__name__)
 
 
 def encode_options(options: RegistryOptions) -> dict[str, Any]:
     """*options* as JSON values."""
-    return {**dataclasses.asdict(options), "docker_config": str(options.docker_config or "")}
+    return {
+        **dataclasses.asdict(options),
+        "docker_config": str(options.docker_config or ""),
+        "hosts_dir": str(options.hosts_dir or ""),
+        "authorities": [str(path) for path in options.authorities],
+    }
 
 
 def _options(values: dict[str, Any]) -> RegistryOptions:
-    path = values["docker_config"]
-    return RegistryOptions(
-        **{**values, "plain_http": tuple(values["plain_http"]), "docker_config": Path(path) if path else None}
-    )
+    def path(name: str) -> Path | None:
+        return Path(values[name]) if values[name] else None
+
+    decoded = {
+        "plain_http": tuple(values["plain_http"]),
+        "insecure": tuple(values["insecure"]),
+        "docker_config": path("docker_config"),
+        "hosts_dir": path("hosts_dir"),
+        "authorities": tuple(Path(name) for name in values["authorities"]),
+        "proxies": Proxies(**values["proxies"]),
+    }
+    return RegistryOptions(**{**values, **decoded})
+
+
+def _convert(source: Source, layer: Layer, out: Path) -> Converted:
+    """Download and convert; again if a mirror sent something else than the layer."""
+    while True:
+        try:
+            with source.open_layer(layer) as read:
+                return convert(read, out, diff_id=layer.diff_id, blob_digest=layer.blob_digest)
+        except DigestMismatch as error:
+            if error.expected != layer.blob_digest or not source.distrust():
+                raise
+            log.warning("layer %s: %s; asking another host", layer.blob_digest, error.line)
 
 
 def _run(sources: Sources, job: dict[str, Any]) -> dict[str, Any]:
     layer = Layer(**job["layer"])
     try:
-        with sources.source(parse_image(job["image"])).open_layer(layer) as read:
-            done = convert(read, Path(job["out"]), diff_id=layer.diff_id, blob_digest=layer.blob_digest)
+        done = _convert(sources.source(parse_image(job["image"])), layer, Path(job["out"]))
     except (AfsError, OSError) as error:
         line = error.line if isinstance(error, AfsError) else str(error)
         return {"error": line, "status": status_of(error).grpc, "errno": getattr(error, "errno", None)}
@@ -56,6 +87,7 @@ def main() -> None:
         return
     import afs.layerstore.registry  # noqa: F401 - now, not while somebody waits
 
+    set_up_logging("WARNING")  # to the layerstore's stderr
     sys.stdout.buffer.write(b"{}\n")
     sys.stdout.buffer.flush()
     sources: Sources | None = None
@@ -63,6 +95,7 @@ def main() -> None:
         job = json.loads(line)
         if sources is None:  # the options of one layerstore never change
             sources = Sources(_options(job["registry"]))
+        sources.learn([tuple(grant) for grant in job.get("grants", ())])
         sys.stdout.buffer.write(json.dumps(_run(sources, job)).encode() + b"\n")
         sys.stdout.buffer.flush()
 

@@ -1,208 +1,369 @@
-"""Pulling from an OCI distribution registry over HTTP with urllib3. Blocking: callers run it in threads.
+"""Pulling from OCI distribution registries and their mirrors. Blocking: callers run it in threads.
 
-OCI distribution spec 1.1; token authentication as the distribution project documents it. urllib3 follows redirects
-and drops Authorization when the host changes; it honours Retry-After.
+OCI distribution spec 1.1. Whom to ask, and with which settings, is :mod:`afs.layerstore.registryhosts`'s; requests are
+:mod:`afs.layerstore.registryhttp`'s, authorization :mod:`afs.layerstore.registryauth`'s and the bodies of layers
+:mod:`afs.layerstore.registrydownload`'s. Here is what is asked of whom: each mirror in its order, then the registry.
+A mirror that fails in any way is left with a line in the log.
 """
 
-import base64
 import contextlib
-import json
+import logging
 import re
+import threading
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+from urllib.parse import quote
 
-import urllib3
-from urllib3.exceptions import HTTPError
-from urllib3.util import Retry, Timeout
-
+from afs.core.digests import is_digest, sha256_digest
+from afs.core.errors import AfsError
 from afs.core.images import ImageRef
-from afs.layerstore.errors import CorruptImage, ImageNotFound, RegistryDenied, RegistryUnreachable
+from afs.layerstore.errors import (
+    CorruptImage,
+    ImageNotFound,
+    RegistryDenied,
+    RegistryMisconfigured,
+    RegistryUnreachable,
+)
 from afs.layerstore.manifests import INDEX_TYPES, MANIFEST_TYPES, MAX_MANIFEST, Layer
+from afs.layerstore.registryauth import AuthorizationFailed, Authorizer
+from afs.layerstore.registrycredentials import CredentialFile
+from afs.layerstore.registrydownload import reading
+from afs.layerstore.registryfailures import RequestFailed, without_query
+from afs.layerstore.registryhosts import Host, hosts_of
+from afs.layerstore.registryhttp import TRIES, Answer, Http
 from afs.layerstore.registryoptions import RegistryOptions
 from afs.layerstore.source import Read
 
-_SMALL_TIMEOUT_S = 45.0  # for a manifest, config or token, beyond the first byte
-_MAX_TOKEN = 1 << 20
-_CHALLENGE = re.compile(r'(\w+)="([^"]*)"')
-_LOOPBACK = re.compile(r"(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?")
-_ALIASES = {"docker.io": "registry-1.docker.io", "index.docker.io": "registry-1.docker.io"}
-_RETRIES = Retry(
-    total=3, connect=2, read=2, status_forcelist=(429, 500, 502, 503, 504), raise_on_status=False,
-    backoff_max=5, retry_after_max=30,
-)  # fmt: skip
+log = logging.getLogger(__name__)
+_ACCEPT = {"Accept": ", ".join(MANIFEST_TYPES + INDEX_TYPES)}
+_SMALL_TIMEOUT_S = 45.0  # for a manifest or config, beyond the first byte
+_MIRROR_TRIES = 2  # a connection that was kept may have gone stale; with all else, the next host does better
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+T = TypeVar("T")
 
 
-def make_pool(options: RegistryOptions) -> urllib3.PoolManager:
-    """The connection pool that all sources of a process share."""
-    agent = f"{options.user_agent} ({options.node_id})" if options.node_id else options.user_agent
-    return urllib3.PoolManager(
-        num_pools=20,
-        maxsize=8,
-        retries=_RETRIES.new(backoff_factor=options.backoff),
-        timeout=Timeout(connect=5, read=30),
-        headers={"User-Agent": agent},
-    )
+class Registries:
+    """What all sources of a process share: connections and tokens. Usable from threads."""
+
+    def __init__(self, options: RegistryOptions) -> None:
+        self.options = options
+        self.http = Http(options)
+        self.authorizer = Authorizer(self.http, CredentialFile(options.docker_config))
+
+    def source(self, ref: ImageRef) -> "RegistrySource":
+        """The source of one image. Raises RegistryMisconfigured."""
+        return RegistrySource(ref, self)
+
+    def close(self) -> None:
+        """Close idle connections."""
+        self.http.close()
+
+
+class _HostFailed(Exception):
+    """One host cannot be used; *kind* is the error that this is if no other one can."""
+
+    def __init__(self, kind: type[AfsError], cause: str) -> None:
+        self.kind, self.cause = kind, cause
+        super().__init__(cause)
 
 
 class RegistrySource:
     """One image in a registry."""
 
-    def __init__(self, ref: ImageRef, pool: urllib3.PoolManager, options: RegistryOptions) -> None:
+    def __init__(self, ref: ImageRef, registries: Registries) -> None:
         self._name = str(ref)
         self._ref = ref
-        self._pool = pool
-        self._options = options
-        plain = ref.registry in options.plain_http or _LOOPBACK.fullmatch(ref.registry)
-        host = _ALIASES.get(ref.registry, ref.registry)
-        self._base = f"{'http' if plain else 'https'}://{host}/v2/{ref.repository}"
-        self._authorization: str | None = None
+        self._registries = registries
+        self._hosts = hosts_of(ref.registry, registries.options)
+        self._served: list[Host] = []  # whose bytes the last layer was made of, in this order
+        self._failed: set[Host] = set()  # who could not give it
+        self._distrusted: set[Host] = set()
 
     def get_manifest(self, reference: str) -> bytes:
-        accept = ", ".join(MANIFEST_TYPES + INDEX_TYPES)
-        url = f"{self._base}/manifests/{reference}"
-        with self._get(url, {"Accept": accept}) as response:
-            return self._read_all(response, MAX_MANIFEST, url)
+        """See :class:`afs.layerstore.source.Source`."""
+
+        def ask(host: Host, tries: int) -> bytes:
+            return self._small(host, "manifests", reference, MAX_MANIFEST, tries)
+
+        return self._first(self._able("pull" if is_digest(reference) else "resolve"), reference, ask)
+
+    def current_digest(self, reference: str) -> str:
+        """See :class:`afs.layerstore.source.Source`. A HEAD request: Docker Hub does not count them."""
+
+        def ask(host: Host, tries: int) -> str:
+            with self._opened("HEAD", host, "manifests", reference, dict(_ACCEPT), tries) as answer:
+                digest = answer.header("Docker-Content-Digest") if answer.status == 200 else ""
+                return digest if is_digest(digest) else ""  # a GET tells what is wrong
+
+        return self._first(self._able("resolve"), reference, ask)
 
     def get_blob(self, digest: str, limit: int) -> bytes:
-        url = f"{self._base}/blobs/{digest}"
-        with self._get(url, {}) as response:
-            return self._read_all(response, limit, url)
+        """See :class:`afs.layerstore.source.Source`."""
+
+        def ask(host: Host, tries: int) -> bytes:
+            return self._small(host, "blobs", digest, limit, tries)
+
+        return self._first(self._able("pull"), digest, ask)
 
     @contextlib.contextmanager
     def open_layer(self, layer: Layer) -> Iterator[Read]:
-        with self._get(f"{self._base}/blobs/{layer.blob_digest}", {}) as response:
-
-            def read(count: int) -> bytes:
-                try:
-                    return response.read(count, decode_content=False)
-                except (HTTPError, OSError) as error:
-                    cause = f"reading layer {layer.blob_digest} failed: {_cause(error)}"
-                    raise RegistryUnreachable(self._ref.registry, cause) from None
-
+        """See :class:`afs.layerstore.source.Source`."""
+        hosts = [host for host in self._able("pull") if host not in self._distrusted]
+        self._served, self._failed = [], set()
+        options = self._registries.options
+        with reading(_LayerBlob(self, hosts, layer), options.connections, options.parallel_from) as read:
             yield read
 
-    @contextlib.contextmanager
-    def _get(self, url: str, headers: Mapping[str, str]) -> Iterator[urllib3.BaseHTTPResponse]:
-        response = self._request(url, headers)
-        if response.status == 401:
-            response.drain_conn()  # first: what follows may fail, and the connection is good for more
-            self._authorization = self._authorize(response)
-            response = self._request(url, headers)
-        try:
-            self._check(response, url)
-            yield response
-        finally:
-            # A body read to its end goes back to the pool; anything else must not be reused.
-            if response.closed or getattr(response, "length_remaining", 1) == 0:
-                response.release_conn()
-            else:
-                response.close()
+    def distrust(self) -> bool:
+        """See :class:`afs.layerstore.source.Source`."""
+        # Of several, the last one gets a chance to show that it alone is good.
+        self._distrusted.update(self._failed, self._served[:-1] if len(self._served) > 1 else self._served)
+        return any(host not in self._distrusted for host in self._able("pull"))
 
-    def _request(self, url: str, headers: Mapping[str, str]) -> urllib3.BaseHTTPResponse:
-        sent = {**cast("dict[str, str]", self._pool.headers), **headers}
-        if self._authorization:
-            sent["Authorization"] = self._authorization
-        try:
-            return self._pool.request("GET", url, headers=sent, preload_content=False)
-        except (HTTPError, OSError) as error:
-            raise RegistryUnreachable(self._ref.registry, _cause(error)) from None
+    # Hosts
 
-    def _check(self, response: urllib3.BaseHTTPResponse, url: str) -> None:
-        if response.status == 200:
-            return
-        detail = f"{_error_detail(response)} (HTTP {response.status} for {url})"
-        if response.status == 404:
-            raise ImageNotFound(self._name, detail)
-        if response.status in (401, 403):
-            raise RegistryDenied(self._name, detail)
-        raise RegistryUnreachable(self._ref.registry, detail)
+    def _able(self, capability: str) -> list[Host]:
+        found = [host for host in self._hosts if (host.pulls if capability == "pull" else host.resolves)]
+        if not found:
+            cause = f"its hosts.toml names no host with the capability to {capability}"
+            raise RegistryMisconfigured(self._ref.registry, cause)
+        return found
 
-    def _read_all(self, response: urllib3.BaseHTTPResponse, limit: int, url: str) -> bytes:
-        data, end = bytearray(), time.monotonic() + _SMALL_TIMEOUT_S
-        try:
-            while chunk := response.read1(1 << 16, decode_content=True):  # what is there: a trickle meets the deadline
-                data += chunk
-                if len(data) > limit:
-                    raise CorruptImage(self._name, f"{url} is larger than {limit} bytes")
-                if time.monotonic() > end:
-                    raise RegistryUnreachable(self._ref.registry, f"{url} comes too slowly")
-        except (HTTPError, OSError) as error:
-            raise RegistryUnreachable(self._ref.registry, f"reading {url} failed: {_cause(error)}") from None
-        return bytes(data)
+    def _first(self, hosts: Sequence[Host], what: str, ask: Callable[[Host, int], T]) -> T:
+        """What the first of *hosts* answers that can; ask(host, tries) raises _HostFailed."""
+        failures: list[tuple[Host, _HostFailed]] = []
+        for host in hosts:
+            try:
+                return ask(host, TRIES if host is hosts[-1] else _MIRROR_TRIES)
+            except _HostFailed as failure:
+                failures.append((host, failure))
+                if host is not hosts[-1]:
+                    self.log_failure(host, what, failure.cause)
+        raise self.error(failures)
 
-    def _authorize(self, response: urllib3.BaseHTTPResponse) -> str | None:
-        """The Authorization header that the challenge of a 401 asks for."""
-        challenge = response.headers.get("WWW-Authenticate", "")
-        kind, fields = challenge.partition(" ")[0].lower(), dict(_CHALLENGE.findall(challenge))
-        basic = self._credentials()
-        if kind == "basic":
-            return basic
-        if kind != "bearer" or "realm" not in fields:
-            return None
-        query = {
-            "service": fields.get("service", ""),
-            "scope": fields.get("scope", f"repository:{self._ref.repository}:pull"),
-        }
-        try:
-            answer = self._pool.request(
-                "GET",
-                fields["realm"],
-                fields=query,
-                headers={"Authorization": basic} if basic else None,
-                preload_content=False,
-            )
-        except (HTTPError, OSError) as error:
-            raise RegistryUnreachable(
-                self._ref.registry, f"its token service does not answer: {_cause(error)}"
-            ) from None
-        with contextlib.closing(answer):
+    def log_failure(self, host: Host, what: str, cause: str) -> None:
+        """Say that the next host is asked."""
+        log.warning("%s cannot give %s of %s: %s; asking the next host", host.netloc, what, self._name, cause)
+
+    def error(self, failures: "Sequence[tuple[Host, _HostFailed]]") -> AfsError:
+        """The last failure as an error, with the causes of those before."""
+        host, failure = failures[-1]
+        before = "".join(f"; before it, {mirror.netloc}: {other.cause}" for mirror, other in failures[:-1])
+        if failure.kind is RegistryUnreachable:
+            name = self._ref.registry if not host.namespace else host.netloc
+            return RegistryUnreachable(name, f"image {self._name}: {failure.cause}{before}")
+        if failure.kind is ImageNotFound:
+            return ImageNotFound(self._name, failure.cause + before)
+        if failure.kind is RegistryDenied:
+            return RegistryDenied(self._name, failure.cause + before)
+        return CorruptImage(self._name, failure.cause + before)
+
+    # Requests
+
+    def _small(self, host: Host, kind: str, reference: str, limit: int, tries: int) -> bytes:
+        """A manifest or a small blob, whose digest is checked if it has one."""
+        headers = dict(_ACCEPT) if kind == "manifests" else {}
+        end = time.monotonic() + _SMALL_TIMEOUT_S
+        with self._opened("GET", host, kind, reference, headers, tries) as answer:
             if answer.status != 200:
-                raise RegistryDenied(self._name, f"the token service answered HTTP {answer.status}")
-            data = self._read_all(answer, _MAX_TOKEN, fields["realm"])
-        try:
-            document = json.loads(data)
-            token = document.get("token") or document["access_token"]
-        except (ValueError, KeyError, AttributeError, RecursionError):
-            token = None
-        if not isinstance(token, str) or not token.isprintable() or not token.isascii():
-            raise RegistryDenied(self._name, "the token service's answer holds no token")
-        return f"Bearer {token}"
+                raise refusal(answer)
+            try:
+                data = answer.read_all(limit, end)
+            except RequestFailed as error:
+                raise _HostFailed(RegistryUnreachable, f"{without_query(answer.url)}: {error.cause}") from None
+            if data is None:
+                raise _HostFailed(CorruptImage, f"{without_query(answer.url)} is larger than {limit} bytes")
+        if is_digest(reference) and (actual := sha256_digest(data)) != reference:
+            what = "manifest" if kind == "manifests" else "config"
+            raise _HostFailed(CorruptImage, f"its {what} should be {reference} but is {actual}")
+        return data
 
-    def _credentials(self) -> str | None:
-        """``Basic ...`` from Docker's configuration file, if it has the registry."""
-        path = self._options.docker_config
-        if path is None or not path.is_file():
-            return None
-        host = "https://index.docker.io/v1/" if self._ref.registry == "docker.io" else self._ref.registry
+    @contextlib.contextmanager
+    def _opened(
+        self, method: str, host: Host, kind: str, reference: str, headers: dict[str, str], tries: int
+    ) -> Iterator[Answer]:
+        answer = self.send(method, host, self._target(host, kind, reference), headers, tries)
         try:
-            auths: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")).get("auths") or {}
-            entry: dict[str, str] = auths.get(host) or {}
-            if "auth" in entry:
-                return f"Basic {entry['auth']}"
-            if "username" in entry:
-                pair = f"{entry['username']}:{entry.get('password', '')}"
-                return f"Basic {base64.b64encode(pair.encode()).decode()}"
-        except (OSError, ValueError, AttributeError, TypeError) as error:
-            raise RegistryDenied(self._name, f"cannot read credentials from {path}: {error}") from None
+            yield answer
+        finally:
+            answer.close()
+
+    def _target(self, host: Host, kind: str, reference: str) -> str:
+        # A mirror may stand in for several registries: containerd tells it which one is meant, and so do we.
+        query = f"?ns={quote(host.namespace, safe='')}" if host.namespace else ""
+        return f"{host.path}/{self._ref.repository}/{kind}/{reference}{query}"
+
+    def layer_target(self, host: Host, layer: Layer) -> str:
+        """The path of a layer's blob at *host*."""
+        return self._target(host, "blobs", layer.blob_digest)
+
+    def send(
+        self,
+        method: str,
+        host: Host,
+        target: str,
+        headers: dict[str, str],
+        tries: int,
+        stop: threading.Event | None = None,
+    ) -> Answer:
+        """An answer of any status but a 401 that credentials help against. Raises _HostFailed, RegistryMisconfigured."""
+        http, authorizer, repository = self._registries.http, self._registries.authorizer, self._ref.repository
+        known = authorizer.known(host, repository)
+        try:
+            secrets = {name.lower(): value for name, value in host.headers}
+            if known:
+                secrets["authorization"] = known
+            answer = http.request(method, host, target, headers, secrets, tries=tries, stop=stop)
+            if answer.status != 401 or answer.crossed:  # who was redirected to gets no credentials of ours
+                return answer
+            challenge = answer.header("WWW-Authenticate")
+            try:
+                renewed = authorizer.renew(host, repository, known, challenge)
+            except BaseException:
+                answer.discard()
+                raise
+            if not renewed:
+                return answer
+            answer.discard()
+            secrets["authorization"] = renewed
+            return http.request(method, host, target, headers, secrets, tries=tries, stop=stop)
+        except RequestFailed as error:
+            raise _HostFailed(RegistryUnreachable, error.cause) from None
+        except AuthorizationFailed as error:
+            raise _HostFailed(RegistryDenied if error.denied else RegistryUnreachable, error.cause) from None
+
+    def failed(self, host: Host) -> None:
+        """Remember that *host* could not give the layer."""
+        self._failed.add(host)
+
+    def served(self, host: Host) -> None:
+        """Remember that bytes of the layer come from *host*."""
+        if host not in self._served:
+            self._served.append(host)
+
+    @property
+    def http(self) -> Http:
+        """For the pauses between tries."""
+        return self._registries.http
+
+
+def refusal(answer: Answer) -> _HostFailed:
+    """What an answer means that is not the wanted one; reads its body."""
+    detail = answer.detail()
+    if answer.status == 404:
+        return _HostFailed(ImageNotFound, detail)
+    if answer.status in (401, 403):
+        return _HostFailed(RegistryDenied, detail)
+    return _HostFailed(RegistryUnreachable, detail)
+
+
+class _LayerBlob:
+    """A layer's blob for :mod:`afs.layerstore.registrydownload`.
+
+    ``_number`` (whom to ask), ``_failures`` and ``_direct`` (where a host redirected to, whole URLs) change under ``_lock``.
+    """
+
+    def __init__(self, source: RegistrySource, hosts: Sequence[Host], layer: Layer) -> None:
+        self.size = layer.blob_size
+        self._source = source
+        self._hosts = hosts
+        self._layer = layer
+        self._lock = threading.Lock()
+        self._number = 0
+        self._failures: list[tuple[Host, _HostFailed]] = []
+        self._direct: dict[int, str] = {}
+
+    def open(self, start: int, end: int, stop: threading.Event) -> tuple[int, Answer]:
+        """As the protocol says."""
+        while True:
+            with self._lock:
+                number = self._number
+            host = self._hosts[number]
+            try:
+                answer = self._ask(number, host, start, end, stop)
+            except _HostFailed as failure:
+                self._leave(number, failure)
+                continue
+            with self._lock:
+                self._source.served(host)
+            return number, answer
+
+    def give_up(self, number: int, cause: str) -> None:
+        """As the protocol says."""
+        self._leave(
+            number, _HostFailed(RegistryUnreachable, f"reading layer {self._layer.blob_digest} failed: {cause}")
+        )
+
+    def pause(self, attempt: int) -> float:
+        """As the protocol says."""
+        return self._source.http.backoff(attempt)
+
+    def _leave(self, number: int, failure: _HostFailed) -> None:
+        with self._lock:
+            if number != self._number:  # another thread did
+                return
+            self._failures.append((self._hosts[number], failure))
+            self._source.failed(self._hosts[number])
+            if number + 1 == len(self._hosts):
+                raise self._source.error(self._failures)
+            self._number += 1
+        self._source.log_failure(self._hosts[number], f"layer {self._layer.blob_digest}", failure.cause)
+
+    def _ask(self, number: int, host: Host, start: int, end: int, stop: threading.Event) -> Answer:
+        headers = {} if (start, end) == (0, self.size) else {"Range": f"bytes={start}-{end - 1}"}
+        answer = self._ask_directly(number, host, headers, stop)
+        if answer is None:
+            target = self._source.layer_target(host, self._layer)
+            tries = TRIES if host is self._hosts[-1] else _MIRROR_TRIES
+            answer = self._source.send("GET", host, target, headers, tries, stop)
+        try:
+            self._check(answer, start)
+        except BaseException:
+            answer.close()
+            raise
+        if answer.crossed:
+            with self._lock:
+                self._direct[number] = answer.url
+        return answer
+
+    def _ask_directly(self, number: int, host: Host, headers: dict[str, str], stop: threading.Event) -> Answer | None:
+        """The answer of the store that *host* redirected to before: it need not be asked for each piece.
+
+        None if it redirected nowhere, or if that URL is no good any more: such URLs expire.
+        """
+        with self._lock:
+            url = self._direct.get(number)
+        if url is None:
+            return None
+        try:
+            answer = self._source.http.request("GET", host, url, headers, {}, tries=1, stop=stop)
+        except RequestFailed as error:
+            cause = error.cause
+        else:
+            if answer.status in (200, 206):
+                return answer
+            cause = f"HTTP {answer.status}"
+            answer.close()
+        log.info("%s redirected to what is no good any more: %s", host.netloc, cause)
+        with self._lock:
+            self._direct.pop(number, None)
         return None
 
-
-def _error_detail(response: urllib3.BaseHTTPResponse) -> str:
-    """The registry's own words: ``errors[0].message`` of the distribution spec, else the HTTP reason."""
-    try:
-        first = json.loads(response.read(1 << 16, decode_content=True))["errors"][0]
-        return f"{first.get('code', '')} {first.get('message', '')}".strip()
-    except (HTTPError, OSError, ValueError, LookupError, TypeError, AttributeError):
-        return response.reason or "error"
-
-
-def _cause(error: BaseException) -> str:
-    """The innermost reason, without urllib3's object addresses."""
-    reason = getattr(error, "reason", None)
-    while isinstance(reason, BaseException):
-        error, reason = reason, getattr(reason, "reason", None)
-    text = str(error)
-    if "object at 0x" in text or "Connection(" in text:
-        text = text.partition(": ")[2] or text
-    return " ".join(text.split()) or type(error).__name__
+    def _check(self, answer: Answer, start: int) -> None:
+        """That the answer has what was asked for, as long as the manifest says."""
+        if answer.status == 206:
+            found = _CONTENT_RANGE.fullmatch(answer.header("Content-Range").strip())
+            length = answer.header("Content-Length")
+            if found is None or int(found[1]) != start or (length and int(length) != int(found[2]) + 1 - start):
+                raise _HostFailed(RegistryUnreachable, "it answers with another range than it was asked for")
+            total = found[3]
+        elif answer.status == 200:
+            total = answer.header("Content-Length") or "*"
+        elif answer.status == 416:
+            total = answer.header("Content-Range").rpartition("/")[2] or "fewer"
+        else:
+            raise refusal(answer)
+        if answer.status == 416 or total not in ("*", str(self.size)):
+            blob = f"layer {self._layer.blob_digest} should have {self.size} bytes"
+            raise _HostFailed(CorruptImage, f"{blob} but has {total} at {without_query(answer.url)}")

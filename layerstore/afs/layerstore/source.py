@@ -19,10 +19,14 @@ Read = Callable[[int], bytes]
 
 
 class Source(Protocol):
-    """One image's source; every method blocks. Digests are checked by the callers."""
+    """One image's source; every method blocks. Digests are checked by the callers, too."""
 
     def get_manifest(self, reference: str) -> bytes:
         """Manifest or index by tag or digest; "" means the only or default one."""
+        ...
+
+    def current_digest(self, reference: str) -> str:
+        """The digest of what :meth:`get_manifest` would return, if that can be told for less; else ""."""
         ...
 
     def get_blob(self, digest: str, limit: int) -> bytes:
@@ -31,6 +35,10 @@ class Source(Protocol):
 
     def open_layer(self, layer: Layer) -> AbstractContextManager[Read]:
         """The layer's blob as a ``read(n)`` that returns b"" at the end."""
+        ...
+
+    def distrust(self) -> bool:
+        """What :meth:`open_layer` gave was not the layer: ask somebody else from now on. False if there is nobody."""
         ...
 
 
@@ -64,7 +72,17 @@ def _read_limited(file: IO[bytes], name: str, image: str, limit: int) -> bytes:
     return bytes(data)
 
 
-class LayoutSource:
+class _Local:
+    """What all local sources have in common: there is nobody else to ask."""
+
+    def current_digest(self, reference: str) -> str:
+        return ""
+
+    def distrust(self) -> bool:
+        return False
+
+
+class LayoutSource(_Local):
     """An OCI image layout directory (OCI image spec, image-layout.md)."""
 
     def __init__(self, ref: ImageRef) -> None:
@@ -112,7 +130,7 @@ def _ref_name(entry: dict[str, Any]) -> str | None:
     return name if isinstance(name, str) else None
 
 
-class ArchiveSource:
+class ArchiveSource(_Local):
     """A ``docker save`` archive: manifest.json, a config and layers, plain or compressed.
 
     The archive has no OCI manifest, so one is made from manifest.json; a layer's blob digest is the one in its path

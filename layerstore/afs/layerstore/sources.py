@@ -1,34 +1,49 @@
 """The right source for an image name."""
 
+import threading
 from typing import TYPE_CHECKING
 
 from afs.core.images import ImageRef
 from afs.layerstore.source import Source, local_source
 
 if TYPE_CHECKING:
-    import urllib3
-
+    from afs.layerstore.registry import Registries
     from afs.layerstore.registryoptions import RegistryOptions
+
+# What registries granted for one repository; see afs.layerstore.registryauth.
+Grants = list[tuple[str, str, str, float]]
 
 
 class Sources:
-    """Sources that share one pool of connections; usable from threads."""
+    """Sources that share connections and tokens; usable from threads."""
 
     def __init__(self, options: "RegistryOptions") -> None:
         self._options = options
-        self._pool: urllib3.PoolManager | None = None
+        self._lock = threading.Lock()
+        self._registries: Registries | None = None
+
+    def _shared(self) -> "Registries":
+        from afs.layerstore.registry import Registries  # urllib3 takes 40 ms to import
+
+        with self._lock:
+            if self._registries is None:
+                self._registries = Registries(self._options)
+            return self._registries
 
     def source(self, ref: ImageRef) -> Source:
-        """Where *ref* comes from."""
-        if ref.is_local:
-            return local_source(ref)
-        from afs.layerstore.registry import RegistrySource, make_pool  # urllib3 takes 40 ms to import
+        """Where *ref* comes from. Reads files; raises RegistryMisconfigured."""
+        return local_source(ref) if ref.is_local else self._shared().source(ref)
 
-        if self._pool is None:
-            self._pool = make_pool(self._options)
-        return RegistrySource(ref, self._pool, self._options)
+    def grants(self, ref: ImageRef) -> Grants:
+        """What registries granted for *ref*'s repository, so that another process need not ask again."""
+        return [] if ref.is_local else self._shared().authorizer.export(ref.repository)
+
+    def learn(self, grants: Grants) -> None:
+        """Use what another process was granted."""
+        if grants:
+            self._shared().authorizer.learn(grants)
 
     def close(self) -> None:
         """Close idle connections."""
-        if self._pool is not None:
-            self._pool.clear()
+        if self._registries is not None:
+            self._registries.close()

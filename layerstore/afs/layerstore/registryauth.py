@@ -1,0 +1,190 @@
+"""Authorization for registries: tokens, as the distribution project documents them, and basic authentication.
+
+State and locks: ``_granted`` maps (server, repository) to what was granted last, under ``_lock``. Whoever needs a new
+grant holds the lock of its key meanwhile, so threads that are refused together ask once.
+"""
+
+import json
+import re
+import threading
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlencode
+
+from afs.layerstore.registrycredentials import CredentialFile, Credentials
+from afs.layerstore.registryfailures import RequestFailed, without_query
+from afs.layerstore.registryhosts import Host
+from afs.layerstore.registryhttp import Answer, Http, same_origin
+
+_MAX_TOKEN = 1 << 20
+_TIMEOUT_S = 45.0
+_DEFAULT_LIFE_S = 60.0  # of a token that does not say, by the distribution project's documentation
+_SCHEME = re.compile(r"(?:^|,)\s*(basic|bearer)(?=\s|,|$)", re.IGNORECASE)
+_PARAMETER = re.compile(r'([A-Za-z_]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]+))')
+_ANY_REPOSITORY = ""
+
+
+class AuthorizationFailed(Exception):
+    """The token service refuses or does not make sense; *denied* tells which of PermissionDenied and Unavailable it is."""
+
+    def __init__(self, cause: str, *, denied: bool = True) -> None:
+        self.cause, self.denied = cause, denied
+        super().__init__(cause)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Grant:
+    """The value of an Authorization header, good until *expires* on the monotonic clock, which processes share."""
+
+    header: str
+    expires: float
+
+
+class Authorizer:
+    """What this process was granted; all methods but :meth:`known` block."""
+
+    def __init__(self, http: Http, credentials: CredentialFile) -> None:
+        self._http = http
+        self._credentials = credentials
+        self._lock = threading.Lock()
+        self._granted: dict[tuple[str, str], Grant] = {}
+        self._asking: defaultdict[tuple[str, str], threading.Lock] = defaultdict(threading.Lock)
+
+    def known(self, host: Host, repository: str) -> str:
+        """The Authorization header for pulls of *repository* from *host*, or "" if one has to be asked for."""
+        now = time.monotonic()
+        with self._lock:
+            for name in (repository, _ANY_REPOSITORY):
+                grant = self._granted.get((host.netloc, name))
+                if grant is not None and now < grant.expires:
+                    return grant.header
+        return ""
+
+    def export(self, repository: str) -> list[tuple[str, str, str, float]]:
+        """What is known for *repository*, for another process of this machine; see :meth:`learn`."""
+        with self._lock:
+            return [
+                (netloc, name, grant.header, grant.expires)
+                for (netloc, name), grant in self._granted.items()
+                if name in (repository, _ANY_REPOSITORY)
+            ]
+
+    def learn(self, grants: list[tuple[str, str, str, float]]) -> None:
+        """Take over what another process was granted."""
+        with self._lock:
+            for netloc, name, header, expires in grants:
+                known = self._granted.get((netloc, name))
+                if known is None or known.expires < expires:
+                    self._granted[netloc, name] = Grant(header, expires)
+
+    def renew(self, host: Host, repository: str, refused: str, challenge: str) -> str:
+        """The header that answers a 401 with this *challenge* (WWW-Authenticate) to the header *refused*; "" if none can.
+
+        Raises AuthorizationFailed, RegistryMisconfigured.
+        """
+        with self._lock:
+            asking = self._asking[host.netloc, repository]
+        with asking:
+            known = self.known(host, repository)
+            if known and known != refused:  # another thread was faster
+                return known
+            name, grant = self._ask(host, repository, parse_challenge(challenge))
+            with self._lock:
+                if grant is None:
+                    self._granted.pop((host.netloc, name), None)
+                    return ""
+                self._granted = {key: one for key, one in self._granted.items() if time.monotonic() < one.expires}
+                self._granted[host.netloc, name] = grant
+            # A token service may say the same again; a name and password that were refused are so for good.
+            return "" if grant.header == refused and name == _ANY_REPOSITORY else grant.header
+
+    def _ask(self, host: Host, repository: str, challenges: dict[str, dict[str, str]]) -> tuple[str, Grant | None]:
+        """What a grant is for, a repository or any, and the grant."""
+        credentials = self._credentials.find(host.netloc)
+        bearer = challenges.get("bearer", {})
+        if "realm" in bearer:
+            if credentials.registry_token:
+                return repository, Grant(f"Bearer {credentials.registry_token}", time.monotonic() + _DEFAULT_LIFE_S)
+            return repository, self._token(host, repository, bearer, credentials)
+        if "basic" in challenges and credentials.basic:
+            return _ANY_REPOSITORY, Grant(credentials.basic, float("inf"))  # until it is refused
+        return repository, None
+
+    def _token(self, host: Host, repository: str, challenge: dict[str, str], credentials: Credentials) -> Grant:
+        realm = challenge["realm"]
+        url = self._http.base(host)
+        if url.startswith("https:") and not realm.startswith("https://") and not host.tls.skip_verify:
+            raise AuthorizationFailed(f"its token service {without_query(realm)} would get credentials in the clear")
+        query = {
+            "service": challenge.get("service", ""),
+            "scope": challenge.get("scope") or f"repository:{repository}:pull",
+        }
+        secrets = {name.lower(): value for name, value in host.headers} if same_origin(url, realm) else {}
+        started = time.monotonic()
+        try:
+            if credentials.identity_token:
+                answer = self._refresh(host, realm, query, secrets, credentials.identity_token)
+            else:
+                if credentials.basic:
+                    secrets["authorization"] = credentials.basic
+                target = f"{realm}{'&' if '?' in realm else '?'}{urlencode(query)}"
+                answer = self._http.request("GET", host, target, {}, secrets)
+            try:
+                return _grant(answer, realm, started)
+            finally:
+                answer.close()
+        except RequestFailed as error:
+            raise AuthorizationFailed(f"its token service does not answer: {error.cause}", denied=False) from None
+
+    def _refresh(
+        self, host: Host, realm: str, query: dict[str, str], secrets: dict[str, str], identity_token: str
+    ) -> Answer:
+        """Token for token, OAuth 2 (RFC 6749, section 6)."""
+        form = {
+            "grant_type": "refresh_token",
+            **query,
+            "client_id": "afs",
+            "refresh_token": identity_token,
+        }
+        headers = {"Content-Type": "application/x-www-form-urlencoded"}
+        return self._http.request("POST", host, realm, headers, secrets, body=urlencode(form).encode())
+
+
+def _grant(answer: Answer, realm: str, started: float) -> Grant:
+    """The token in the service's answer."""
+    if answer.status != 200:
+        denied = answer.status != 429 and answer.status < 500
+        raise AuthorizationFailed(f"the token service answered HTTP {answer.status}", denied=denied)
+    data = answer.read_all(_MAX_TOKEN, started + _TIMEOUT_S)
+    life: Any = None
+    try:
+        document: Any = json.loads(data or b"")
+        token = document.get("token") or document["access_token"]
+        life = document.get("expires_in")
+    except (ValueError, KeyError, AttributeError, RecursionError):
+        token = None
+    if not isinstance(token, str) or not token.isprintable() or not token.isascii():
+        raise AuthorizationFailed(f"the token service's answer holds no token ({without_query(realm)})")
+    seconds = float(life) if isinstance(life, (int, float)) and life > 0 else _DEFAULT_LIFE_S
+    return Grant(f"Bearer {token}", started + seconds)
+
+
+def parse_challenge(text: str) -> dict[str, dict[str, str]]:
+    """The challenges in a WWW-Authenticate header (RFC 9110, section 11.6.1) by scheme, with their parameters.
+
+    Only ``basic`` and ``bearer`` are told apart; schemes and names of parameters are in lower case.
+    """
+    # A quoted value may look like the start of a challenge: masked ones cannot.
+    masked = re.sub(r'"(?:[^"\\]|\\.)*"', lambda found: '"' + "x" * (len(found[0]) - 2) + '"', text)
+    starts = list(_SCHEME.finditer(masked))
+    found: dict[str, dict[str, str]] = {}
+    for number, start in enumerate(starts):
+        end = starts[number + 1].start() if number + 1 < len(starts) else len(text)
+        parameters = {
+            name.lower(): re.sub(r"\\(.)", r"\1", quoted) or plain
+            for name, quoted, plain in _PARAMETER.findall(text[start.end() : end])
+        }
+        found.setdefault(start[1].lower(), parameters)
+    return found
