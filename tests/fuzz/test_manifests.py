@@ -1,25 +1,24 @@
 """Manifests, indexes, configs and Docker's file of credentials, of arbitrary JSON: an answer or a typed error."""
 
-import io
+import base64
 import json
-from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any
 
 import pytest
-import urllib3
 from hypothesis import given
 from hypothesis import strategies as st
 
 from afs.core.digests import is_digest, sha256_digest
 from afs.core.errors import AfsError
-from afs.core.images import Platform, parse_image
+from afs.core.images import Platform
 from afs.layerstore import manifests
-from afs.layerstore.registry import RegistrySource
-from afs.layerstore.registryoptions import RegistryOptions
+from afs.layerstore.errors import RegistryMisconfigured
+from afs.layerstore.registrycredentials import CredentialFile
 from tests.fuzz.effort import examples
 
 NAME = "registry.example/hostile:v1"
 PLATFORM = Platform("linux", "amd64")
+LAYER_TYPE = "application/vnd.oci.image.layer.v1.tar"
 D1 = "sha256:" + "1" * 64
 TEXT = st.text(st.characters(), max_size=8)  # lone surrogates too: JSON can say them
 JSON = st.recursive(
@@ -27,6 +26,7 @@ JSON = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXT, inner, max_size=3)),
     max_leaves=8,
 )
+AUTHS = st.one_of(TEXT, st.binary(max_size=12).map(lambda data: base64.b64encode(data).decode()))
 DIGESTS = st.one_of(st.just(D1), st.just("sha256:" + "F" * 64), st.just("../../etc"), JSON)
 
 
@@ -41,7 +41,7 @@ def close_to(good: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
 
 
 PLATFORMS = close_to({"os": "linux", "architecture": "amd64", "variant": "v8"})
-LAYERS = st.lists(close_to({"mediaType": "application/x", "digest": DIGESTS, "size": 5}), max_size=3)
+LAYERS = st.lists(close_to({"mediaType": LAYER_TYPE, "digest": DIGESTS, "size": 5}), max_size=3)
 CONFIGS = close_to(
     {
         "os": "linux",
@@ -109,17 +109,6 @@ def test_indexes(index: dict[str, Any], inner: bytes) -> None:
     assert caught.value.line
 
 
-class Refusing:
-    """Stands for urllib3's pool: every answer asks for a password, so that credentials are looked up."""
-
-    headers: ClassVar[dict[str, str]] = {}
-
-    def request(self, *_: object, **__: object) -> urllib3.HTTPResponse:
-        """401."""
-        headers = {"WWW-Authenticate": 'Basic realm="x"'}
-        return urllib3.HTTPResponse(io.BytesIO(b""), headers, 401, preload_content=False)
-
-
 @examples(150)
 @given(
     st.one_of(
@@ -127,7 +116,11 @@ class Refusing:
         close_to(
             {
                 "auths": close_to(
-                    {"registry.example": close_to({"auth": TEXT, "username": TEXT, "password": TEXT})},
+                    {
+                        "registry.example": close_to(
+                            {"auth": AUTHS, "username": TEXT, "password": TEXT, "registrytoken": TEXT}
+                        )
+                    },
                 ),
             }
         ),
@@ -136,16 +129,21 @@ class Refusing:
 def test_docker_config(tmp_path_factory: pytest.TempPathFactory, config: Any) -> None:
     path = tmp_path_factory.mktemp("docker") / "config.json"
     path.write_bytes(dumped(config))
-    pool = cast("urllib3.PoolManager", Refusing())
-    source = RegistrySource(parse_image(NAME), pool, RegistryOptions(docker_config=Path(path)))
-    with pytest.raises(AfsError):
-        source.get_manifest("v1")
+    try:
+        found = CredentialFile(path).find("registry.example")
+    except RegistryMisconfigured:
+        return
+    for header in (found.basic, found.registry_token):
+        assert header.isascii()
+        assert not header or header.isprintable()
 
 
 def test_a_good_one_is_an_image() -> None:
     config = dumped({"os": "linux", "architecture": "amd64", "rootfs": {"diff_ids": [D1]}})
     descriptor = {"mediaType": manifests.CONFIG_TYPES[0], "digest": sha256_digest(config)}
-    found = image_or_error(dumped({"config": descriptor, "layers": [{"digest": D1, "size": 1}]}), config)
+    found = image_or_error(
+        dumped({"config": descriptor, "layers": [{"digest": D1, "size": 1, "mediaType": LAYER_TYPE}]}), config
+    )
     assert found is not None
     assert len(found.layers) == 1
     deep = b"[" * 100_000

@@ -8,7 +8,6 @@ The file is read each time that a registry asks for credentials, so a new login 
 """
 
 import base64
-import binascii
 import json
 import re
 from dataclasses import dataclass, field
@@ -117,6 +116,8 @@ class CredentialFile:
             raise self._wrong(
                 netloc, f"names a credential helper whose answer has no Username and Secret: {program}"
             ) from None
+        if not _is_text(name + secret):
+            raise self._wrong(netloc, f"names a credential helper whose answer is no text: {program}")
         if name == "<token>":
             return Credentials(identity_token=secret)
         return Credentials(name, secret)
@@ -130,21 +131,28 @@ class CredentialFile:
             entry = next((value for key, value in auths.items() if _host_name(key) in names), {})
         keys = ("username", "password", "auth", "identitytoken", "registrytoken")
         values: list[Any] = [entry.get(key) or "" for key in keys] if isinstance(entry, dict) else [None]
-        if not all(isinstance(value, str) for value in values):
+        if not all(isinstance(value, str) and _is_text(value) for value in values):
             raise self._wrong(netloc, f"has an entry for {netloc} that is not an object of strings")
         name, password, auth, identity_token, registry_token = values
         if auth:
             try:
                 name, colon, password = base64.b64decode(auth, validate=True).decode().partition(":")
-            except (binascii.Error, UnicodeDecodeError):
+            except ValueError:  # binascii.Error, UnicodeDecodeError and what b64decode says of other than ASCII
                 colon = ""
             if not colon:
                 raise self._wrong(netloc, f"has an 'auth' for {netloc} that is not base64 of NAME:PASSWORD")
+        if not (registry_token.isascii() and registry_token.isprintable()):
+            raise self._wrong(netloc, f"has a 'registrytoken' for {netloc} that no header can hold")
         # Docker's Go client pads some passwords with zero bytes.
         return Credentials(name, password.strip("\0"), identity_token, registry_token)
 
     def _wrong(self, netloc: str, cause: str) -> RegistryMisconfigured:
         return RegistryMisconfigured(netloc, f"{self.path} {cause}")
+
+
+def _is_text(value: str) -> bool:
+    """Whether UTF-8 can say *value*: JSON can hold lone surrogates."""
+    return value.encode("utf-8", "replace") == value.encode("utf-8", "surrogatepass")
 
 
 def _host_name(key: str) -> str:
