@@ -23,11 +23,14 @@ from afs.layerstore.fillserver import serving_fills
 from afs.layerstore.fillwire import FillClient, FillError, decode, encode
 from afs.layerstore.images import Images
 from afs.layerstore.layers import Layers, Origin
+from afs.layerstore.leases import Leases
 from afs.layerstore.manifests import Layer
 from afs.layerstore.partial import PartialLayer
 from afs.layerstore.peers import Peers
 from afs.layerstore.pull import Puller
+from afs.layerstore.quota import Quota
 from afs.layerstore.registryoptions import RegistryOptions
+from afs.layerstore.room import Room
 from afs.layerstore.server import PeerService
 from afs.layerstore.store import CompleteLayer, LayerStore
 from afs.proto.v1 import layerstore_pb2 as pb
@@ -63,6 +66,7 @@ class Node:
 
     store: LayerStore
     announcer: Announcer
+    room: Room
     layers: Layers
     images: Images
     puller: Puller
@@ -91,18 +95,19 @@ class World:
         """How often the registry served the layer."""
         return self.server.count(f"blobs/{self.origin.layer.blob_digest}")
 
-    async def node(self, name: str, *, capacity: int = 1, deadline: float = 5.0) -> Node:
-        """Start a node."""
+    async def node(self, name: str, *, capacity: int = 1, deadline: float = 5.0, quota: int = 1 << 40) -> Node:
+        """Start a node with that weight in placement and *quota* bytes of room."""
         stack = await self.stack.enter_async_context(contextlib.AsyncExitStack())
         store = LayerStore(self.tmp_path / name)
         stack.callback(store.close)
-        puller = Puller(store, RegistryOptions(backoff=0), 2)
+        room = Room(store, Quota(quota), Leases(0.0), headroom=0, node=name)
+        puller = Puller(store, room, RegistryOptions(backoff=0), 2)
         stack.push_async_callback(puller.close)
         peers = Peers()
         stack.push_async_callback(peers.close)
         announcer = Announcer(self.discovery, Peer(name, "none", capacity))
         stack.push_async_callback(announcer.leave)
-        layers = Layers(store, puller, peers, announcer, deadline)
+        layers = Layers(store, room, puller, peers, announcer, deadline)
         layers.restore()
         stack.push_async_callback(layers.close)
         images = Images(store, puller, peers, announcer, 300.0)
@@ -114,7 +119,7 @@ class World:
         )
         announcer.serve_at(address)
         await announcer.flush()
-        return Node(store, announcer, layers, images, puller, service, server.aclose)
+        return Node(store, announcer, room, layers, images, puller, service, server.aclose)
 
 
 @pytest.fixture
@@ -178,16 +183,19 @@ async def test_a_failed_pull_leaves_nothing(world: World, fault: Fault, error: t
 
 
 @pytest.mark.root
-async def test_a_full_disk_is_no_room_and_leaves_nothing(world: World) -> None:
+async def test_a_disk_that_is_too_small_is_not_even_tried(world: World) -> None:
     root = world.tmp_path / "n1"
     root.mkdir()
     mounts.mount("tmpfs", root, "tmpfs", "size=2m")
     try:
         node = await world.node("n1")
-        with pytest.raises(ResourceExhausted, match=f"^layer {world.diff_id} of .*: no space left in {root}$"):
+        with pytest.raises(
+            ResourceExhausted, match=f"^cache of node n1 is full: layer {world.diff_id} needs 5.2 MiB, "
+        ):
             await node.puller.pull(world.origin.ref, world.origin.layer)
         assert list((root / "tmp").iterdir()) == []
         assert node.store.complete_ids() == []
+        assert world.reads == 0
     finally:
         mounts.umount(root, detach=True)
 

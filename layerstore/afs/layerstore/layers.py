@@ -7,18 +7,25 @@ State and locks (one event loop):
 - ``_opening`` and ``_ensuring`` are single flight by diff_id: at most one task changes the state of a layer each.
   Both may want a partial layer made: ``_describing`` is single flight for that and waits for neither.
 - ``_providers``, ``_avoided`` and ``_origins`` are hints; any await may find them changed, and a wrong one costs one failed call.
+- A layer leaves every map at once, in :meth:`_detach`, when :class:`~afs.layerstore.room.Room` evicts it. That happens at
+  any await, but never to a layer that is leased: whoever looks one up leases or pins it (:meth:`use`, ``pinned``) before
+  the next await, and so it is there as long as it is needed.
 """
 
 import asyncio
+import functools
 import logging
 import time
+from collections.abc import Awaitable
 from dataclasses import dataclass
+from pathlib import Path
 
 from afs.core.errors import (
     AfsError,
     DataLoss,
     DeadlineExceeded,
     Internal,
+    InvalidArgument,
     NotFound,
     ResourceExhausted,
     Unavailable,
@@ -26,13 +33,15 @@ from afs.core.errors import (
 from afs.core.images import ImageRef, Platform
 from afs.core.singleflight import SingleFlight
 from afs.discovery.client import Announcer, Peer
-from afs.layerstore.errors import LayerUnavailable
+from afs.layerstore.errors import DamagedLayer, DiskFull, LayerUnavailable
 from afs.layerstore.manifests import Layer
 from afs.layerstore.partial import AT_ONCE, PartialLayer
 from afs.layerstore.peers import Peers
 from afs.layerstore.placement import ranked
 from afs.layerstore.pull import Puller
-from afs.layerstore.store import CompleteLayer, LayerStore
+from afs.layerstore.repair import Copy, Repairs
+from afs.layerstore.room import Room
+from afs.layerstore.store import NO_SPACE, CompleteLayer, LayerStore
 
 log = logging.getLogger(__name__)
 OpenLayer = CompleteLayer | PartialLayer
@@ -51,9 +60,17 @@ class Layers:
     """See the module. *read_deadline* in seconds bounds how long a chunk may take over all tries."""
 
     def __init__(
-        self, store: LayerStore, puller: Puller, peers: Peers, announcer: Announcer, read_deadline: float
+        self,
+        store: LayerStore,
+        room: Room,
+        puller: Puller,
+        peers: Peers,
+        announcer: Announcer,
+        read_deadline: float,
     ) -> None:
         self._store = store
+        self._room = room
+        self._pinned = room.leases.pinned
         self._puller = puller
         self._peers = peers
         self._announcer = announcer
@@ -65,27 +82,47 @@ class Layers:
         self._opening: SingleFlight[str, OpenLayer] = SingleFlight()
         self._ensuring: SingleFlight[str, bool] = SingleFlight()
         self._describing: SingleFlight[str, PartialLayer | None] = SingleFlight()
+        self._background: set[asyncio.Task[None]] = set()
+        self.repairs = Repairs(room, announcer, self._chunk_from_peers, self._copy_of)
+        room.detach = self._detach
 
     def restore(self) -> None:
         """Open what an earlier process left. Blocking, at start."""
+        for ref, platform, image in self._store.load_names():
+            self._origins.update((layer.diff_id, Origin(ref, platform, layer)) for layer in image.layers)
+        # Before anything is opened: it is the last use by an earlier process that counts.
+        self._room.restore({*self._store.complete_ids(), *self._store.partial_ids()})
         for diff_id in self._store.complete_ids():
             if (layer := self._store.complete(diff_id)) is not None:
                 self._announcer.hold(diff_id, layer.layout.file_size, complete=True)
         for diff_id in self._store.partial_ids():
-            if self._store.complete(diff_id) is not None:  # it was pulled because the peers went away
-                self._store.drop_partial(diff_id)
-                continue
-            try:
-                partial = PartialLayer.open(diff_id, self._store.partial_dir(diff_id))
-            except (AfsError, OSError, ValueError) as error:
-                log.warning("dropping the partial layer %s: %s", diff_id, error)
-                self._store.drop_partial(diff_id)
-                continue
-            self._partials[diff_id] = partial
-            self._announcer.hold(diff_id, partial.layout.file_size, complete=False)
+            self._restore_partial(diff_id)
+        for diff_id in self._room.layers():
+            if self.find(diff_id) is None:  # it was damaged
+                self._room.forget(diff_id)
+            else:
+                self._room.note(diff_id)
+
+    def _restore_partial(self, diff_id: str) -> None:
+        if self._store.complete(diff_id) is not None:  # it was pulled because the peers went away
+            self._store.drop_partial(diff_id)
+            return
+        try:
+            partial = PartialLayer.open(diff_id, self._store.partial_dir(diff_id))
+        except (AfsError, OSError, ValueError) as error:
+            log.warning("dropping the partial layer %s: %s", diff_id, error)
+            self._store.drop_partial(diff_id)
+            return
+        partial.on_full = self._on_full
+        self._partials[diff_id] = partial
+        self._announcer.hold(diff_id, partial.layout.file_size, complete=False)
 
     async def close(self) -> None:
         """End what is under way and close the files."""
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        await self.repairs.close()
         await self._ensuring.close(cancel=True)
         await self._opening.close(cancel=True)
         await self._describing.close(cancel=True)
@@ -94,17 +131,51 @@ class Layers:
             partial.close()
 
     def find(self, diff_id: str) -> OpenLayer | None:
-        """The layer if this node has it, at least partly."""
+        """The layer if this node has it, at least partly. It may be evicted at the next await."""
         return self._store.complete(diff_id) or self._partials.get(diff_id)
+
+    def use(self, diff_id: str) -> OpenLayer:
+        """:meth:`find` for somebody who reads it within the next minute; NotFound if this node has nothing of it."""
+        layer = self.find(diff_id)
+        if layer is None:
+            raise NotFound(f"layer {diff_id} is not on this node")
+        self._room.leases.lease(diff_id)
+        self._room.use(diff_id)
+        return layer
+
+    def _detach(self, diff_id: str) -> list[Path]:
+        """Take an evicted layer out of the maps; what is to be deleted."""
+        self._announcer.drop(diff_id)
+        self.repairs.forget(diff_id)
+        for hints in (self._providers, self._origins, self._avoided):
+            hints.pop(diff_id, None)
+        partial = self._partials.pop(diff_id, None)
+        if partial is not None:
+            partial.close()  # nothing is being filled: that would hold a pin
+        return self._store.detach(diff_id)
 
     async def open(self, origin: Origin, *, local: bool) -> OpenLayer:
         """Make the layer mountable: complete, or partial with its metadata here. *local*: pull it on this node."""
         diff_id = origin.layer.diff_id
-        self._origins[diff_id] = origin
-        found = self.find(diff_id)
-        return found or await self._opening.run(diff_id, lambda: self._open(origin, local=local))
+        with self._pinned([diff_id]):
+            self._origins[diff_id] = origin
+            found = self.find(diff_id)
+            if found is None:
+                found = await self._opening.run(diff_id, lambda: self._open(origin, local=local))
+            await self._sound(found)
+            return found
+
+    async def _sound(self, layer: OpenLayer) -> None:
+        """Raise DamagedLayer if *layer* is damaged and cannot be repaired."""
+        damaged = isinstance(layer, CompleteLayer) and self.repairs.is_damaged(layer.diff_id)
+        if damaged and isinstance(layer, CompleteLayer) and not await self.repairs.check(layer):
+            raise DamagedLayer(layer.diff_id, "a chunk")
 
     async def _open(self, origin: Origin, *, local: bool) -> OpenLayer:
+        with self._pinned([origin.layer.diff_id]):  # its callers may all go away
+            return await self._open_pinned(origin, local=local)
+
+    async def _open_pinned(self, origin: Origin, *, local: bool) -> OpenLayer:
         diff_id = origin.layer.diff_id
         if not local and (partial := await self._describe(diff_id, await self._holders(diff_id))) is not None:
             return partial
@@ -166,33 +237,115 @@ class Layers:
             except AfsError as error:
                 log.warning("layerstore %s cannot describe layer %s: %s", peer.endpoint, diff_id, error.line)
                 continue
-            self._providers[diff_id] = list(holders)
-            self._partials[diff_id] = partial
-            await partial.fill(partial.metadata_chunks(), self._fetch)
-            self._announcer.hold(diff_id, size, complete=False)
+            except OSError as error:
+                if error.errno in NO_SPACE:
+                    raise DiskFull(diff_id, self._store.root) from error
+                raise
+            await self._fill_metadata(partial, holders)
             return partial
         return None
 
+    async def _fill_metadata(self, partial: PartialLayer, holders: list[Peer]) -> None:
+        """Take a new partial layer in and have its metadata here. Raises CacheFull, and then it is gone."""
+        chunks, diff_id = partial.metadata_chunks(), partial.diff_id
+        try:
+            # Only of this room can a container be sure; what it reads later may push others out.
+            async with self._room.reserved(diff_id, len(chunks) * partial.layout.chunk_size) as reservation:
+                self._providers[diff_id] = list(holders)
+                partial.on_full = self._on_full
+                self._partials[diff_id] = partial
+                self._room.note(diff_id)
+                await partial.fill(chunks, self._fetch)
+                self._room.settle(reservation)
+        except BaseException:
+            if diff_id not in self._partials:
+                partial.close()
+                self._store.drop_partial(diff_id)
+            raise
+        self._announcer.hold(diff_id, partial.layout.file_size, complete=False)
+
     async def fill(self, diff_id: str, first: int, count: int) -> None:
         """Have chunks *first* to *first + count - 1* in the partial layer's file; NotFound if the layer is not here."""
-        partial = self._partials.get(diff_id)
-        if partial is not None:
-            last = min(first + count, partial.table.count)
-            await partial.fill(range(max(first, 0), last), self._fetch)
-        elif self._store.complete(diff_id) is None:
-            raise NotFound(f"layer {diff_id} is not on this node")
+        with self._pinned([diff_id]):
+            self.use(diff_id)
+            partial = self._partials.get(diff_id)
+            if partial is not None:  # else it is complete, and the asker opens that
+                last = min(first + count, partial.table.count)
+                await partial.fill(range(max(first, 0), last), self._fetch)
+                self._room.note(diff_id)
+
+    async def _on_full(self, partial: PartialLayer, wanted: int, since: float) -> None:
+        """Make room for a chunk on a full disk, or wait for somebody to let go of something; DiskFull at the deadline."""
+        if await self._room.on_full_disk(wanted):
+            return
+        if time.monotonic() - since > self._read_deadline:
+            raise DiskFull(partial.diff_id, self._store.root)
+        await asyncio.sleep(min(1.0, self._read_deadline / 10))
+
+    async def read_chunk(self, diff_id: str, index: int) -> bytes:
+        """A chunk for a peer. NotFound if it is not here; DamagedLayer if it is damaged, and then it is being repaired."""
+        layer = self.use(diff_id)
+        if index >= layer.table.count:
+            raise InvalidArgument(f"layer {diff_id} has {layer.table.count} chunks, no chunk {index}")
+        if isinstance(layer, CompleteLayer):
+            data = await asyncio.to_thread(layer.read_chunk, index)
+            if data is None:
+                self.repairs.suspect(layer)
+                self._in_background(self.repairs.check(layer))
+        elif not layer.has(index):
+            raise NotFound(f"chunk {index} of layer {diff_id} is not on this node")
+        else:
+            data = await layer.read_async(index)
+            if data is None:
+                log.error("layer %s: chunk %d is damaged on disk; fetching it again", diff_id, index)
+                layer.unmark(index)
+                self._in_background(self.fill(diff_id, index, 1))
+        if data is None:
+            raise DamagedLayer(diff_id, f"chunk {index}")
+        return data
+
+    def _in_background(self, work: Awaitable[object]) -> None:
+        async def run() -> None:
+            try:
+                await work
+            except (AfsError, OSError) as error:
+                log.error("repair: %s", error)
+
+        task = asyncio.create_task(run())
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _chunk_from_peers(self, layer: CompleteLayer, index: int) -> bytes | None:
+        """A verified chunk from any other node that has it, for a repair."""
+        located = await self._announcer.locate([layer.diff_id])
+        for peer in located.layers.get(layer.diff_id, []):
+            try:
+                data = await self._peers.read_chunk(peer, layer.diff_id, index)
+            except AfsError as error:
+                log.info("chunk %d of layer %s: %s", index, layer.diff_id, error.line)
+                continue
+            if await asyncio.to_thread(layer.table.verify, index, data):
+                return data
+        return None
+
+    def _copy_of(self, diff_id: str) -> Copy | None:
+        origin = self._origins.get(diff_id)
+        return functools.partial(self._puller.copy, origin.ref, origin.layer) if origin is not None else None
 
     async def _fetch(self, partial: PartialLayer, index: int) -> bytes:
         """A verified chunk, from whoever has it; LayerUnavailable after the deadline."""
         end, pause, cause = time.monotonic() + self._read_deadline, 0.05, "no node holds it"
         while True:
-            if (complete := self._store.complete(partial.diff_id)) is not None:
-                data = await asyncio.to_thread(
-                    complete.read_chunk, index
-                )  # it was pulled meanwhile; the bytes are equal
-                if not await asyncio.to_thread(partial.table.verify, index, data):
-                    raise DataLoss(f"layer {partial.diff_id}: chunk {index} is damaged on disk")
-                return data
+            if (complete := self._store.complete(partial.diff_id)) is not None:  # it was pulled meanwhile
+                data = await asyncio.to_thread(complete.read_chunk, index)
+                if data is not None and complete.table == partial.table:
+                    return data
+                if data is not None:
+                    raise DataLoss(f"layer {partial.diff_id}: a peer described it with an index that is not its own")
+                cause = f"chunk {index} is damaged on disk"
+                self.repairs.suspect(complete)
+                if await self.repairs.check(complete):
+                    continue
             for peer in list(self._providers.get(partial.diff_id, [])):
                 try:
                     data = await self._peers.read_chunk(peer, partial.diff_id, index)
@@ -237,34 +390,45 @@ class Layers:
     async def ensure(self, origin: Origin) -> tuple[CompleteLayer, bool]:
         """The layer, complete on this node, and whether it was read from its source for that."""
         diff_id = origin.layer.diff_id
-        self._origins[diff_id] = origin
-        pulled = False
-        if self._store.complete(diff_id) is None:
-            pulled = await self._ensuring.run(diff_id, lambda: self._ensure(origin))
-        complete = self._store.complete(diff_id)
-        if complete is None:
-            raise DataLoss(f"layer {diff_id} was damaged on disk as soon as it was complete")
-        return complete, pulled
+        with self._pinned([diff_id]):
+            self._origins[diff_id] = origin
+            pulled = False
+            if self._store.complete(diff_id) is None:
+                pulled = await self._ensuring.run(diff_id, lambda: self._ensure(origin))
+            complete = self._store.complete(diff_id)
+            if complete is None:
+                raise DataLoss(f"layer {diff_id} was damaged on disk as soon as it was complete")
+            await self._sound(complete)
+            return complete, pulled
 
     async def _ensure(self, origin: Origin) -> bool:
-        diff_id = origin.layer.diff_id
-        try:
-            partial = self._partials.get(diff_id)
-            if partial is None:
-                partial = await self._describe(diff_id, await self._holders(diff_id))
-            if partial is not None:
-                missing = partial.missing()
-                for start in range(0, len(missing), AT_ONCE):  # what a reader waits for gets in between
-                    await partial.fill(missing[start : start + AT_ONCE], self._fetch)
-                if self._store.complete(diff_id) is not None:  # no peer was left, so a fetch had it pulled
-                    await self._drop(partial)
-                    return True
-                await self._promote(partial)
-                return False
-        except (LayerUnavailable, DataLoss) as error:
-            log.warning("layer %s cannot be completed from peers: %s; pulling it", diff_id, error.line)
-        await self._pull(origin)
-        return True
+        with self._pinned([origin.layer.diff_id]):  # its callers may all go away
+            try:
+                if (done := await self._from_peers(origin.layer.diff_id)) is not None:
+                    return done
+            except (LayerUnavailable, DataLoss) as error:
+                log.warning("layer %s cannot be completed from peers: %s; pulling it", origin.layer.diff_id, error.line)
+            await self._pull(origin)
+            return True
+
+    async def _from_peers(self, diff_id: str) -> bool | None:
+        """Complete the layer from other nodes: False. None if nobody has it, True if it was pulled after all."""
+        partial = self._partials.get(diff_id)
+        if partial is None:
+            partial = await self._describe(diff_id, await self._holders(diff_id))
+        if partial is None:
+            return None
+        missing = partial.missing()
+        async with self._room.reserved(diff_id, len(missing) * partial.layout.chunk_size) as reservation:
+            for start in range(0, len(missing), AT_ONCE):  # what a reader waits for gets in between
+                await partial.fill(missing[start : start + AT_ONCE], self._fetch)
+                reservation.least = reservation.likely = len(partial.missing()) * partial.layout.chunk_size
+                self._room.note(diff_id)
+            if self._store.complete(diff_id) is not None:  # no peer was left, so a fetch had it pulled
+                await self._drop(partial)
+                return True
+            await self._promote(partial)
+            return False
 
     async def _promote(self, partial: PartialLayer) -> None:
         """A partial layer that has every chunk becomes the complete one."""
@@ -281,3 +445,4 @@ class Layers:
         self._partials.pop(partial.diff_id, None)
         partial.close()
         self._store.drop_partial(partial.diff_id)
+        self._room.note(partial.diff_id)
