@@ -60,7 +60,7 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         stack.push_async_callback(fused.close)
         stack.push_async_callback(mounts.close)
         stack.push_async_callback(roots.close)
-        # Last, so that it reports what close() unmounts, and first of all that nothing is mounted yet.
+        # Ended before the mounts are: what it said last holds for the layerstore's grace period.
         reporting = asyncio.create_task(report_mounts(f"unix:{run_dir}/layerstore.sock", mounts))
         stack.push_async_callback(_cancelled, reporting)
         # Started now, not at the first partial layer: importing it takes 0.15 s, and 0.5 s from a cold disk.

@@ -108,7 +108,7 @@ class LayerMounts:
     async def _take_away(self, idle: Sequence[MountedLayer]) -> None:
         for layer in idle:
             del self._mounted[layer.diff_id]
-        await asyncio.gather(*(self._unmount(layer) for layer in idle))
+        await asyncio.gather(*(asyncio.shield(task) for task in [self._start_unmount(layer) for layer in idle]))
 
     def leases(self) -> tuple[set[str], set[str]]:
         """The diff_ids of what is mounted: (with users, without)."""
@@ -123,7 +123,10 @@ class LayerMounts:
         self.changed.set()  # an answer, even if nothing could go
 
     async def _unmount(self, layer: MountedLayer) -> None:
-        """Runs to its end even if the caller is cancelled meanwhile: the layer has left the map already."""
+        await asyncio.shield(self._start_unmount(layer))
+
+    def _start_unmount(self, layer: MountedLayer) -> "asyncio.Task[None]":
+        """A task of its own, begun at once: the layer has left the map already, so no cancelled caller may stop it."""
 
         async def unmount_it() -> None:
             await asyncio.to_thread(_unmount_layer, layer.path)
@@ -133,7 +136,7 @@ class LayerMounts:
         task = asyncio.create_task(unmount_it(), name=f"unmount {layer.path}")
         self._going.add(task)
         task.add_done_callback(self._going.discard)
-        await asyncio.shield(task)
+        return task
 
     def faults(self, layer: MountedLayer) -> int:
         """How many reads of *layer* failed so far; one more if its afs_fused is gone, for then all do."""

@@ -8,13 +8,18 @@ sent next is the newest state, not every state.
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+import grpc.aio
 
 from afs.core.errors import AfsError
 from afs.core.rpc import calling, channel
 from afs.proto.v1 import layerstore_pb2 as pb
 from afs.proto.v1.layerstore_pb2_grpc import LayerstoreNodeStub
 from afs.snapshotter.layermounts import LayerMounts
+
+if TYPE_CHECKING:  # a class of the stub file only
+    from afs.proto.v1.layerstore_pb2_grpc import LayerstoreNodeAsyncStub
 
 log = logging.getLogger(__name__)
 RECONNECT_S = 0.2  # after a stream that ended; connecting itself waits for the socket
@@ -36,22 +41,26 @@ async def report_mounts(address: str, mounts: LayerMounts) -> None:
         await opened.close()
 
 
-async def _stream(stub: "LayerstoreNodeStub", mounts: LayerMounts) -> None:
-    releasing: set[asyncio.Task[None]] = set()
+async def _stream(stub: "LayerstoreNodeAsyncStub", mounts: LayerMounts) -> None:
+    # A layerstore that restarts is waited for: its grace period is longer than that takes.
+    call = stub.Leases(wait_for_ready=True)
+    tasks = {asyncio.create_task(_report(call, mounts), name="report mounts")}
     try:
-        # A layerstore that restarts is waited for: its grace period is longer than that takes.
-        async for request in stub.Leases(_updates(mounts), wait_for_ready=True):
+        async for request in call:
             task = asyncio.create_task(mounts.release(request.release), name="release layers")
-            releasing.add(task)
-            task.add_done_callback(releasing.discard)
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
     finally:
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.gather(*releasing, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _updates(mounts: LayerMounts) -> AsyncIterator[pb.LeaseUpdate]:
-    while True:
-        mounts.changed.clear()
-        in_use, idle = mounts.leases()
-        yield pb.LeaseUpdate(in_use=sorted(in_use), idle=sorted(idle))
-        await mounts.changed.wait()
+async def _report(call: "grpc.aio.StreamStreamCall[pb.LeaseUpdate, pb.LeaseRequest]", mounts: LayerMounts) -> None:
+    # A call that has ended refuses writes with errors of its own; whoever reads from it gets the status.
+    with contextlib.suppress(grpc.aio.UsageError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        while True:
+            mounts.changed.clear()
+            in_use, idle = mounts.leases()
+            await call.write(pb.LeaseUpdate(in_use=sorted(in_use), idle=sorted(idle)))
+            await mounts.changed.wait()
