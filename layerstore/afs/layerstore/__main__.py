@@ -92,13 +92,8 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         stack.callback(store.close)
         registry = RegistryOptions(config.plain_http, config.docker_config, f"afs/{version()}", node_id)
         capacity = config.capacity or store.default_capacity()
-        room = Room(
-            store,
-            Quota(capacity),
-            Leases(config.lease_grace),
-            headroom=config.reserve or store.default_headroom(),
-            node=node_id,
-        )
+        leases, headroom = Leases(config.lease_grace), config.reserve or store.default_headroom()
+        room = Room(store, Quota(capacity), leases, headroom=headroom, node=node_id)
         puller = Puller(store, room, registry, config.pulls)
         stack.push_async_callback(puller.close)
         await puller.start()
@@ -122,6 +117,7 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
 
         await stack.enter_async_context(serving_fills(config.run_dir / "fill.sock", layers))
         await stack.enter_async_context(serving([f"unix:{config.run_dir}/layerstore.sock"], to_node))
+        leases.serve()
         bound = await stack.enter_async_context(serving([config.listen], to_peers, insecure=config.insecure))
         announcer.serve_at(config.advertise or bound[0])
         await announcer.flush()

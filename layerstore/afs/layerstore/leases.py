@@ -27,20 +27,24 @@ LEASE_S = 60.0
 
 
 class Leases:
-    """*grace* in seconds; *now* is a monotonic clock; *changed* is called when something may have become free."""
+    """*grace* in seconds; *now* is a monotonic clock; ``changed`` is called when something may have become free."""
 
     def __init__(self, grace: float, now: Callable[[], float] = time.monotonic) -> None:
         self._grace = grace
         self._now = now
+        self._until = now() + grace  # without a stream: how long what is known holds
         self._pins: Counter[str] = Counter()
         self._timed: dict[str, float] = {}
         self._in_use: frozenset[str] = frozenset()
         self._idle: frozenset[str] = frozenset()
         self._stream: Release | None = None
-        self._until = now() + grace  # without a stream: how long what is known holds
         self._first = asyncio.Event()
         self._reports: set[asyncio.Event] = set()  # of those who wait for the next report
         self.changed: Callable[[], None] = lambda: None
+
+    def serve(self) -> None:
+        """The snapshotter can reach this node from now on: its time to report begins."""
+        self._until = self._now() + self._grace
 
     @contextlib.contextmanager
     def pinned(self, diff_ids: Iterable[str]) -> Iterator[None]:
