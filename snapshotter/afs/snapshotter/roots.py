@@ -22,6 +22,7 @@ from afs.snapshotter.layermounts import LayerMounts, MountedLayer
 from afs.snapshotter.overlay import mount_overlay
 
 log = logging.getLogger(__name__)
+CONNECT_S = 1.5  # channel() tries to connect at least once a second
 _TARGET = "target"  # holds the path of a root that is mounted elsewhere
 _BASE_DIRECTORIES = ("dev", "proc", "sys")
 
@@ -69,6 +70,9 @@ class Roots:
 
     async def open_image(self, name: pb.ImageName, *, force_local: bool) -> pb.OpenImageResponse:
         """Ask the layerstore for an image's layers."""
+        # gRPC fails calls at once between two tries to connect, and a layerstore that restarts is back before the next one.
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._channel.channel_ready(), CONNECT_S)
         with calling(self._layerstore):
             return await self._stub.OpenImage(pb.OpenImageRequest(name=name, force_local_fetch=force_local))
 
