@@ -14,18 +14,16 @@ as long as the disk takes it, and :meth:`Room.run` evicts others behind it.
 import asyncio
 import contextlib
 import logging
-import os
 import time
 from collections.abc import AsyncIterator, Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
-from afs.core.files import remove_tree
 from afs.core.units import format_size
 from afs.layerstore.errors import CacheFull
 from afs.layerstore.leases import Leases
 from afs.layerstore.quota import Quota, Reservation
-from afs.layerstore.store import LayerStore
+from afs.layerstore.store import LayerStore, delete
 
 log = logging.getLogger(__name__)
 HIGH, LOW = 0.95, 0.90  # of the capacity: above the one, run() evicts down to the other
@@ -209,7 +207,7 @@ class Room:
         return paths
 
     async def _delete(self, paths: list[Path]) -> None:
-        await asyncio.shield(asyncio.to_thread(_remove, paths))
+        await asyncio.shield(asyncio.to_thread(_delete_all, paths))
 
     async def drop(self, diff_id: str) -> bool:
         """Evict this layer if nobody needs it; whether it is gone."""
@@ -246,10 +244,6 @@ def _allocated(path: Path) -> int:
         return 0
 
 
-def _remove(paths: list[Path]) -> None:
+def _delete_all(paths: list[Path]) -> None:
     for path in paths:
-        if path.is_dir():
-            remove_tree(path)
-        else:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+        delete(path)

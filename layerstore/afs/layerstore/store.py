@@ -110,6 +110,14 @@ class CompleteLayer:
             os.close(fd)
 
 
+def delete(path: Path) -> None:
+    """Remove a file or a directory tree; a missing one is no error."""
+    if path.is_dir():
+        remove_tree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def write_all(fd: int, data: bytes, offset: int) -> None:
     """All of *data* at *offset* of *fd*; the kernel may take it in parts."""
     view = memoryview(data)
@@ -135,7 +143,7 @@ class LayerStore:
             write_atomic(root / "CACHEDIR.TAG", _TAG)
         for leftover in (root / "tmp").iterdir():
             log.info("removing %s, which a crash left", leftover)
-            remove_tree(leftover) if leftover.is_dir() else leftover.unlink()
+            delete(leftover)
         self._complete: dict[str, CompleteLayer] = {}
 
     def close(self) -> None:
@@ -210,9 +218,15 @@ class LayerStore:
         taken = []
         for path in (self.layer_path(diff_id), self.partial_dir(diff_id)):
             temporary = self.temporary()
-            with contextlib.suppress(FileNotFoundError):
+            try:
                 path.rename(temporary)
                 taken.append(temporary)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                if error.errno not in NO_SPACE:
+                    raise
+                delete(path)  # a disk so full that it has no room for a name; here and now, then
         return taken
 
     # Space
