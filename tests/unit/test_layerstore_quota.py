@@ -213,6 +213,27 @@ def test_pins_are_counted_and_timed_leases_end() -> None:
     assert leases.is_free(A)
 
 
+def test_a_handover_ends_when_the_snapshotter_is_done_with_that_call() -> None:
+    clock = Clock()
+    leases = Leases(0.0, clock)
+    snapshotter = Snapshotter(leases)
+    snapshotter.connect()
+    for number, diff_id in ((11, A), (12, B), (13, C)):
+        leases.hand_over(number, [diff_id])
+    leases.report(snapshotter.stream, set(), set(), 12, [12])
+    assert [leases.is_leased(diff_id) for diff_id in (A, B, C)] == [False, True, True], (
+        "13 came after the report was sent"
+    )
+    leases.report(snapshotter.stream, {B}, set(), 13, [])
+    assert [leases.is_leased(diff_id) for diff_id in (A, B, C)] == [False, True, False]
+    leases.hand_over(14, [D])
+    leases.hand_over(0, [C])
+    clock.now += LEASE_S - 1
+    assert [leases.is_leased(diff_id) for diff_id in (C, D)] == [True, True]
+    clock.now += 1
+    assert [leases.is_leased(diff_id) for diff_id in (C, D)] == [False, False], "nobody waits that long"
+
+
 async def test_waiting_for_the_first_report_ends_with_it_or_with_the_grace_period() -> None:
     leases = Leases(1000.0)
     waiting = asyncio.create_task(leases.known())

@@ -75,7 +75,7 @@ async def _do(layers: Layers, message: dict[str, Any]) -> dict[str, Any]:
     diff_id = check_digest(str(message.get("diff_id")))
     match message.get("op"):
         case "open":
-            layer = layers.use(diff_id)
+            layer = layers.look_up(diff_id)  # mounted, or about to be: that is its lease
             partial = isinstance(layer, PartialLayer)
             return {
                 "size": layer.layout.file_size,

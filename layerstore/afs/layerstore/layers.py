@@ -8,7 +8,7 @@ State and locks (one event loop):
   Both may want a partial layer made: ``_describing`` is single flight for that and waits for neither.
 - ``_providers``, ``_avoided`` and ``_origins`` are hints; any await may find them changed, and a wrong one costs one failed call.
 - A layer leaves every map at once, in :meth:`_detach`, when :class:`~afs.layerstore.room.Room` evicts it. That happens at
-  any await, but never to a layer that is leased: whoever looks one up leases or pins it (:meth:`use`, ``pinned``) before
+  any await, but never to a layer that is leased: whoever looks one up leases or pins it before
   the next await, and so it is there as long as it is needed.
 """
 
@@ -134,13 +134,18 @@ class Layers:
         """The layer if this node has it, at least partly. It may be evicted at the next await."""
         return self._store.complete(diff_id) or self._partials.get(diff_id)
 
-    def use(self, diff_id: str) -> OpenLayer:
-        """:meth:`find` for somebody who reads it within the next minute; NotFound if this node has nothing of it."""
+    def look_up(self, diff_id: str) -> OpenLayer:
+        """:meth:`find` for somebody who uses the layer; NotFound if this node has nothing of it."""
         layer = self.find(diff_id)
         if layer is None:
             raise NotFound(f"layer {diff_id} is not on this node")
-        self._room.leases.lease(diff_id)
         self._room.use(diff_id)
+        return layer
+
+    def use(self, diff_id: str) -> OpenLayer:
+        """:meth:`look_up` for a peer, who will ask for more within a minute: the layer is leased for as long."""
+        layer = self.look_up(diff_id)
+        self._room.leases.lease(diff_id)
         return layer
 
     def _detach(self, diff_id: str) -> list[Path]:
@@ -267,7 +272,7 @@ class Layers:
     async def fill(self, diff_id: str, first: int, count: int) -> None:
         """Have chunks *first* to *first + count - 1* in the partial layer's file; NotFound if the layer is not here."""
         with self._pinned([diff_id]):
-            self.use(diff_id)
+            self.look_up(diff_id)
             partial = self._partials.get(diff_id)
             if partial is not None:  # else it is complete, and the asker opens that
                 last = min(first + count, partial.table.count)

@@ -1,10 +1,11 @@
 """Who needs which layers: what is leased is never evicted.
 
-Four kinds of lease, over one set of diff_ids:
+Five kinds of lease, over one set of diff_ids:
 
 - *pins* are counted and last as long as a block of code: a pull, a fill, a call that is being answered;
-- *timed* leases bridge the gap to somebody who will tell by himself: 60 s after OpenImage answered, for the snapshotter's
-  report of the mount, and after a peer or afs_fused asked for anything of a layer;
+- *timed* leases last 60 s after a peer asked for anything of a layer: it is about to ask for more;
+- *handovers* bridge the gap between an answer of OpenImage and the mounts: until the snapshotter reports that it is
+  done with that call, 60 s at most;
 - *in use* is what the snapshotter reports: mounted, with users;
 - *idle* is what it reports mounted without users, until it is unmounted. Its space would not be free after an unlink,
   since the mount holds the file open; but the snapshotter can be asked to unmount it.
@@ -35,6 +36,7 @@ class Leases:
         self._until = now() + grace  # without a stream: how long what is known holds
         self._pins: Counter[str] = Counter()
         self._timed: dict[str, float] = {}
+        self._handovers: dict[int, tuple[frozenset[str], float]] = {}
         self._in_use: frozenset[str] = frozenset()
         self._idle: frozenset[str] = frozenset()
         self._stream: Release | None = None
@@ -63,6 +65,15 @@ class Leases:
         """Hold a layer for ``LEASE_S`` from now."""
         self._timed[diff_id] = self._now() + LEASE_S
 
+    def hand_over(self, number: int, diff_ids: Iterable[str]) -> None:
+        """Hold what OpenImage call *number* gets until the snapshotter has reported on it; 0 is no call of a snapshotter."""
+        held = frozenset(diff_ids)
+        if number:
+            self._handovers[number] = held, self._now() + LEASE_S
+        else:
+            for diff_id in held:
+                self.lease(diff_id)
+
     def forget(self, diff_id: str) -> None:
         """The layer was evicted."""
         self._timed.pop(diff_id, None)
@@ -85,10 +96,19 @@ class Leases:
             self._until = self._now() + self._grace
             self._wake()
 
-    def report(self, release: Release, in_use: Iterable[str], idle: Iterable[str]) -> Collection[str]:
-        """What the stream's snapshotter has mounted, in full; returns what is no longer in use."""
+    def report(
+        self,
+        release: Release,
+        in_use: Iterable[str],
+        idle: Iterable[str],
+        last_opened: int = 0,
+        opening: Collection[int] = (),
+    ) -> Collection[str]:
+        """What the stream's snapshotter has mounted, see LeaseUpdate; returns what is no longer in use."""
         if self._stream is not release:
             return ()
+        for number in [number for number in self._handovers if number <= last_opened and number not in opening]:
+            del self._handovers[number]
         before = self._in_use
         self._in_use = frozenset(in_use)
         self._idle = frozenset(idle) - self._in_use
@@ -115,9 +135,19 @@ class Leases:
             if self._now() < until:
                 return True
             del self._timed[diff_id]
+        if self._is_handed_over(diff_id):
+            return True
         if not self._first.is_set():
             return self._now() < self._until
         return self._mounts_known() and (diff_id in self._in_use or (self._stream is None and diff_id in self._idle))
+
+    def _is_handed_over(self, diff_id: str) -> bool:
+        for number, (diff_ids, until) in list(self._handovers.items()):
+            if self._now() >= until:
+                del self._handovers[number]
+            elif diff_id in diff_ids:
+                return True
+        return False
 
     def is_idle_mount(self, diff_id: str) -> bool:
         """Whether it is mounted without users, so that :meth:`release` can set it free."""

@@ -109,7 +109,8 @@ class NodeService(pb_grpc.LayerstoreNodeServicer):
         with self._leases.pinned(layer.diff_id for layer in image.layers):
             origins = [Origin(ref, platform, layer) for layer in image.layers]
             await asyncio.gather(*(self._layers.open(origin, local=local) for origin in origins))
-            layers = [self._layers.use(layer.diff_id) for layer in image.layers]
+            layers = [self._layers.look_up(layer.diff_id) for layer in image.layers]
+            self._leases.hand_over(request.number, [layer.diff_id for layer in layers])
         return pb.OpenImageResponse(
             image=_image(image),
             layers=[
@@ -132,7 +133,8 @@ class NodeService(pb_grpc.LayerstoreNodeServicer):
         async def read() -> None:
             try:
                 async for update in request_iterator:
-                    for diff_id in self._leases.report(release, update.in_use, update.idle):
+                    mounted = update.in_use, update.idle
+                    for diff_id in self._leases.report(release, *mounted, update.last_opened, update.opening):
                         self._room.use(diff_id)  # until now
             finally:
                 requests.put_nowait(None)

@@ -6,7 +6,8 @@ single flight by diff_id. ``users`` changes without an await between the look-up
 A mount whose afs_fused died leaves the map at the next look-up and is unmounted by its last user.
 
 ``_all`` holds every mount that exists, in the map or not, until it is unmounted: :meth:`LayerMounts.leases` tells the
-layerstore of them. ``changed`` is set whenever that list has changed.
+layerstore of them. ``_opening`` has the numbers of the OpenImage calls whose layers are on their way into it.
+``changed`` is set whenever either has changed.
 """
 
 import asyncio
@@ -14,7 +15,8 @@ import contextlib
 import errno
 import logging
 import os
-from collections.abc import AsyncIterator, Collection, Sequence
+import time
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from afs.core.digests import hex_of
 from afs.core.errors import FailedPrecondition, Internal
 from afs.core.mounts import unmount
 from afs.core.singleflight import SingleFlight
+from afs.proto.v1 import layerstore_pb2 as pb
 from afs.snapshotter.fusedprocess import FusedProcess
 
 log = logging.getLogger(__name__)
@@ -53,6 +56,8 @@ class LayerMounts:
         self._mounted: dict[str, MountedLayer] = {}
         self._all: dict[Path, MountedLayer] = {}
         self._mounting: SingleFlight[str, MountedLayer] = SingleFlight()
+        self._opening: set[int] = set()
+        self._last_opened = time.time_ns()  # ascends over restarts
         self.changed = asyncio.Event()
         self._next = 0
         self._going: set[asyncio.Task[None]] = set()
@@ -110,10 +115,25 @@ class LayerMounts:
             del self._mounted[layer.diff_id]
         await asyncio.gather(*(asyncio.shield(task) for task in [self._start_unmount(layer) for layer in idle]))
 
-    def leases(self) -> tuple[set[str], set[str]]:
-        """The diff_ids of what is mounted: (with users, without)."""
+    @contextlib.contextmanager
+    def opening(self) -> Iterator[int]:
+        """The number of an OpenImage call, whose layers are used within the block or not at all."""
+        self._last_opened += 1
+        number = self._last_opened
+        self._opening.add(number)
+        try:
+            yield number
+        finally:
+            self._opening.discard(number)
+            self.changed.set()
+
+    def leases(self) -> pb.LeaseUpdate:
+        """What is mounted and what is on its way, for the layerstore."""
         in_use = {layer.diff_id for layer in self._all.values() if layer.users}
-        return in_use, {layer.diff_id for layer in self._all.values()} - in_use
+        idle = {layer.diff_id for layer in self._all.values()} - in_use
+        return pb.LeaseUpdate(
+            in_use=sorted(in_use), idle=sorted(idle), last_opened=self._last_opened, opening=sorted(self._opening)
+        )
 
     async def release(self, diff_ids: Collection[str]) -> None:
         """Unmount those of *diff_ids* that nobody uses: the layerstore needs their space."""

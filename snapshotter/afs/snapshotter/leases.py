@@ -14,11 +14,11 @@ import grpc.aio
 
 from afs.core.errors import AfsError
 from afs.core.rpc import calling, channel
-from afs.proto.v1 import layerstore_pb2 as pb
 from afs.proto.v1.layerstore_pb2_grpc import LayerstoreNodeStub
 from afs.snapshotter.layermounts import LayerMounts
 
 if TYPE_CHECKING:  # a class of the stub file only
+    from afs.proto.v1 import layerstore_pb2 as pb
     from afs.proto.v1.layerstore_pb2_grpc import LayerstoreNodeAsyncStub
 
 log = logging.getLogger(__name__)
@@ -61,6 +61,5 @@ async def _report(call: "grpc.aio.StreamStreamCall[pb.LeaseUpdate, pb.LeaseReque
     with contextlib.suppress(grpc.aio.UsageError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
         while True:
             mounts.changed.clear()
-            in_use, idle = mounts.leases()
-            await call.write(pb.LeaseUpdate(in_use=sorted(in_use), idle=sorted(idle)))
+            await call.write(mounts.leases())
             await mounts.changed.wait()

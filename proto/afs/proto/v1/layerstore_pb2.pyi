@@ -293,8 +293,11 @@ class OpenImageRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     FORCE_LOCAL_FETCH_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
     force_local_fetch: _builtins.bool
     """pull missing layers on this node instead of asking their owners"""
+    number: _builtins.int
+    """Ascends with every call of the snapshotter, over its restarts too; see LeaseUpdate. 0: somebody without leases."""
     @_builtins.property
     def name(self) -> Global___ImageName: ...
     def __init__(
@@ -302,10 +305,11 @@ class OpenImageRequest(_message.Message):
         *,
         name: Global___ImageName | None = ...,
         force_local_fetch: _builtins.bool = ...,
+        number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["force_local_fetch", b"force_local_fetch", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["force_local_fetch", b"force_local_fetch", "name", b"name", "number", b"number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -371,6 +375,12 @@ class LeaseUpdate(_message.Message):
 
     IN_USE_FIELD_NUMBER: _builtins.int
     IDLE_FIELD_NUMBER: _builtins.int
+    LAST_OPENED_FIELD_NUMBER: _builtins.int
+    OPENING_FIELD_NUMBER: _builtins.int
+    last_opened: _builtins.int
+    """The OpenImage call made last, and those whose layers need not be mounted yet. What all others opened is in the lists,
+    or no longer needed.
+    """
     @_builtins.property
     def in_use(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """diff_ids of mounted layers with users"""
@@ -379,15 +389,19 @@ class LeaseUpdate(_message.Message):
     def idle(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """diff_ids of mounted layers without users"""
 
+    @_builtins.property
+    def opening(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
         self,
         *,
         in_use: _abc.Iterable[_builtins.str] | None = ...,
         idle: _abc.Iterable[_builtins.str] | None = ...,
+        last_opened: _builtins.int = ...,
+        opening: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["idle", b"idle", "in_use", b"in_use"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["idle", b"idle", "in_use", b"in_use", "last_opened", b"last_opened", "opening", b"opening"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

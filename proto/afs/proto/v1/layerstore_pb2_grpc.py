@@ -266,7 +266,7 @@ class LayerstoreNodeServicer:
 
     def OpenImage(self, request, context):
         """Resolve an image and make every layer mountable: complete in a local file, or partial with somebody to read from.
-        The layers stay here for a minute; a mount reported by Leases keeps them longer.
+        The layers stay here for a minute, or until the snapshotter tells on Leases that they are mounted.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

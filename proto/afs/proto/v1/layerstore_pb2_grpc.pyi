@@ -102,7 +102,7 @@ class LayerstoreNodeStub:
     def __new__(cls, channel: _aio.Channel) -> LayerstoreNodeAsyncStub: ...
     OpenImage: _grpc.UnaryUnaryMultiCallable[_layerstore_pb2.OpenImageRequest, _layerstore_pb2.OpenImageResponse]
     """Resolve an image and make every layer mountable: complete in a local file, or partial with somebody to read from.
-    The layers stay here for a minute; a mount reported by Leases keeps them longer.
+    The layers stay here for a minute, or until the snapshotter tells on Leases that they are mounted.
     """
     Leases: _grpc.StreamStreamMultiCallable[_layerstore_pb2.LeaseUpdate, _layerstore_pb2.LeaseRequest]
     """Which layers are mounted, as long as the stream lives and for a grace period after it: they are not evicted. The
@@ -118,7 +118,7 @@ class LayerstoreNodeAsyncStub(LayerstoreNodeStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     OpenImage: _aio.UnaryUnaryMultiCallable[_layerstore_pb2.OpenImageRequest, _layerstore_pb2.OpenImageResponse]  # type: ignore[assignment]
     """Resolve an image and make every layer mountable: complete in a local file, or partial with somebody to read from.
-    The layers stay here for a minute; a mount reported by Leases keeps them longer.
+    The layers stay here for a minute, or until the snapshotter tells on Leases that they are mounted.
     """
     Leases: _aio.StreamStreamMultiCallable[_layerstore_pb2.LeaseUpdate, _layerstore_pb2.LeaseRequest]  # type: ignore[assignment]
     """Which layers are mounted, as long as the stream lives and for a grace period after it: they are not evicted. The
@@ -137,7 +137,7 @@ class LayerstoreNodeServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_layerstore_pb2.OpenImageResponse, _abc.Awaitable[_layerstore_pb2.OpenImageResponse]]:
         """Resolve an image and make every layer mountable: complete in a local file, or partial with somebody to read from.
-        The layers stay here for a minute; a mount reported by Leases keeps them longer.
+        The layers stay here for a minute, or until the snapshotter tells on Leases that they are mounted.
         """
 
     @_abc_1.abstractmethod
