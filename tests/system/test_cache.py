@@ -7,9 +7,9 @@ import contextlib
 import hashlib
 import os
 import random
+import threading
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -26,6 +26,7 @@ from tests.testbed.faults import Fault, FaultServer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
+    from pathlib import Path
 
     from afs.core.cluster import NodeProcesses
     from tests.testbed.cluster import RealCluster
@@ -183,14 +184,15 @@ def test_a_layerstore_killed_in_the_middle_of_a_pull(images: Images) -> None:
     async def scenario(running: RealCluster, server: FaultServer) -> None:
         node, name = running.nodes[0], f"{server.address}/app:v0"
         blob = f"blobs/{images.layers[0].digest}"
-        server.add(Fault(blob, stall=4 * MIB))
+        server.add(Fault(blob, cut=4 * MIB, gate=(gate := threading.Event())))
         task = asyncio.create_task(run(node, name, "true"))
         deadline = time.monotonic() + GRACE
-        while not sum(path.stat().st_size for path in (node.directory / "layerstore/tmp").iterdir()) > MIB:
+        while sum(path.stat().st_size for path in (node.directory / "layerstore/tmp").iterdir()) < 2 * MIB:
             assert time.monotonic() < deadline
             await asyncio.sleep(0.02)
         await asyncio.to_thread(running.kill, node.layerstore)
         await asyncio.gather(task, return_exceptions=True)
+        gate.set()
         server.clear()
         await running.restart(node.layerstore)
         assert list((node.directory / "layerstore/tmp").iterdir()) == []

@@ -46,7 +46,7 @@ class Fault:
         reset: close with a TCP reset where `cut` says, or before the status line without `cut`.
         corrupt: flip the bits of the byte at this offset of the body.
         content_length: claim this length.
-        gate: wait (60 s at most) until it is set before the first byte of the answer.
+        gate: wait (60 s at most) until it is set, before the first byte of the answer or, with `cut`, where that says.
 
     """
 
@@ -284,7 +284,7 @@ class _Handler(BaseHTTPRequestHandler):
         owner = cast("_Server", self.server).owner
         seen = Seen(self.command, self.path, {name.lower(): value for name, value in self.headers.items()})
         fault = owner.take(seen) or Fault("")
-        if fault.gate is not None:
+        if fault.gate is not None and fault.cut is None:
             fault.gate.wait(_GATE_TIMEOUT)
         if fault.reset and fault.cut is None:
             self._reset()
@@ -308,6 +308,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body if fault.cut is None else body[: fault.cut])
+        if fault.cut is not None and fault.gate is not None:
+            self.wfile.flush()
+            fault.gate.wait(_GATE_TIMEOUT)
         if fault.cut is not None and fault.reset:
             self._reset()
         if fault.cut is not None or length != len(body):

@@ -107,7 +107,8 @@ async def test_partial_layers_count_as_far_as_they_are_filled_and_go_too(world: 
     await two.layers.fill(world.diff_id, 1, 2)
     (after,) = two.room.status().layers
     assert after.used == before.used + 2 * MIB
-    with pytest.raises(CacheFull):  # it was filled a moment ago
+    two.layers.use(world.diff_id)  # a peer reads it
+    with pytest.raises(CacheFull):
         await two.layers.open(world.origins[1], local=True)
     world.clock.now += LEASE_S
     await two.layers.open(world.origins[1], local=True)
