@@ -9,7 +9,8 @@ import os
 import random
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -26,7 +27,6 @@ from tests.testbed.faults import Fault, FaultServer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
-    from pathlib import Path
 
     from afs.core.cluster import NodeProcesses
     from tests.testbed.cluster import RealCluster
@@ -251,6 +251,39 @@ def test_a_disk_that_runs_full(images: Images, small_disk: Path, busybox_image: 
 
     with cluster(1, proxy=False, layerstore_flags=(f"--root={small_disk}", "--reserve=1M")) as running:
         asyncio.run(scenario(running.nodes[0]))
+
+
+def test_evicting_a_partial_layer_gives_its_space_back(images: Images) -> None:
+    """afs_fused must not keep the files of what is not mounted any more open."""
+
+    def held(running: RealCluster, node: NodeProcesses) -> list[str]:
+        """Deleted files of the cache that some process has open."""
+        found = []
+        for link in Path("/proc").glob("[0-9]*/fd/*"):
+            with contextlib.suppress(OSError):
+                target = os.readlink(link)
+                if target.startswith(str(node.directory / "layerstore")) and target.endswith("(deleted)"):
+                    found.append(f"{link} -> {target}")
+        return found
+
+    async def scenario(running: RealCluster) -> None:
+        for number in (0, 1, 2):
+            await check(running.nodes[0], images, number)
+        node = await running.cluster.start_node(2)
+        for number in (0, 1, 2):
+            await check(node, images, number)
+        found = await until(node, lambda found: not own_layers(found, images).get(2))
+        assert sorted(own_layers(found, images)) == [1, 2]
+        assert not any(layer.complete for layer in found.layers)
+        assert held(running, node) == []
+        await check(node, images, 0)
+
+    with cluster(1, proxy=False) as running:
+        # Only the second node is small.
+        running.cluster.settings = replace(
+            running.cluster.settings, layerstore_flags=(f"--capacity={22 * MIB}", "--reserve=1M")
+        )
+        asyncio.run(scenario(running))
 
 
 def test_a_flipped_byte_heals_while_it_is_mounted(images: Images) -> None:

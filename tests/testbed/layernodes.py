@@ -14,7 +14,7 @@ from afs.discovery.client import Announcer, Peer
 from afs.discovery.directory import Directory
 from afs.discovery.server import DiscoveryService
 from afs.layerstore.images import Images
-from afs.layerstore.layers import Layers, Origin
+from afs.layerstore.layers import Layers
 from afs.layerstore.leases import Leases
 from afs.layerstore.manifests import Layer
 from afs.layerstore.partial import PartialLayer
@@ -25,6 +25,7 @@ from afs.layerstore.registryoptions import RegistryOptions
 from afs.layerstore.room import Room
 from afs.layerstore.server import NodeService, PeerService
 from afs.layerstore.store import CompleteLayer, LayerStore
+from afs.layerstore.supply import Origin
 from afs.proto.v1 import layerstore_pb2 as pb
 from afs.proto.v1.discovery_pb2_grpc import add_DiscoveryServicer_to_server
 from afs.proto.v1.layerstore_pb2_grpc import add_LayerstoreNodeServicer_to_server, add_LayerstorePeerServicer_to_server

@@ -166,9 +166,9 @@ async def test_origins_are_known_after_a_restart(world: World) -> None:
     image = await two.images.resolve(world.origin.ref, world.origin.platform, here=True)
     assert image.layers[0] == world.origin.layer
     await two.images.close()
-    two.layers._origins.clear()
+    two.layers._supply.forget(world.diff_id)
     two.layers.restore()
-    assert two.layers._origins[world.diff_id] == world.origin
+    assert two.layers._supply.origin(world.diff_id) == world.origin
 
 
 # Leases
@@ -398,6 +398,19 @@ async def test_a_pulled_layer_that_was_damaged_is_repaired_before_a_partial_one_
     await two.layers.fill(world.diff_id, 1, 1)
     assert partial.read(1) == complete_of(one, world).read_chunk(1)
     verified(complete.path)
+
+
+async def test_a_damaged_layer_beside_a_partial_one_is_an_error_at_the_deadline(world: World) -> None:
+    one = await world.node("n1")
+    await pull(world, one, 0)
+    two = await world.node("n2", deadline=0.2)
+    partial = await open_partial(world, two)
+    flip((await two.puller.pull(world.origin.ref, world.origin.layer)).path, MIB)
+    await one.stop_serving()
+    world.server.add(Fault("", status=404))
+    with pytest.raises(LayerUnavailable):
+        await two.layers.fill(world.diff_id, 1, 1)
+    assert not partial.has(1)
 
 
 async def test_what_nobody_can_repair_is_an_error_to_the_reader(world: World) -> None:

@@ -11,11 +11,12 @@ from typing_extensions import override
 from afs.core.digests import check_digest
 from afs.core.images import ImageRef, Platform, parse_image, parse_platform
 from afs.layerstore.images import Images
-from afs.layerstore.layers import Layers, Origin
+from afs.layerstore.layers import Layers
 from afs.layerstore.manifests import Image, Layer
 from afs.layerstore.peers import layer_message
 from afs.layerstore.room import Room
 from afs.layerstore.store import CompleteLayer
+from afs.layerstore.supply import Origin
 from afs.proto.v1 import layerstore_pb2 as pb
 from afs.proto.v1 import layerstore_pb2_grpc as pb_grpc
 
