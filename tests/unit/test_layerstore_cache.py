@@ -12,6 +12,7 @@ import pytest
 
 from afs.core.errors import NotFound, ResourceExhausted
 from afs.core.rpc import calling, channel
+from afs.layerstore.afslyr.layout import pack_header
 from afs.layerstore.afslyr.reader import verify_layer
 from afs.layerstore.errors import CacheFull, DamagedLayer, DiskFull, LayerUnavailable
 from afs.layerstore.leases import LEASE_S
@@ -315,7 +316,11 @@ async def test_without_peers_it_is_repaired_from_its_source(world: World) -> Non
     node = await world.node("n1")
     complete = await pull(world, node, 0)
     flip(complete.path, MIB)
-    flip(complete.path, complete.layout.table_offset)  # the table on disk; that in memory is right
+    for offset in (8, complete.layout.table_offset, complete.layout.file_size - 60):  # what is in memory is right
+        flip(complete.path, offset)
+    other = await world.node("n2")
+    size, header, table, _ = await other.layers._peers.describe_layer(node.announcer.me, world.diff_id)
+    assert (size, header, table) == (complete.layout.file_size, pack_header(complete.layout), complete.table)
     with pytest.raises(DamagedLayer):
         await node.layers.read_chunk(world.diff_id, 1)
     await settled(node)

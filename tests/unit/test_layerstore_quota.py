@@ -385,7 +385,10 @@ async def test_the_file_system_s_free_space_counts_as_well(tmp_path: Path) -> No
             path.unlink()
             assert world.here() == {A, B}
     world.store.available = 29 * KIB
-    with world.room.leases.pinned([A, B]), pytest.raises(CacheFull, match=r"29\.0 KiB free on the disk$"):
+    with (
+        world.room.leases.pinned([A, B]),
+        pytest.raises(CacheFull, match=r"29\.0 KiB free on the disk, of which 10\.0 KiB stay free$"),
+    ):
         async with world.room.reserved("x", 20 * KIB):
             raise AssertionError
     assert world.here() == {A, B}

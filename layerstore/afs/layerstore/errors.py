@@ -73,18 +73,13 @@ class LayerUnavailable(Unavailable):
 class CacheFull(ResourceExhausted):
     """There is no room for a layer, and all that is here is leased. Sizes in bytes."""
 
-    def __init__(self, node: str, diff_id: str, needed: int, used: int, capacity: int, free: int) -> None:
-        self.node, self.diff_id, self.needed, self.used, self.capacity, self.free = (
-            node,
-            diff_id,
-            needed,
-            used,
-            capacity,
-            free,
-        )
+    def __init__(self, node: str, diff_id: str, needed: int, used: int, capacity: int, free: int, reserve: int) -> None:
+        self.node, self.diff_id, self.needed, self.used = node, diff_id, needed, used
+        self.capacity, self.free, self.reserve = capacity, free, reserve
         super().__init__(
             f"cache of node {node} is full: layer {diff_id} needs {format_size(needed)}, {format_size(used)} of "
-            f"{format_size(capacity)} are used and leased, {format_size(free)} free on the disk"
+            f"{format_size(capacity)} are used and leased, {format_size(free)} free on the disk, of which "
+            f"{format_size(reserve)} stay free"
         )
 
 

@@ -235,7 +235,10 @@ class Layers:
         if index >= layer.table.count:
             raise InvalidArgument(f"layer {diff_id} has {layer.table.count} chunks, no chunk {index}")
         if isinstance(layer, CompleteLayer):
-            data = await asyncio.to_thread(layer.read_chunk, index)
+            try:
+                data = await asyncio.to_thread(layer.read_chunk, index)
+            except FileNotFoundError:  # the thread waited longer than the lease lasts
+                raise NotFound(f"layer {diff_id} is not on this node") from None
             if data is None:
                 self.repairs.suspect(layer)
                 self._in_background(self.repairs.check(layer))
@@ -287,6 +290,8 @@ class Layers:
             except (LayerUnavailable, DataLoss) as error:
                 log.warning("layer %s cannot be completed from peers: %s; pulling it", origin.layer.diff_id, error.line)
             await self._supply.pull(origin)
+            if (partial := self._partials.get(origin.layer.diff_id)) is not None:
+                await self._drop(partial)
             return True
 
     async def _from_peers(self, diff_id: str) -> bool | None:

@@ -161,9 +161,8 @@ class Room:
                 quota = self._quota
                 # Its own part is not what fills the cache.
                 used = quota.used + quota.least - reservation.least
-                raise CacheFull(
-                    self._node, reservation.diff_id, reservation.least, used, quota.capacity, self._store.free()
-                )
+                sizes = reservation.least, used, quota.capacity, self._store.free(), self._headroom
+                raise CacheFull(self._node, reservation.diff_id, *sizes)
 
     # Eviction
 

@@ -1,15 +1,15 @@
 """The gRPC services of the layerstore: to peers, and to the node's own snapshotter."""
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Collection
 from typing import Any
 
 import grpc.aio
 from typing_extensions import override
 
-from afs.core.digests import check_digest
+from afs.core.digests import check_digest, hex_of
 from afs.core.images import ImageRef, Platform, parse_image, parse_platform
+from afs.layerstore.afslyr.layout import pack_footer, pack_header
 from afs.layerstore.images import Images
 from afs.layerstore.layers import Layers
 from afs.layerstore.manifests import Image, Layer
@@ -67,29 +67,18 @@ class PeerService(pb_grpc.LayerstorePeerServicer):
     @override
     async def DescribeLayer(self, request: pb.DescribeLayerRequest, context: Context) -> pb.DescribeLayerResponse:
         layer = self._layers.use(check_digest(request.diff_id))
-        layout, table = layer.layout, layer.table
-        path = layer.path if isinstance(layer, CompleteLayer) else layer.data_path
-        header, footer = await asyncio.to_thread(
-            _ends, str(path), layout.tar_offset, layout.table_offset + len(table.digests)
-        )
+        # From memory, where it was checked, not from the file, which may have been damaged since.
         return pb.DescribeLayerResponse(
-            size_bytes=layout.file_size,
-            header=header,
-            table=table.digests,
-            footer=footer,
+            size_bytes=layer.layout.file_size,
+            header=pack_header(layer.layout),
+            table=layer.table.digests,
+            footer=pack_footer(layer.layout, bytes.fromhex(hex_of(layer.table.root_digest))),
             complete=isinstance(layer, CompleteLayer),
         )
 
     @override
     async def ReadChunk(self, request: pb.ReadChunkRequest, context: Context) -> pb.ReadChunkResponse:
         return pb.ReadChunkResponse(data=await self._layers.read_chunk(check_digest(request.diff_id), request.index))
-
-
-def _ends(path: str, header_end: int, footer_start: int) -> tuple[bytes, bytes]:
-    with open(path, "rb") as file:
-        header = file.read(header_end)
-        size = os.fstat(file.fileno()).st_size
-        return header, os.pread(file.fileno(), size - footer_start, footer_start)
 
 
 class NodeService(pb_grpc.LayerstoreNodeServicer):

@@ -165,7 +165,10 @@ class LayerStore:
         return self.root / "tmp" / secrets.token_hex(8)
 
     def complete(self, diff_id: str) -> CompleteLayer | None:
-        """The layer if all of it is here. A file whose header or table is damaged is removed and counts as absent."""
+        """The layer if all of it is here. A file whose header or table is damaged is removed and counts as absent.
+
+        It is read at the first look-up only. A mount that an earlier process gave it to goes on reading the removed file.
+        """
         layer = self._complete.get(diff_id)
         if layer is not None:
             return layer

@@ -224,7 +224,7 @@ class DescribeLayerResponse(_message.Message):
     COMPLETE_FIELD_NUMBER: _builtins.int
     size_bytes: _builtins.int
     header: _builtins.bytes
-    """the file's first 4096 bytes"""
+    """the file's first 1024 bytes"""
     table: _builtins.bytes
     """the chunk table"""
     footer: _builtins.bytes
