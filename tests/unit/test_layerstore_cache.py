@@ -17,6 +17,7 @@ from afs.layerstore.afslyr.reader import verify_layer
 from afs.layerstore.errors import CacheFull, DamagedLayer, DiskFull, LayerUnavailable
 from afs.layerstore.leases import LEASE_S
 from afs.layerstore.partial import PartialLayer
+from afs.layerstore.peers import Peers
 from afs.layerstore.scrub import Scrubber
 from afs.layerstore.store import CompleteLayer
 from afs.proto.v1 import layerstore_pb2 as pb
@@ -28,6 +29,8 @@ from tests.testbed.layernodes import LAYER_SIZE, Node, World, complete_of, open_
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
+
+    from afs.discovery.client import Peer
 
 MIB = 1 << 20
 
@@ -117,6 +120,33 @@ async def test_partial_layers_count_as_far_as_they_are_filled_and_go_too(world: 
     assert two.store.partial_ids() == []
     assert not partial.directory.exists()
     assert isinstance(await two.layers.open(world.origin, local=False), PartialLayer), "it may come back"
+
+
+async def test_a_fill_that_nobody_waits_for_any_more_still_holds_the_layer(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = await world.node("n1"), await world.node("n2")
+    await pull(world, one, 0)
+    partial = await open_partial(world, two)
+    reading, gate = asyncio.Event(), asyncio.Event()
+    real = Peers.read_chunk
+
+    async def read_chunk(self: Peers, peer: Peer, diff_id: str, index: int) -> bytes:
+        reading.set()
+        await gate.wait()
+        return await real(self, peer, diff_id, index)
+
+    monkeypatch.setattr(Peers, "read_chunk", read_chunk)
+    filling = asyncio.create_task(two.layers.fill(world.diff_id, 1, 1))
+    await reading.wait()
+    filling.cancel()
+    await asyncio.wait([filling])
+    assert not await two.room.drop(world.diff_id)
+    gate.set()
+    await partial.idle()
+    assert partial.has(1)
+    assert await two.room.drop(world.diff_id)
+    assert here(two, world) == []
 
 
 async def test_a_partial_layer_finds_no_room_for_its_metadata(world: World) -> None:

@@ -12,6 +12,7 @@ State and locks (one event loop):
 """
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import Awaitable
@@ -92,9 +93,13 @@ class Layers:
             log.warning("dropping the partial layer %s: %s", diff_id, error)
             self._store.drop_partial(diff_id)
             return
-        partial.on_full = self._on_full
-        self._partials[diff_id] = partial
+        self._take_in(partial)
         self._announcer.hold(diff_id, partial.layout.file_size, complete=False)
+
+    def _take_in(self, partial: PartialLayer) -> None:
+        partial.on_full = self._on_full
+        partial.pin = functools.partial(self._pinned, [partial.diff_id])
+        self._partials[partial.diff_id] = partial
 
     async def close(self) -> None:
         """End what is under way and close the files."""
@@ -133,7 +138,7 @@ class Layers:
         self._supply.forget(diff_id)
         partial = self._partials.pop(diff_id, None)
         if partial is not None:
-            partial.close()  # nothing is being filled: that would hold a pin
+            partial.close()  # nothing is being filled or read: that would hold a pin
         return self._store.detach(diff_id)
 
     async def open(self, origin: Origin, *, local: bool) -> OpenLayer:
@@ -199,8 +204,7 @@ class Layers:
             # Only of this room can a container be sure; what it reads later may push others out.
             async with self._room.reserved(diff_id, len(chunks) * partial.layout.chunk_size) as reservation:
                 self._supply.provide(diff_id, holders)
-                partial.on_full = self._on_full
-                self._partials[diff_id] = partial
+                self._take_in(partial)
                 self._room.note(diff_id)
                 await partial.fill(chunks, self._supply.fetch)
                 self._room.settle(reservation)
@@ -231,27 +235,35 @@ class Layers:
 
     async def read_chunk(self, diff_id: str, index: int) -> bytes:
         """A chunk for a peer. NotFound if it is not here; DamagedLayer if it is damaged, and then it is being repaired."""
-        layer = self.use(diff_id)
-        if index >= layer.table.count:
-            raise InvalidArgument(f"layer {diff_id} has {layer.table.count} chunks, no chunk {index}")
-        if isinstance(layer, CompleteLayer):
-            try:
-                data = await asyncio.to_thread(layer.read_chunk, index)
-            except FileNotFoundError:  # the thread waited longer than the lease lasts
-                raise NotFound(f"layer {diff_id} is not on this node") from None
-            if data is None:
-                self.repairs.suspect(layer)
-                self._in_background(self.repairs.check(layer))
-        elif not layer.has(index):
-            raise NotFound(f"chunk {index} of layer {diff_id} is not on this node")
-        else:
-            data = await layer.read_async(index)
-            if data is None:
-                log.error("layer %s: chunk %d is damaged on disk; fetching it again", diff_id, index)
-                layer.unmark(index)
-                self._in_background(self.fill(diff_id, index, 1))
+        with self._pinned([diff_id]):
+            layer = self.use(diff_id)
+            if index >= layer.table.count:
+                raise InvalidArgument(f"layer {diff_id} has {layer.table.count} chunks, no chunk {index}")
+            data = await (
+                self._read(layer, index) if isinstance(layer, CompleteLayer) else self._read_part(layer, index)
+            )
         if data is None:
             raise DamagedLayer(diff_id, f"chunk {index}")
+        return data
+
+    async def _read(self, layer: CompleteLayer, index: int) -> bytes | None:
+        try:
+            data = await asyncio.to_thread(layer.read_chunk, index)
+        except FileNotFoundError:  # it is pinned, so this was somebody's hand
+            raise NotFound(f"{layer.path} is gone") from None
+        if data is None:
+            self.repairs.suspect(layer)
+            self._in_background(self.repairs.check(layer))
+        return data
+
+    async def _read_part(self, layer: PartialLayer, index: int) -> bytes | None:
+        if not layer.has(index):
+            raise NotFound(f"chunk {index} of layer {layer.diff_id} is not on this node")
+        data = await layer.read_async(index)
+        if data is None:
+            log.error("layer %s: chunk %d is damaged on disk; fetching it again", layer.diff_id, index)
+            layer.unmark(index)
+            self._in_background(self.fill(layer.diff_id, index, 1))
         return data
 
     def _in_background(self, work: Awaitable[object]) -> None:

@@ -14,9 +14,12 @@ State and locks. One :class:`PartialLayer` per diff_id, owned by the layerstore'
   disk would cost every first run of an image more than that.
 - ``on_full`` is called when the disk took no more of a chunk: it makes room and returns, or raises to give the chunk up.
   The map needs no room later: its blocks are allocated when it is made, all zeros.
+- ``pin`` is held by every such task, for it goes on when those who waited for it are gone: the layer is not evicted, and
+  its descriptor not closed below a write.
 """
 
 import asyncio
+import contextlib
 import functools
 import logging
 import mmap
@@ -67,6 +70,7 @@ class PartialLayer:
         self._filling: dict[int, asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(AT_ONCE)
         self.on_full: OnFull = _give_up
+        self.pin: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
     @property
     def data_path(self) -> Path:
@@ -179,10 +183,14 @@ class PartialLayer:
             task.exception()  # retrieved: its readers may all have gone
 
     async def _fill_one(self, index: int, fetch: Fetch) -> None:
-        async with self._slots:
-            data, since = await fetch(self, index), time.monotonic()
-            while not await self._written(index, data):
-                await self.on_full(self, len(data), since)
+        with self.pin():
+            async with self._slots:
+                await self._fetch_and_write(index, fetch)
+
+    async def _fetch_and_write(self, index: int, fetch: Fetch) -> None:
+        data, since = await fetch(self, index), time.monotonic()
+        while not await self._written(index, data):
+            await self.on_full(self, len(data), since)
 
     async def _written(self, index: int, data: bytes) -> bool:
         """Write a chunk; false if the disk is full."""
