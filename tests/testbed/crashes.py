@@ -1,7 +1,7 @@
 """Ends or fails a piece of work at each of its file-system calls in turn, and looks at what is left.
 
 A program of its own, because it forks, which a process with gRPC's threads must not:
-`python -m tests.testbed.crashes MODULE SCENARIO kill|enospc DIRECTORY` prints how many calls there were.
+`python -m tests.testbed.crashes MODULE SCENARIO DIRECTORY` prints how many calls there were, to kill at and to fail.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 import threading
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -145,10 +145,12 @@ def _step(function: Callable[[Path], None], root: Path, what: str) -> None:
 
 def run_scenario(scenario: Scenario, mode: Mode, directory: Path) -> int:
     """How many calls `scenario` makes; SystemExit if something is wrong after it was ended at one of them."""
+    template = directory / "template"
+    template.mkdir(parents=True)
+    _step(scenario.prepare, template, "prepare")
     for at in range(1, _MOST):
         root = directory / str(at)
-        root.mkdir()
-        _step(scenario.prepare, root, "prepare")
+        shutil.copytree(template, root)
         status = _in_child(lambda root=root, at=at: _work(scenario, root, at, mode))  # type: ignore[misc]  # a default
         if status not in (_DONE, _STRUCK, -signal.SIGKILL):
             raise SystemExit(f"call {at}: the work ended with {status}")
@@ -159,19 +161,21 @@ def run_scenario(scenario: Scenario, mode: Mode, directory: Path) -> int:
     raise SystemExit(f"more than {_MOST} calls")
 
 
-def crash_everywhere(scenario: type[Scenario], mode: Mode, directory: Path) -> int:
-    """`run_scenario` in a fresh interpreter; AssertionError with its output if something is wrong."""
-    argv = [sys.executable, "-m", "tests.testbed.crashes", scenario.__module__, scenario.__name__, mode, str(directory)]
+def crash_everywhere(scenario: type[Scenario], directory: Path) -> tuple[int, int]:
+    """`run_scenario` in a fresh interpreter, both modes; AssertionError with its output if something is wrong."""
+    argv = [sys.executable, "-m", "tests.testbed.crashes", scenario.__module__, scenario.__name__, str(directory)]
     done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return int(done.stdout)
+    killed, starved = done.stdout.split()
+    return int(killed), int(starved)
 
 
 def main() -> None:
     """Run one scenario."""
-    module, name, mode, directory = sys.argv[1:]
+    module, name, directory = sys.argv[1:]
     scenario: Scenario = getattr(importlib.import_module(module), name)()
-    print(run_scenario(scenario, "kill" if mode == "kill" else "enospc", Path(directory)))
+    for mode in get_args(Mode):
+        print(run_scenario(scenario, mode, Path(directory) / mode))
 
 
 if __name__ == "__main__":
