@@ -6,12 +6,14 @@ import asyncio
 import errno
 import json
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from afs.core.errors import NotFound, ResourceExhausted
 from afs.core.rpc import calling, channel
+from afs.layerstore import pull as pulling
 from afs.layerstore.afslyr.layout import pack_header
 from afs.layerstore.afslyr.reader import verify_layer
 from afs.layerstore.errors import CacheFull, DamagedLayer, DiskFull, LayerUnavailable
@@ -20,6 +22,7 @@ from afs.layerstore.partial import PartialLayer
 from afs.layerstore.peers import Peers
 from afs.layerstore.scrub import Scrubber
 from afs.layerstore.store import CompleteLayer
+from afs.layerstore.workers import Workers
 from afs.proto.v1 import layerstore_pb2 as pb
 from afs.proto.v1.layerstore_pb2_grpc import LayerstoreNodeStub
 from tests.testbed import mounts
@@ -28,8 +31,6 @@ from tests.testbed.layernodes import LAYER_SIZE, Node, World, complete_of, open_
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
-
     from afs.discovery.client import Peer
 
 MIB = 1 << 20
@@ -94,6 +95,28 @@ async def test_a_full_cache_is_that_pull_s_error_only(world: World) -> None:
     world.clock.now += LEASE_S
     await node.layers.ensure(world.origins[2])
     assert here(node, world) == [1, 2]
+
+
+async def test_a_blob_that_becomes_far_more_than_it_promised_is_stopped_on_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_world(tmp_path, "gzip") as world:
+        node = await world.node("n1", quota=MIB)
+        ended = asyncio.Event()
+
+        async def inflate(self: Workers, job: dict[str, Any]) -> dict[str, Any]:
+            Path(job["out"]).write_bytes(bytes(2 * MIB))
+            try:
+                return await asyncio.Future()  # it would go on for ever
+            finally:
+                ended.set()
+
+        monkeypatch.setattr(Workers, "run", inflate)
+        monkeypatch.setattr(pulling, "_LOOK_S", 0.001)
+        with pytest.raises(CacheFull):
+            await node.layers.open(world.origin, local=True)
+        assert ended.is_set()
+        assert list((node.store.root / "tmp").iterdir()) == []
 
 
 async def test_an_owner_whose_cache_is_full_is_stood_in_for(world: World) -> None:

@@ -358,6 +358,23 @@ async def test_the_true_size_may_be_refused_too(world: World) -> None:
         assert (world.quota.used, world.quota.likely) == (44 * KIB, 0)
 
 
+async def test_what_grows_beyond_the_guess_needs_more_room(world: World) -> None:
+    world.put(A, 40 * KIB)
+    world.put(B, 20 * KIB)
+    path = world.store.temporary()
+    with world.room.leases.pinned([B]):
+        async with world.room.reserved("x", 4 * KIB, compressed=True, path=path) as reservation:
+            await world.room.grow(reservation)  # nothing is written yet
+            for size, left in ((16, {A, B}), (20, {A, B}), (60, {B})):
+                path.write_bytes(bytes(size * KIB))
+                await world.room.grow(reservation)
+                assert set(world.store.complete_ids()) == left
+            path.write_bytes(bytes(140 * KIB))
+            with pytest.raises(CacheFull):
+                await world.room.grow(reservation)
+            path.unlink()
+
+
 async def test_two_at_once_count_on_different_victims(world: World) -> None:
     for diff_id in (A, B, C, D):
         world.put(diff_id)

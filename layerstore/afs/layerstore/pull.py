@@ -29,6 +29,7 @@ from afs.layerstore.store import NO_SPACE, CompleteLayer, LayerStore
 from afs.layerstore.workers import Workers
 
 log = logging.getLogger(__name__)
+_LOOK_S = 1.0  # a converter writes some 500 MiB in that time, less than the disk's headroom
 _PATIENCE_S, _LEAST_RATE = 120.0, 64 << 10  # seconds, and bytes per second, that a source may take for a layer
 
 
@@ -92,7 +93,7 @@ class Puller:
             layer.diff_id, layer.blob_size, compressed=compressed, path=temporary
         ) as reservation:
             try:
-                answer = await self._within(ref, layer, self._workers.run(job))
+                answer = await self._within(ref, layer, self._watched(job, reservation))
                 if "error" in answer:
                     self._fail(ref, layer, answer)
                 await self._room.correct(reservation, temporary.stat().st_blocks * 512)
@@ -103,6 +104,17 @@ class Puller:
                 raise
             finally:  # the worker removes it when it fails, unless it was killed
                 temporary.unlink(missing_ok=True)
+
+    async def _watched(self, job: dict[str, Any], reservation: Reservation) -> dict[str, Any]:
+        """The answer to *job*, cancelled when what it writes has no room: a blob may become a thousand times its size."""
+        task = asyncio.create_task(self._workers.run(job))
+        try:
+            while not (await asyncio.wait([task], timeout=_LOOK_S))[0]:
+                await self._room.grow(reservation)
+            return task.result()
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
 
     async def _within(self, ref: ImageRef, layer: Layer, work: Awaitable[dict[str, Any]]) -> dict[str, Any]:
         """*work*, unless the source is so slow that it only takes up a worker that others wait for."""

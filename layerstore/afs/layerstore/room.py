@@ -77,7 +77,7 @@ class Room:
         """The layer's files are new or have grown."""
         used, last_use = self._store.usage(diff_id)
         self._quota.put(diff_id, used, last_use)
-        if self._short_of(HIGH) > 0:
+        if self._short_of(HIGH, likely=False) > 0:
             self._look.set()
 
     def use(self, diff_id: str) -> None:
@@ -142,6 +142,13 @@ class Room:
             self._quota.release(reservation)
             self._paths.pop(reservation, None)
 
+    async def grow(self, reservation: Reservation) -> None:
+        """Look at what was written so far: more than was guessed needs more room. Raises CacheFull."""
+        written = _allocated(self._paths[reservation])
+        if written > reservation.likely:
+            reservation.least, reservation.likely = written, 2 * written
+            await self._fit(reservation)
+
     async def correct(self, reservation: Reservation, size: int) -> None:
         """The layer takes *size* bytes, as it turned out. Raises CacheFull."""
         reservation.least = reservation.likely = size
@@ -166,10 +173,10 @@ class Room:
 
     # Eviction
 
-    async def _make(self, level: float, *, in_vain: bool = False) -> int:
+    async def _make(self, level: float, *, guesses: bool = True) -> int:
         """Evict until :meth:`_short_of` *level* is 0 or less, or nothing is left to go; what is still short, in bytes.
 
-        Unless *in_vain*, nothing is evicted for a promise that would not fit even then.
+        For *guesses* nothing is evicted if what is certain would not fit even then.
         """
         await self.leases.known()
         refused: set[str] = set()
@@ -177,10 +184,10 @@ class Room:
         def may_go(diff_id: str) -> bool:
             return diff_id not in refused and not self.leases.is_leased(diff_id)
 
-        while (short := self._short_of(level)) > 0:
+        while (short := self._short_of(level, likely=guesses)) > 0:
             victims = self._quota.oldest(short, may_go)
             reachable = sum(self._quota.used_by(diff_id) for diff_id in victims)
-            if not victims or (not in_vain and self._short_of(level, likely=False) > reachable):
+            if not victims or (guesses and self._short_of(level, likely=False) > reachable):
                 break
             refused |= await self._evict(victims)
         return short
@@ -227,13 +234,16 @@ class Room:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._look.wait(), LOOK_S)
             self._look.clear()
-            await self.tidy()
+            try:
+                await self.tidy()
+            except OSError as error:  # a disk that fails now may be mended when we look again
+                log.error("cannot evict: %s", error)
 
     async def tidy(self) -> None:
         """Evict down to the low-water mark if use is above the high one."""
         async with self._making:
-            if self._short_of(HIGH) > 0:
-                await self._make(LOW, in_vain=True)
+            if self._short_of(HIGH, likely=False) > 0:
+                await self._make(LOW, guesses=False)
 
 
 def _allocated(path: Path) -> int:
