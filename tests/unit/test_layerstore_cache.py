@@ -31,6 +31,7 @@ from tests.testbed.layernodes import LAYER_SIZE, Node, World, complete_of, open_
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
     from afs.discovery.client import Peer
 
 MIB = 1 << 20
