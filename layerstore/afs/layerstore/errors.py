@@ -95,4 +95,4 @@ class DamagedLayer(DataLoss):
 
     def __init__(self, diff_id: str, where: str) -> None:
         self.diff_id = diff_id
-        super().__init__(f"layer {diff_id}: {where} is damaged on disk and being repaired")
+        super().__init__(f"layer {diff_id}: {where} is damaged on disk, and not repaired yet")

@@ -15,7 +15,7 @@ import asyncio
 import functools
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from afs.core.errors import AfsError, DataLoss, InvalidArgument, NotFound
@@ -253,7 +253,7 @@ class Layers:
             raise NotFound(f"{layer.path} is gone") from None
         if data is None:
             self.repairs.suspect(layer)
-            self._in_background(self.repairs.check(layer))
+            self._in_background(functools.partial(self.repairs.check, layer))
         return data
 
     async def _read_part(self, layer: PartialLayer, index: int) -> bytes | None:
@@ -263,13 +263,13 @@ class Layers:
         if data is None:
             log.error("layer %s: chunk %d is damaged on disk; fetching it again", layer.diff_id, index)
             layer.unmark(index)
-            self._in_background(self.fill(layer.diff_id, index, 1))
+            self._in_background(functools.partial(self.fill, layer.diff_id, index, 1))
         return data
 
-    def _in_background(self, work: Awaitable[object]) -> None:
+    def _in_background(self, work: Callable[[], Awaitable[object]]) -> None:
         async def run() -> None:
             try:
-                await work
+                await work()
             except (AfsError, OSError) as error:
                 log.error("repair: %s", error)
 

@@ -15,12 +15,12 @@ import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from afs.core.digests import hex_of
 from afs.core.errors import AfsError
 from afs.core.singleflight import SingleFlight
 from afs.discovery.client import Announcer
+from afs.layerstore.afslyr.errors import CorruptLayer
 from afs.layerstore.afslyr.reader import pread_exact, read_layer
-from afs.layerstore.errors import DamagedLayer
+from afs.layerstore.errors import LayerUnavailable
 from afs.layerstore.room import Room
 from afs.layerstore.store import CompleteLayer
 
@@ -111,7 +111,8 @@ async def damaged_chunks(layer: CompleteLayer, *, pause: float = 0.0) -> list[in
 async def repair(layer: CompleteLayer, chunks: list[int], from_peers: FromPeers, copy: Copy | None) -> None:
     """Write *chunks* anew, and table and footer if they are damaged too.
 
-    Raises DamagedLayer if neither peers nor *copy* have what is needed, and what *copy* raises.
+    Raises LayerUnavailable if no peer has what is needed and there is no *copy*, and what *copy* raises; CorruptLayer if
+    the layer was never right.
     """
     if await asyncio.to_thread(layer.repair_tail):
         log.error("layer %s: its chunk table was damaged on disk; written anew", layer.diff_id)
@@ -125,7 +126,9 @@ async def repair(layer: CompleteLayer, chunks: list[int], from_peers: FromPeers,
     if not left:
         return
     if copy is None:
-        raise DamagedLayer(layer.diff_id, f"chunk {left[0]}")
+        raise LayerUnavailable(
+            layer.diff_id, f"no peer has chunk {left[0]}, and nobody said where the layer comes from"
+        )
     async with copy() as path:
         await asyncio.to_thread(_take_from, path, layer, left)
 
@@ -135,8 +138,8 @@ def _take_from(path: Path, layer: CompleteLayer, chunks: list[int]) -> None:
     try:
         _, table = read_layer(fd)
         if table != layer.table:
-            # The file is a function of the tar, so this layer was never right: a peer made its index up.
-            raise DamagedLayer(layer.diff_id, f"the index (root digest {hex_of(layer.table.root_digest)[:12]})")
+            # The file is a function of the tar: a peer made this one's index up.
+            raise CorruptLayer("its index is not the one that its tar gives", layer=layer.diff_id)
         for index in chunks:
             offset, length = table.chunk_range(index, layer.layout)
             layer.write_chunk(index, pread_exact(fd, length, offset))
