@@ -5,16 +5,23 @@ import contextlib
 import io
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
+import grpc.aio
 import pytest
+from typing_extensions import override
 
 from afs.afslet.diff import diff_chunks
 from afs.core.digests import sha256_digest
 from afs.core.errors import Internal
 from afs.core.mounts import list_mounts, unmount, unmount_below
+from afs.core.rpc import serving
 from afs.layerstore.afslyr.convert import convert
+from afs.proto.v1 import layerstore_pb2 as pb
+from afs.proto.v1 import layerstore_pb2_grpc as pb_grpc
 from afs.snapshotter.fusedprocess import FusedProcess
 from afs.snapshotter.layermounts import LayerMounts
+from afs.snapshotter.leases import report_mounts
 from afs.snapshotter.overlay import mount_overlay
 from afs.snapshotter.roots import RootRequest, Roots
 from tests.testbed import tars
@@ -80,6 +87,104 @@ async def test_what_is_used_stays(tmp_path: Path, layers: dict[str, str]) -> Non
             assert len(mounts.mounted()) == 2
         assert [layer.diff_id for layer in mounts.mounted()] == [one]
         assert (held.path / "a").exists()
+
+
+async def test_leases_are_what_is_mounted(tmp_path: Path, layers: dict[str, str]) -> None:
+    one, two, three = layers
+
+    def leased(mounts: LayerMounts) -> tuple[list[str], list[str]]:
+        """And `changed`, which has to be set for every new answer."""
+        assert mounts.changed.is_set()
+        mounts.changed.clear()
+        update = mounts.leases()
+        return list(update.in_use), list(update.idle)
+
+    async with mounting(tmp_path, 2) as mounts:
+        async with mounts.using(one, layers[one]):
+            assert leased(mounts) == ([one], [])
+            async with mounts.using(two, layers[two]):
+                assert leased(mounts) == (sorted([one, two]), [])
+            assert leased(mounts) == ([one], [two])
+            await mounts.release([one, two, three])
+            assert leased(mounts) == ([one], [])
+            assert len(list_mounts(str(tmp_path))) == 1
+            await mounts.release([one])
+            assert leased(mounts) == ([one], []), "an answer, though nothing could go"
+        assert leased(mounts) == ([], [one])
+        with mounts.opening() as first, mounts.opening() as second:
+            assert first < second
+            update = mounts.leases()
+            assert (update.last_opened, list(update.opening)) == (second, [first, second])
+        assert mounts.changed.is_set()
+        update = mounts.leases()
+        assert (update.last_opened, list(update.opening)) == (second, [])
+    assert leased(mounts) == ([], [])
+
+
+async def test_a_cancelled_release_still_unmounts(tmp_path: Path, layers: dict[str, str]) -> None:
+    async with mounting(tmp_path, 3) as mounts:
+        for diff_id, file in layers.items():
+            async with mounts.using(diff_id, file):
+                pass
+        releasing = asyncio.create_task(mounts.release(list(layers)))
+        await asyncio.sleep(0)
+        releasing.cancel()
+        await asyncio.wait([releasing])
+        await asyncio.gather(*mounts._going)
+        assert list_mounts(str(tmp_path)) == []
+        assert not mounts.leases().idle
+
+
+class Layerstore(pb_grpc.LayerstoreNodeServicer):
+    """Takes reports, and asks for what a test says; nothing else is called."""
+
+    OpenImage = CacheStatus = None  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        self.updates: asyncio.Queue[pb.LeaseUpdate] = asyncio.Queue()
+        self.requests: asyncio.Queue[list[str]] = asyncio.Queue()
+
+    @override
+    async def Leases(
+        self, request_iterator: AsyncIterator[pb.LeaseUpdate], context: Any
+    ) -> AsyncIterator[pb.LeaseRequest]:
+        async def read() -> None:
+            async for update in request_iterator:
+                self.updates.put_nowait(update)
+
+        reading = asyncio.create_task(read())
+        try:
+            while True:
+                yield pb.LeaseRequest(release=await self.requests.get())
+        finally:
+            reading.cancel()
+
+
+async def test_reports_and_releases_over_restarts_of_the_layerstore(tmp_path: Path, layers: dict[str, str]) -> None:
+    address = f"unix:{tmp_path}/s"
+    one, two, _ = layers
+    async with mounting(tmp_path, 3) as mounts, mounts.using(one, layers[one]):
+        reporting = asyncio.create_task(report_mounts(address, mounts))  # nobody is there yet
+        for _ in range(2):
+            store = Layerstore()
+
+            def register(server: grpc.aio.Server, store: Layerstore = store) -> None:
+                pb_grpc.add_LayerstoreNodeServicer_to_server(store, server)
+
+            async with serving([address], register, grace_s=0):
+                update = await store.updates.get()
+                assert (list(update.in_use), list(update.idle)) == ([one], []), "in full, at first"
+                async with mounts.using(two, layers[two]):
+                    while list(update.in_use) != sorted([one, two]):
+                        update = await store.updates.get()
+                while list(update.idle) != [two]:
+                    update = await store.updates.get()
+                store.requests.put_nowait([one, two])
+                while list(update.idle):
+                    update = await store.updates.get()
+                assert list(update.in_use) == [one]
+        reporting.cancel()
+        await asyncio.wait([reporting])
 
 
 async def test_what_cannot_be_mounted_leaves_nothing(tmp_path: Path, layers: dict[str, str]) -> None:

@@ -16,6 +16,7 @@ from afs.layerstore.registryoptions import RegistryOptions
 from afs.layerstore.store import LayerStore
 from tests.testbed import capabilities
 from tests.testbed.certificates import Certificates, make_certificates
+from tests.testbed.layernodes import endless_room
 from tests.testbed.registry import PASSWORD, USER, Registry
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ async def puller(tmp_path: Path, **options: Any) -> AsyncIterator[Puller]:
     (tmp_path / "store").mkdir(exist_ok=True)
     store = LayerStore(tmp_path / "store")
     given = RegistryOptions(**{"hosts_dir": tmp_path / "certs.d", "backoff": 0.0, **options})
-    made = Puller(store, given, 2)
+    made = Puller(store, endless_room(store), given, 2)
     await made.start()
     try:
         yield made

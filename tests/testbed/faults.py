@@ -48,7 +48,7 @@ class Fault:
         reset: close with a TCP reset where `cut` says, or before the status line without `cut`.
         corrupt: flip the bits of the byte at this offset of the body.
         content_length: claim this length.
-        gate: wait (60 s at most) until it is set before the first byte of the answer.
+        gate: wait (60 s at most) until it is set, before the first byte of the answer or, with `cut`, where that says.
         stall: send this many bytes of the body, then nothing until the server stops or the client goes away.
         rate: bytes per second of the body, for each connection by itself.
         ignore_range: answer 200 with the whole body, whatever range was asked for.
@@ -330,7 +330,7 @@ class _Handler(BaseHTTPRequestHandler):
         fault = owner.take(seen) or Fault("")
         if fault.ignore_range:
             headers.pop("range", None)
-        if fault.gate is not None:
+        if fault.gate is not None and fault.cut is None:
             fault.gate.wait(_GATE_TIMEOUT)
         if fault.reset and fault.cut is None:
             self._reset()
@@ -359,6 +359,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             self._server().owner.stopping.wait(_GATE_TIMEOUT)
             self.close_connection = True
+        if fault.cut is not None and fault.gate is not None:
+            self.wfile.flush()
+            fault.gate.wait(_GATE_TIMEOUT)
         if fault.cut is not None and fault.reset:
             self._reset()
         if fault.cut is not None or length != len(body):

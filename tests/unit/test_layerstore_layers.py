@@ -4,139 +4,28 @@ import asyncio
 import contextlib
 import errno
 import threading
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typing_extensions import override
 
 from afs.core.errors import DataLoss, NotFound, ResourceExhausted, Unavailable
-from afs.core.images import Platform, parse_image
-from afs.core.rpc import serving
-from afs.discovery.client import Announcer, Peer
-from afs.discovery.directory import Directory
-from afs.discovery.server import DiscoveryService
 from afs.layerstore.errors import LayerUnavailable
 from afs.layerstore.fillserver import serving_fills
 from afs.layerstore.fillwire import FillClient, FillError, decode, encode
-from afs.layerstore.images import Images
-from afs.layerstore.layers import Layers, Origin
-from afs.layerstore.manifests import Layer
 from afs.layerstore.partial import PartialLayer
-from afs.layerstore.peers import Peers
-from afs.layerstore.pull import Puller
-from afs.layerstore.registryoptions import RegistryOptions
-from afs.layerstore.server import PeerService
 from afs.layerstore.store import CompleteLayer, LayerStore
-from afs.proto.v1 import layerstore_pb2 as pb
-from afs.proto.v1.discovery_pb2_grpc import add_DiscoveryServicer_to_server
-from afs.proto.v1.layerstore_pb2_grpc import add_LayerstorePeerServicer_to_server
-from tests.testbed import mounts, oci, tars
-from tests.testbed.faults import Fault, FaultServer
-
-AMD64 = Platform("linux", "amd64")
-TAR = tars.tar_of({name: bytes([number]) * 900_000 for number, name in enumerate("abcdef")})
-OTHER = "sha256:" + "0" * 64
-
-
-class Service(PeerService):
-    """The real service, with chunks that a test spoils."""
-
-    spoil = False
-
-    def __init__(self, images: Images, layers: Layers) -> None:
-        super().__init__(images, layers)
-        self.chunks: list[int] = []
-
-    @override
-    async def ReadChunk(self, request: pb.ReadChunkRequest, context: Any) -> pb.ReadChunkResponse:
-        self.chunks.append(request.index)
-        answer = await super().ReadChunk(request, context)
-        return pb.ReadChunkResponse(data=bytes(len(answer.data))) if self.spoil else answer
-
-
-@dataclass(slots=True)
-class Node:
-    """A layerstore's parts."""
-
-    store: LayerStore
-    announcer: Announcer
-    layers: Layers
-    images: Images
-    puller: Puller
-    service: Service
-    stop_serving: Callable[[], Any]
-
-
-class World:
-    """Discovery, a registry, and nodes."""
-
-    def __init__(
-        self, tmp_path: Path, server: FaultServer, directory: Directory, address: str, stack: contextlib.AsyncExitStack
-    ) -> None:
-        self.directory = directory
-        self.tmp_path = tmp_path
-        self.server = server
-        self.discovery = address
-        self.stack = stack
-        stored = oci.read_image(server.layout, "v1").layers[0]
-        layer = Layer(stored.diff_id, stored.digest, stored.size, stored.media_type)
-        self.origin = Origin(parse_image(f"{server.address}/app:v1"), AMD64, layer)
-        self.diff_id = layer.diff_id
-
-    @property
-    def reads(self) -> int:
-        """How often the registry served the layer."""
-        return self.server.count(f"blobs/{self.origin.layer.blob_digest}")
-
-    async def node(self, name: str, *, capacity: int = 1, deadline: float = 5.0) -> Node:
-        """Start a node."""
-        stack = await self.stack.enter_async_context(contextlib.AsyncExitStack())
-        store = LayerStore(self.tmp_path / name)
-        stack.callback(store.close)
-        puller = Puller(store, RegistryOptions(backoff=0), 2)
-        stack.push_async_callback(puller.close)
-        peers = Peers()
-        stack.push_async_callback(peers.close)
-        announcer = Announcer(self.discovery, Peer(name, "none", capacity))
-        stack.push_async_callback(announcer.leave)
-        layers = Layers(store, puller, peers, announcer, deadline)
-        layers.restore()
-        stack.push_async_callback(layers.close)
-        images = Images(store, puller, peers, announcer, 300.0)
-        stack.push_async_callback(images.close)
-        service = Service(images, layers)
-        server = await stack.enter_async_context(contextlib.AsyncExitStack())
-        (address,) = await server.enter_async_context(
-            serving(["127.0.0.1:0"], lambda s: add_LayerstorePeerServicer_to_server(service, s), grace_s=0)
-        )
-        announcer.serve_at(address)
-        await announcer.flush()
-        return Node(store, announcer, layers, images, puller, service, server.aclose)
+from tests.testbed import mounts
+from tests.testbed.faults import Fault
+from tests.testbed.layernodes import OTHER, World, complete_of, open_partial, running_world
 
 
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[World]:
     """A cluster without nodes."""
-    builder = oci.LayoutBuilder(tmp_path / "layout")
-    builder.add_image("v1", [builder.add_layer(TAR, "plain")])
-    directory = Directory(60.0)
-    service = DiscoveryService(directory, 1.0)
-    async with contextlib.AsyncExitStack() as stack:
-        server = stack.enter_context(FaultServer(builder.directory))
-        (address,) = await stack.enter_async_context(
-            serving(["127.0.0.1:0"], lambda s: add_DiscoveryServicer_to_server(service, s), grace_s=0)
-        )
-        yield World(tmp_path, server, directory, address, stack)
-
-
-async def open_partial(world: World, node: Node) -> PartialLayer:
-    """The layer as a partial one."""
-    layer = await node.layers.open(world.origin, local=False)
-    assert isinstance(layer, PartialLayer)
-    return layer
+    async with running_world(tmp_path) as running:
+        yield running
 
 
 # Pulling
@@ -178,16 +67,19 @@ async def test_a_failed_pull_leaves_nothing(world: World, fault: Fault, error: t
 
 
 @pytest.mark.root
-async def test_a_full_disk_is_no_room_and_leaves_nothing(world: World) -> None:
+async def test_a_disk_that_is_too_small_is_not_even_tried(world: World) -> None:
     root = world.tmp_path / "n1"
     root.mkdir()
     mounts.mount("tmpfs", root, "tmpfs", "size=2m")
     try:
         node = await world.node("n1")
-        with pytest.raises(ResourceExhausted, match=f"^layer {world.diff_id} of .*: no space left in {root}$"):
+        with pytest.raises(
+            ResourceExhausted, match=f"^cache of node n1 is full: layer {world.diff_id} needs 5.2 MiB, "
+        ):
             await node.puller.pull(world.origin.ref, world.origin.layer)
         assert list((root / "tmp").iterdir()) == []
         assert node.store.complete_ids() == []
+        assert world.reads == 0
     finally:
         mounts.umount(root, detach=True)
 
@@ -239,18 +131,11 @@ async def test_a_bad_chunk_is_taken_from_another_peer(world: World, caplog: pyte
     one.service.spoil = True
     one.service.chunks.clear()
     await three.layers.fill(world.diff_id, 1, 3)
-    assert [partial.read(i) for i in (1, 2, 3)] == [partial_of(two, world).read_chunk(i) for i in (1, 2, 3)]
+    assert [partial.read(i) for i in (1, 2, 3)] == [complete_of(two, world).read_chunk(i) for i in (1, 2, 3)]
     assert f"layerstore {one.announcer.me.endpoint} served a bad chunk" in caplog.text
     one.service.chunks.clear()
     await three.layers.fill(world.diff_id, 4, 1)
     assert one.service.chunks == []  # it is avoided
-
-
-def partial_of(node: Node, world: World) -> CompleteLayer:
-    """The layer, which is complete on *node*."""
-    found = node.store.complete(world.diff_id)
-    assert found is not None
-    return found
 
 
 async def test_readers_get_an_error_when_everybody_is_gone(world: World) -> None:
@@ -276,7 +161,7 @@ async def test_a_lost_layer_is_pulled_once_and_read_locally(world: World) -> Non
     await two.announcer.flush()
     for index in (1, 2, 3):
         await two.layers.fill(world.diff_id, index, 1)
-        assert partial.read(index) == partial_of(two, world).read_chunk(index)
+        assert partial.read(index) == complete_of(two, world).read_chunk(index)
     assert world.reads == 2  # once by n1, once by n2
 
 
@@ -287,7 +172,7 @@ async def test_ensure_completes_from_peers_and_promotes(world: World) -> None:
     complete, pulled = await two.layers.ensure(world.origin)
     assert not pulled
     assert world.reads == 1
-    assert complete.path.read_bytes() == partial_of(one, world).path.read_bytes()
+    assert complete.path.read_bytes() == complete_of(one, world).path.read_bytes()
     assert two.layers.find(world.diff_id) is complete
     assert two.store.partial_ids() == []
     assert (await two.layers.ensure(world.origin)) == (complete, False)
@@ -308,7 +193,7 @@ async def test_ensure_pulls_when_the_peer_lies(world: World) -> None:
     one.service.spoil = True
     complete, pulled = await two.layers.ensure(world.origin)
     assert pulled
-    assert complete.path.read_bytes() == partial_of(one, world).path.read_bytes()
+    assert complete.path.read_bytes() == complete_of(one, world).path.read_bytes()
 
 
 async def test_opening_and_ensuring_at_once_make_one_layer(world: World) -> None:

@@ -18,6 +18,7 @@ from afs.layerstore.afslyr.convert import convert
 from afs.layerstore.afslyr.errors import CorruptLayer
 from afs.layerstore.afslyr.layout import FOOTER_SIZE, HEADER_AREA, ChunkTable, Layout
 from afs.layerstore.afslyr.reader import read_layer
+from afs.layerstore.errors import DiskFull
 from afs.layerstore.partial import PartialLayer
 from tests.testbed import tars
 
@@ -176,7 +177,7 @@ async def test_a_full_disk_leaves_the_chunk_missing(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(DiskFull, match=f"^layer {DIFF_ID}: no space left in {directory}$"):
             await layer.fill([1], whole.fetch)
     assert not layer.has(1)
     await layer.fill([1], whole.fetch)

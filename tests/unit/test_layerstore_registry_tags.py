@@ -21,6 +21,7 @@ from afs.layerstore.store import LayerStore
 from afs.proto.v1.discovery_pb2_grpc import add_DiscoveryServicer_to_server
 from tests.testbed import oci, tars
 from tests.testbed.faults import Fault, FaultServer
+from tests.testbed.layernodes import endless_room
 
 AMD64 = Platform("linux", "amd64")
 
@@ -68,7 +69,7 @@ async def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
         )
         store = LayerStore(tmp_path / "store")
         stack.callback(store.close)
-        puller = Puller(store, RegistryOptions(backoff=0), 1)
+        puller = Puller(store, endless_room(store), RegistryOptions(backoff=0), 1)
         stack.push_async_callback(puller.close)
         peers = Peers()
         stack.push_async_callback(peers.close)

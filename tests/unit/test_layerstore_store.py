@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from afs.core.errors import FailedPrecondition
 from afs.core.images import Platform
 from afs.layerstore.afslyr.convert import convert
 from afs.layerstore.manifests import Image, build_image
-from afs.layerstore.store import LayerStore, StoreLocked
+from afs.layerstore.store import LayerStore, StoreLocked, delete
 from tests.testbed import oci, tars
 
 AMD64 = Platform("linux", "amd64")
@@ -76,7 +77,7 @@ def test_commit_makes_a_layer(root: Path) -> None:
     assert list((root / "tmp").iterdir()) == []
     assert layer.table.count > 2
     for index in range(layer.table.count):
-        assert layer.table.verify(index, layer.read_chunk(index))
+        assert layer.read_chunk(index) is not None  # verified
     with pytest.raises(IndexError):
         layer.read_chunk(layer.table.count)
     store = reopened(store)
@@ -136,6 +137,72 @@ def test_dropping_a_partial_layer_twice(root: Path) -> None:
     store.drop_partial(DIFF_ID)
     store.drop_partial(DIFF_ID)
     assert store.partial_ids() == []
+    store.close()
+
+
+def test_a_second_pull_leaves_the_file_that_may_be_mounted(root: Path) -> None:
+    store = LayerStore(root)
+    first = store.commit(make_layer(store), DIFF_ID)
+    inode = first.path.stat().st_ino
+    assert store.commit(make_layer(store), DIFF_ID) is first
+    assert first.path.stat().st_ino == inode
+    assert list((root / "tmp").iterdir()) == []
+    store.close()
+
+
+def test_detaching_takes_both_forms_at_once(root: Path) -> None:
+    store = LayerStore(root)
+    assert store.detach(DIFF_ID) == []
+    layer = store.commit(make_layer(store), DIFF_ID)
+    store.partial_dir(DIFF_ID).mkdir()
+    with layer.path.open("rb") as mounted:
+        taken = store.detach(DIFF_ID)
+        assert {path.parent for path in taken} == {root / "tmp"}
+        assert store.complete(DIFF_ID) is None
+        assert store.complete_ids() == store.partial_ids() == []
+        for path in taken:
+            delete(path)
+            delete(path)
+        assert len(mounted.read()) == layer.layout.file_size
+    with pytest.raises(FileNotFoundError):
+        layer.read_chunk(0)
+    store.close()
+
+
+def test_usage_is_what_the_disk_gives_for_it(root: Path) -> None:
+    store = LayerStore(root)
+    assert store.usage(DIFF_ID) == (0, 0.0)
+    layer = store.commit(make_layer(store), DIFF_ID)
+    complete = layer.path.stat().st_blocks * 512
+    assert store.usage(DIFF_ID)[0] == complete >= 3_000_000
+    partial = store.partial_dir(DIFF_ID)
+    partial.mkdir()
+    with (partial / "data").open("wb") as data:
+        data.truncate(1 << 30)  # a hole
+        os.pwrite(data.fileno(), bytes(1 << 20), 5 << 20)
+    assert complete + (1 << 20) <= store.usage(DIFF_ID)[0] < complete + (2 << 20)
+    store.stamp(DIFF_ID, 1234.0)
+    assert store.usage(DIFF_ID)[1] == 1234.0
+    free, used = store.free(), store.usage(DIFF_ID)[0]
+    assert store.default_capacity() == pytest.approx((free + used) * 0.9, rel=0.01)
+    assert 0 < store.default_headroom() <= 1 << 30
+    store.close()
+
+
+@pytest.mark.parametrize("where", ["chunk", "table", "footer"])
+def test_damage_in_a_complete_layer_is_seen_and_put_right(root: Path, where: str) -> None:
+    store = LayerStore(root)
+    layer = store.commit(make_layer(store), DIFF_ID)
+    good = layer.path.read_bytes()
+    at = {"chunk": (1 << 20) + 7, "table": layer.layout.table_offset + 33, "footer": len(good) - 60}[where]
+    with layer.path.open("r+b") as file:
+        os.pwrite(file.fileno(), bytes([good[at] ^ 1]), at)
+    whole = [index for index in range(layer.table.count) if layer.read_chunk(index, from_disk=True) is not None]
+    assert (1 in whole) == (where != "chunk")
+    assert layer.repair_tail() == (where != "chunk")
+    assert not layer.repair_tail()
+    layer.write_chunk(1, good[1 << 20 : 2 << 20])
+    assert layer.path.read_bytes() == good
     store.close()
 
 

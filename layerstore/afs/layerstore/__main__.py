@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import socket
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from afs.core.cli import daemon_command
 from afs.core.config import setting
@@ -16,6 +18,7 @@ from afs.core.units import parse_duration, parse_size
 if TYPE_CHECKING:
     from afs.layerstore.registryoptions import RegistryOptions
 
+log = logging.getLogger(__name__)
 SERVICE = "layerstore"
 _EVERYWHERE = ("", "0.0.0.0", "::")  # noqa: S104 - looked for, not bound
 
@@ -31,7 +34,20 @@ class Config:
     node_id: str = setting("", "Name of this node in the cluster; the host name if empty.")
     discovery: str = setting("127.0.0.1:60051", "Address of afs_discovery_grpcd.")
     capacity: int = setting(
-        0, "Size of the cache, the node's weight in placement; the file system's size if 0.", parse_size
+        0,
+        "Size of the cache, and the node's weight in placement; nine tenths of what is free and its own if 0.",
+        parse_size,
+    )
+    reserve: int = setting(
+        0,
+        "Space that the cache leaves free on its file system; a twentieth of it, at most 1 GiB, if 0.",
+        parse_size,
+    )
+    scrub_interval: float = setting(
+        7 * 86400.0, "How often every complete layer is verified; never if 0.", parse_duration
+    )
+    lease_grace: float = setting(
+        30.0, "How long layers stay leased after the snapshotter went away, or this service started.", parse_duration
     )
     image_ttl: float = setting(300.0, "How long a tag is believed before the registry is asked again.", parse_duration)
     read_deadline: float = setting(
@@ -64,8 +80,12 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
     from afs.layerstore.fillserver import serving_fills
     from afs.layerstore.images import Images
     from afs.layerstore.layers import Layers
+    from afs.layerstore.leases import Leases
     from afs.layerstore.peers import Peers
     from afs.layerstore.pull import Puller
+    from afs.layerstore.quota import Quota
+    from afs.layerstore.room import Room
+    from afs.layerstore.scrub import Scrubber
     from afs.layerstore.server import NodeService, PeerService
     from afs.layerstore.store import LayerStore
     from afs.proto.v1 import layerstore_pb2_grpc as pb_grpc
@@ -80,20 +100,22 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         stack.enter_context(locked(config.run_dir / "layerstore.lock", "afs_layerstore_grpcd"))
         store = LayerStore(config.root)
         stack.callback(store.close)
-        puller = Puller(store, _registry_options(config, node_id), config.pulls)
+        capacity = config.capacity or store.default_capacity()
+        leases, headroom = Leases(config.lease_grace), config.reserve or store.default_headroom()
+        room = Room(store, Quota(capacity), leases, headroom=headroom, node=node_id)
+        puller = Puller(store, room, _registry_options(config, node_id), config.pulls)
         stack.push_async_callback(puller.close)
         await puller.start()
         peers = Peers()
         stack.push_async_callback(peers.close)
-        capacity = config.capacity or _size_of_file_system(config.root)
         announcer = Announcer(config.discovery, Peer(node_id, config.advertise or config.listen, capacity))
         stack.push_async_callback(announcer.leave)
-        layers = Layers(store, puller, peers, announcer, config.read_deadline)
+        layers = Layers(store, room, puller, peers, announcer, config.read_deadline)
         await asyncio.to_thread(layers.restore)
         stack.push_async_callback(layers.close)
         images = Images(store, puller, peers, announcer, config.image_ttl)
         stack.push_async_callback(images.close)
-        peer_service, node_service = PeerService(images, layers), NodeService(images, layers)
+        peer_service, node_service = PeerService(images, layers), NodeService(images, layers, room)
 
         def to_peers(server: grpc.aio.Server) -> None:
             pb_grpc.add_LayerstorePeerServicer_to_server(peer_service, server)
@@ -104,11 +126,14 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
 
         await stack.enter_async_context(serving_fills(config.run_dir / "fill.sock", layers))
         await stack.enter_async_context(serving([f"unix:{config.run_dir}/layerstore.sock"], to_node))
+        leases.serve()
         bound = await stack.enter_async_context(serving([config.listen], to_peers, insecure=config.insecure))
         announcer.serve_at(config.advertise or bound[0])
         await announcer.flush()
-        beating = asyncio.create_task(announcer.run())
-        stack.callback(beating.cancel)
+        _in_background(stack, announcer.run())
+        _in_background(stack, room.run())
+        if config.scrub_interval:
+            _in_background(stack, Scrubber(store, layers.repairs.check, config.scrub_interval).run())
         notify(f"READY=1\nSTATUS=serving on {bound[0]}")
         await stop.wait()
 
@@ -131,9 +156,20 @@ def _registry_options(config: Config, node_id: str) -> "RegistryOptions":
     )
 
 
-def _size_of_file_system(path: Path) -> int:
-    status = os.statvfs(path)
-    return status.f_blocks * status.f_frsize
+def _in_background(stack: contextlib.AsyncExitStack, work: Coroutine[Any, Any, None]) -> None:
+    """Run what has no end until *stack* closes."""
+    task = asyncio.create_task(work)
+
+    def ended(_: object) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("%s ended", task.get_coro(), exc_info=error)
+
+    async def cancel() -> None:
+        task.cancel()
+        await asyncio.wait([task])
+
+    task.add_done_callback(ended)
+    stack.push_async_callback(cancel)
 
 
 main = daemon_command(

@@ -2,7 +2,16 @@
 
 from collections.abc import Sequence
 
-from afs.core.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, Unavailable
+from afs.core.errors import (
+    DataLoss,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    ResourceExhausted,
+    Unavailable,
+)
+from afs.core.units import format_size
 
 
 class ImageNotFound(NotFound):
@@ -67,3 +76,31 @@ class LayerUnavailable(Unavailable):
     def __init__(self, diff_id: str, cause: str) -> None:
         self.diff_id = diff_id
         super().__init__(f"layer {diff_id} cannot be read: {cause}")
+
+
+class CacheFull(ResourceExhausted):
+    """There is no room for a layer, and all that is here is leased. Sizes in bytes."""
+
+    def __init__(self, node: str, diff_id: str, needed: int, used: int, capacity: int, free: int, reserve: int) -> None:
+        self.node, self.diff_id, self.needed, self.used = node, diff_id, needed, used
+        self.capacity, self.free, self.reserve = capacity, free, reserve
+        super().__init__(
+            f"cache of node {node} is full: layer {diff_id} needs {format_size(needed)}, {format_size(used)} of "
+            f"{format_size(capacity)} are used and leased, {format_size(free)} free on the disk, of which "
+            f"{format_size(reserve)} stay free"
+        )
+
+
+class DiskFull(ResourceExhausted):
+    """The file system of the cache has no space left."""
+
+    def __init__(self, layer: str, directory: object) -> None:
+        super().__init__(f"layer {layer}: no space left in {directory}")
+
+
+class DamagedLayer(DataLoss):
+    """Bytes of a layer here are not what they were, and not yet repaired; others may have them."""
+
+    def __init__(self, diff_id: str, where: str) -> None:
+        self.diff_id = diff_id
+        super().__init__(f"layer {diff_id}: {where} is damaged on disk, and not repaired yet")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from afs.core.digests import check_digest
-from afs.core.errors import AfsError, InvalidArgument, NotFound, status_of
+from afs.core.errors import AfsError, InvalidArgument, status_of
 from afs.layerstore.fillwire import MAX_LINE, decode, encode
 from afs.layerstore.layers import Layers
 from afs.layerstore.partial import PartialLayer
@@ -75,9 +75,7 @@ async def _do(layers: Layers, message: dict[str, Any]) -> dict[str, Any]:
     diff_id = check_digest(str(message.get("diff_id")))
     match message.get("op"):
         case "open":
-            layer = layers.find(diff_id)
-            if layer is None:
-                raise NotFound(f"layer {diff_id} is not on this node")
+            layer = layers.look_up(diff_id)  # mounted, or about to be: that is its lease
             partial = isinstance(layer, PartialLayer)
             return {
                 "size": layer.layout.file_size,

@@ -6,86 +6,107 @@ State and locks (one event loop):
   :meth:`_promote` after the complete file was committed; in between a layer may be read from either, the bytes are equal.
 - ``_opening`` and ``_ensuring`` are single flight by diff_id: at most one task changes the state of a layer each.
   Both may want a partial layer made: ``_describing`` is single flight for that and waits for neither.
-- ``_providers``, ``_avoided`` and ``_origins`` are hints; any await may find them changed, and a wrong one costs one failed call.
+- A layer leaves every map at once, in :meth:`_detach`, when :class:`~afs.layerstore.room.Room` evicts it. That happens at
+  any await, but never to a layer that is leased: whoever looks one up leases or pins it before the next await, and so it
+  is there as long as it is needed.
 """
 
 import asyncio
+import functools
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
+from pathlib import Path
 
-from afs.core.errors import (
-    AfsError,
-    DataLoss,
-    DeadlineExceeded,
-    Internal,
-    NotFound,
-    ResourceExhausted,
-    Unavailable,
-)
-from afs.core.images import ImageRef, Platform
+from afs.core.errors import AfsError, DataLoss, InvalidArgument, NotFound
 from afs.core.singleflight import SingleFlight
 from afs.discovery.client import Announcer, Peer
-from afs.layerstore.errors import LayerUnavailable
-from afs.layerstore.manifests import Layer
+from afs.layerstore.errors import DamagedLayer, DiskFull, LayerUnavailable
 from afs.layerstore.partial import AT_ONCE, PartialLayer
 from afs.layerstore.peers import Peers
-from afs.layerstore.placement import ranked
 from afs.layerstore.pull import Puller
-from afs.layerstore.store import CompleteLayer, LayerStore
+from afs.layerstore.repair import Repairs
+from afs.layerstore.room import Room
+from afs.layerstore.store import NO_SPACE, CompleteLayer, LayerStore
+from afs.layerstore.supply import Origin, Supply
 
 log = logging.getLogger(__name__)
 OpenLayer = CompleteLayer | PartialLayer
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Where a layer came from: enough to have it pulled again."""
-
-    ref: ImageRef
-    platform: Platform
-    layer: Layer
 
 
 class Layers:
     """See the module. *read_deadline* in seconds bounds how long a chunk may take over all tries."""
 
     def __init__(
-        self, store: LayerStore, puller: Puller, peers: Peers, announcer: Announcer, read_deadline: float
+        self,
+        store: LayerStore,
+        room: Room,
+        puller: Puller,
+        peers: Peers,
+        announcer: Announcer,
+        read_deadline: float,
     ) -> None:
         self._store = store
-        self._puller = puller
+        self._room = room
+        self._pinned = room.leases.pinned
         self._peers = peers
         self._announcer = announcer
         self._read_deadline = read_deadline
         self._partials: dict[str, PartialLayer] = {}
-        self._providers: dict[str, list[Peer]] = {}
-        self._origins: dict[str, Origin] = {}
-        self._avoided: dict[str, set[str]] = {}  # ids of nodes that served a bad chunk of a layer, by diff_id
         self._opening: SingleFlight[str, OpenLayer] = SingleFlight()
         self._ensuring: SingleFlight[str, bool] = SingleFlight()
         self._describing: SingleFlight[str, PartialLayer | None] = SingleFlight()
+        self._supply = Supply(store, room, puller, peers, announcer, read_deadline, self._is_ensured)
+        self._background: set[asyncio.Task[None]] = set()
+        room.detach = self._detach
+
+    @property
+    def repairs(self) -> Repairs:
+        """Of complete layers."""
+        return self._supply.repairs
 
     def restore(self) -> None:
         """Open what an earlier process left. Blocking, at start."""
+        for ref, platform, image in self._store.load_names():
+            for part in image.layers:
+                self._supply.know(Origin(ref, platform, part))
+        # Before anything is opened: it is the last use by an earlier process that counts.
+        self._room.restore({*self._store.complete_ids(), *self._store.partial_ids()})
         for diff_id in self._store.complete_ids():
             if (layer := self._store.complete(diff_id)) is not None:
                 self._announcer.hold(diff_id, layer.layout.file_size, complete=True)
         for diff_id in self._store.partial_ids():
-            if self._store.complete(diff_id) is not None:  # it was pulled because the peers went away
-                self._store.drop_partial(diff_id)
-                continue
-            try:
-                partial = PartialLayer.open(diff_id, self._store.partial_dir(diff_id))
-            except (AfsError, OSError, ValueError) as error:
-                log.warning("dropping the partial layer %s: %s", diff_id, error)
-                self._store.drop_partial(diff_id)
-                continue
-            self._partials[diff_id] = partial
-            self._announcer.hold(diff_id, partial.layout.file_size, complete=False)
+            self._restore_partial(diff_id)
+        for diff_id in self._room.layers():
+            if self.find(diff_id) is None:  # it was damaged
+                self._room.forget(diff_id)
+            else:
+                self._room.note(diff_id)
+
+    def _restore_partial(self, diff_id: str) -> None:
+        if self._store.complete(diff_id) is not None:  # it was pulled because the peers went away
+            self._store.drop_partial(diff_id)
+            return
+        try:
+            partial = PartialLayer.open(diff_id, self._store.partial_dir(diff_id))
+        except (AfsError, OSError, ValueError) as error:
+            log.warning("dropping the partial layer %s: %s", diff_id, error)
+            self._store.drop_partial(diff_id)
+            return
+        self._take_in(partial)
+        self._announcer.hold(diff_id, partial.layout.file_size, complete=False)
+
+    def _take_in(self, partial: PartialLayer) -> None:
+        partial.on_full = self._on_full
+        partial.pin = functools.partial(self._pinned, [partial.diff_id])
+        self._partials[partial.diff_id] = partial
 
     async def close(self) -> None:
         """End what is under way and close the files."""
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        await self.repairs.close()
         await self._ensuring.close(cancel=True)
         await self._opening.close(cancel=True)
         await self._describing.close(cancel=True)
@@ -94,62 +115,64 @@ class Layers:
             partial.close()
 
     def find(self, diff_id: str) -> OpenLayer | None:
-        """The layer if this node has it, at least partly."""
+        """The layer if this node has it, at least partly. It may be evicted at the next await."""
         return self._store.complete(diff_id) or self._partials.get(diff_id)
+
+    def look_up(self, diff_id: str) -> OpenLayer:
+        """:meth:`find` for somebody who uses the layer; NotFound if this node has nothing of it."""
+        layer = self.find(diff_id)
+        if layer is None:
+            raise NotFound(f"layer {diff_id} is not on this node")
+        self._room.use(diff_id)
+        return layer
+
+    def use(self, diff_id: str) -> OpenLayer:
+        """:meth:`look_up` for a peer, who will ask for more within a minute: the layer is leased for as long."""
+        layer = self.look_up(diff_id)
+        self._room.leases.lease(diff_id)
+        return layer
+
+    def _detach(self, diff_id: str) -> list[Path]:
+        """Take an evicted layer out of the maps; what is to be deleted."""
+        self._announcer.drop(diff_id)
+        self._supply.forget(diff_id)
+        partial = self._partials.pop(diff_id, None)
+        if partial is not None:
+            partial.close()  # nothing is being filled or read: that would hold a pin
+        return self._store.detach(diff_id)
 
     async def open(self, origin: Origin, *, local: bool) -> OpenLayer:
         """Make the layer mountable: complete, or partial with its metadata here. *local*: pull it on this node."""
         diff_id = origin.layer.diff_id
-        self._origins[diff_id] = origin
-        found = self.find(diff_id)
-        return found or await self._opening.run(diff_id, lambda: self._open(origin, local=local))
+        with self._pinned([diff_id]):
+            self._supply.know(origin)
+            found = self.find(diff_id)
+            if found is None:
+                found = await self._opening.run(diff_id, lambda: self._open(origin, local=local))
+            await self._sound(found)
+            return found
+
+    async def _sound(self, layer: OpenLayer) -> None:
+        """Raise DamagedLayer if *layer* is damaged and cannot be repaired."""
+        if not isinstance(layer, CompleteLayer) or not self.repairs.is_damaged(layer.diff_id):
+            return
+        if not await self.repairs.check(layer):
+            raise DamagedLayer(layer.diff_id, "a chunk")
 
     async def _open(self, origin: Origin, *, local: bool) -> OpenLayer:
+        with self._pinned([origin.layer.diff_id]):  # its callers may all go away
+            return await self._open_pinned(origin, local=local)
+
+    async def _open_pinned(self, origin: Origin, *, local: bool) -> OpenLayer:
         diff_id = origin.layer.diff_id
-        if not local and (partial := await self._describe(diff_id, await self._holders(diff_id))) is not None:
+        if not local and (partial := await self._describe(diff_id, await self._supply.holders(diff_id))) is not None:
             return partial
-        holder = await self._place(origin, local=local or origin.ref.is_local)
+        holder = await self._supply.place(origin, local=local or origin.ref.is_local)
         if isinstance(holder, CompleteLayer):
             return holder
         if (partial := await self._describe(diff_id, [holder])) is None:
             raise LayerUnavailable(diff_id, f"layerstore {holder.endpoint} pulled it and went away")
         return partial
-
-    async def _holders(self, diff_id: str) -> list[Peer]:
-        """Who has the layer, complete ones first; nobody if not one of them has all of it.
-
-        Partial holders alone are of no use: what they miss has to come from the source, and whoever pulls it has it all.
-        """
-        located, avoided = await self._announcer.locate([diff_id]), self._avoided.get(diff_id, set())
-        if not located.complete.get(diff_id, frozenset()) - avoided:
-            return []
-        return [peer for peer in located.layers.get(diff_id, []) if peer.node_id not in avoided]
-
-    async def _place(self, origin: Origin, *, local: bool) -> CompleteLayer | Peer:
-        """Have the layer pulled by its owner, or here if the owner does not answer or served bad chunks; the holder."""
-        me, diff_id = self._announcer.me, origin.layer.diff_id
-        owner = me if local else ranked(diff_id, self._announcer.peers)[0]
-        if owner.node_id in self._avoided.get(diff_id, ()):
-            owner = me
-        if owner.node_id != me.node_id:
-            try:
-                await self._peers.ensure_layer(owner, origin.ref, origin.platform, origin.layer)
-            except (
-                Unavailable,
-                DeadlineExceeded,
-                ResourceExhausted,
-                Internal,
-            ) as error:  # its trouble need not be ours
-                log.warning("owner %s of layer %s: %s; pulling it here", owner.node_id, diff_id, error.line)
-            else:
-                return owner
-        return await self._pull(origin)
-
-    async def _pull(self, origin: Origin) -> CompleteLayer:
-        complete = self._store.complete(origin.layer.diff_id) or await self._puller.pull(origin.ref, origin.layer)
-        self._announcer.hold(complete.diff_id, complete.layout.file_size, complete=True)
-        await self._announcer.flush()
-        return complete
 
     async def _describe(self, diff_id: str, holders: list[Peer]) -> PartialLayer | None:
         """A partial layer as one of *holders* describes it, its metadata read; None if nobody can."""
@@ -166,105 +189,141 @@ class Layers:
             except AfsError as error:
                 log.warning("layerstore %s cannot describe layer %s: %s", peer.endpoint, diff_id, error.line)
                 continue
-            self._providers[diff_id] = list(holders)
-            self._partials[diff_id] = partial
-            await partial.fill(partial.metadata_chunks(), self._fetch)
-            self._announcer.hold(diff_id, size, complete=False)
+            except OSError as error:
+                if error.errno in NO_SPACE:
+                    raise DiskFull(diff_id, self._store.root) from error
+                raise
+            await self._fill_metadata(partial, holders)
             return partial
         return None
 
+    async def _fill_metadata(self, partial: PartialLayer, holders: list[Peer]) -> None:
+        """Take a new partial layer in and have its metadata here. Raises CacheFull, and then it is gone."""
+        chunks, diff_id = partial.metadata_chunks(), partial.diff_id
+        try:
+            # Only of this room can a container be sure; what it reads later may push others out.
+            async with self._room.reserved(diff_id, len(chunks) * partial.layout.chunk_size) as reservation:
+                self._supply.provide(diff_id, holders)
+                self._take_in(partial)
+                self._room.note(diff_id)
+                await partial.fill(chunks, self._supply.fetch)
+                self._room.settle(reservation)
+        except BaseException:
+            if diff_id not in self._partials:
+                partial.close()
+                self._store.drop_partial(diff_id)
+            raise
+        self._announcer.hold(diff_id, partial.layout.file_size, complete=False)
+
     async def fill(self, diff_id: str, first: int, count: int) -> None:
         """Have chunks *first* to *first + count - 1* in the partial layer's file; NotFound if the layer is not here."""
-        partial = self._partials.get(diff_id)
-        if partial is not None:
-            last = min(first + count, partial.table.count)
-            await partial.fill(range(max(first, 0), last), self._fetch)
-        elif self._store.complete(diff_id) is None:
-            raise NotFound(f"layer {diff_id} is not on this node")
+        with self._pinned([diff_id]):
+            self.look_up(diff_id)
+            partial = self._partials.get(diff_id)
+            if partial is not None:  # else it is complete, and the asker opens that
+                last = min(first + count, partial.table.count)
+                await partial.fill(range(max(first, 0), last), self._supply.fetch)
+                self._room.note(diff_id)
 
-    async def _fetch(self, partial: PartialLayer, index: int) -> bytes:
-        """A verified chunk, from whoever has it; LayerUnavailable after the deadline."""
-        end, pause, cause = time.monotonic() + self._read_deadline, 0.05, "no node holds it"
-        while True:
-            if (complete := self._store.complete(partial.diff_id)) is not None:
-                data = await asyncio.to_thread(
-                    complete.read_chunk, index
-                )  # it was pulled meanwhile; the bytes are equal
-                if not await asyncio.to_thread(partial.table.verify, index, data):
-                    raise DataLoss(f"layer {partial.diff_id}: chunk {index} is damaged on disk")
-                return data
-            for peer in list(self._providers.get(partial.diff_id, [])):
-                try:
-                    data = await self._peers.read_chunk(peer, partial.diff_id, index)
-                except AfsError as error:
-                    cause = error.line
-                    others = [other for other in self._providers.get(partial.diff_id, []) if other != peer]
-                    self._providers[partial.diff_id] = [*others, peer]  # last from now on
-                    if time.monotonic() > end:
-                        raise LayerUnavailable(partial.diff_id, cause) from None
-                    continue
-                if await asyncio.to_thread(partial.table.verify, index, data):
-                    return data
-                cause = f"layerstore {peer.endpoint} served a bad chunk {index}"
-                log.error("layer %s: %s; avoiding it", partial.diff_id, cause)
-                self._avoided.setdefault(partial.diff_id, set()).add(peer.node_id)
-                self._providers[partial.diff_id] = [p for p in self._providers[partial.diff_id] if p != peer]
-            if await self._find_providers(partial.diff_id):
-                continue
-            if time.monotonic() + pause > end:
-                raise LayerUnavailable(partial.diff_id, cause)
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, 1.0)
+    async def _on_full(self, partial: PartialLayer, wanted: int, since: float) -> None:
+        """Make room for a chunk on a full disk, or wait for somebody to let go of something; DiskFull at the deadline."""
+        if await self._room.on_full_disk(wanted):
+            return
+        if time.monotonic() - since > self._read_deadline:
+            raise DiskFull(partial.diff_id, self._store.root)
+        await asyncio.sleep(min(1.0, self._read_deadline / 10))
 
-    async def _find_providers(self, diff_id: str) -> bool:
-        """Refresh the providers; if nobody is left, have the layer pulled again. True if that was here."""
-        holders = await self._holders(diff_id)
-        origin = self._origins.get(diff_id)
-        if not holders and origin is not None:
+    async def read_chunk(self, diff_id: str, index: int) -> bytes:
+        """A chunk for a peer. NotFound if it is not here; DamagedLayer if it is damaged, and then it is being repaired."""
+        with self._pinned([diff_id]):
+            layer = self.use(diff_id)
+            if index >= layer.table.count:
+                raise InvalidArgument(f"layer {diff_id} has {layer.table.count} chunks, no chunk {index}")
+            data = await (
+                self._read(layer, index) if isinstance(layer, CompleteLayer) else self._read_part(layer, index)
+            )
+        if data is None:
+            raise DamagedLayer(diff_id, f"chunk {index}")
+        return data
+
+    async def _read(self, layer: CompleteLayer, index: int) -> bytes | None:
+        try:
+            data = await asyncio.to_thread(layer.read_chunk, index)
+        except FileNotFoundError:  # it is pinned, so this was somebody's hand
+            raise NotFound(f"{layer.path} is gone") from None
+        if data is None:
+            self.repairs.suspect(layer)
+            self._in_background(functools.partial(self.repairs.check, layer))
+        return data
+
+    async def _read_part(self, layer: PartialLayer, index: int) -> bytes | None:
+        if not layer.has(index):
+            raise NotFound(f"chunk {index} of layer {layer.diff_id} is not on this node")
+        data = await layer.read_async(index)
+        if data is None:
+            log.error("layer %s: chunk %d is damaged on disk; fetching it again", layer.diff_id, index)
+            layer.unmark(index)
+            self._in_background(functools.partial(self.fill, layer.diff_id, index, 1))
+        return data
+
+    def _in_background(self, work: Callable[[], Awaitable[object]]) -> None:
+        async def run() -> None:
             try:
-                # A node that was itself told to have the layer does not pass that on: two nodes that see different
-                # peers for a moment would wait for each other.
-                placed = await self._place(origin, local=origin.ref.is_local or diff_id in self._ensuring)
-            except AfsError as error:
-                log.warning("layer %s cannot be pulled again: %s", diff_id, error.line)
-                return False
-            if isinstance(placed, CompleteLayer):
-                return True
-            holders = [placed]
-        self._providers[diff_id] = holders
-        return False
+                await work()
+            except (AfsError, OSError) as error:
+                log.error("repair: %s", error)
+
+        task = asyncio.create_task(run())
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
     async def ensure(self, origin: Origin) -> tuple[CompleteLayer, bool]:
         """The layer, complete on this node, and whether it was read from its source for that."""
         diff_id = origin.layer.diff_id
-        self._origins[diff_id] = origin
-        pulled = False
-        if self._store.complete(diff_id) is None:
-            pulled = await self._ensuring.run(diff_id, lambda: self._ensure(origin))
-        complete = self._store.complete(diff_id)
-        if complete is None:
-            raise DataLoss(f"layer {diff_id} was damaged on disk as soon as it was complete")
-        return complete, pulled
+        with self._pinned([diff_id]):
+            self._supply.know(origin)
+            pulled = False
+            if self._store.complete(diff_id) is None:
+                pulled = await self._ensuring.run(diff_id, lambda: self._ensure(origin))
+            complete = self._store.complete(diff_id)
+            if complete is None:
+                raise DataLoss(f"layer {diff_id} was damaged on disk as soon as it was complete")
+            await self._sound(complete)
+            return complete, pulled
+
+    def _is_ensured(self, diff_id: str) -> bool:
+        return diff_id in self._ensuring
 
     async def _ensure(self, origin: Origin) -> bool:
-        diff_id = origin.layer.diff_id
-        try:
-            partial = self._partials.get(diff_id)
-            if partial is None:
-                partial = await self._describe(diff_id, await self._holders(diff_id))
-            if partial is not None:
-                missing = partial.missing()
-                for start in range(0, len(missing), AT_ONCE):  # what a reader waits for gets in between
-                    await partial.fill(missing[start : start + AT_ONCE], self._fetch)
-                if self._store.complete(diff_id) is not None:  # no peer was left, so a fetch had it pulled
-                    await self._drop(partial)
-                    return True
-                await self._promote(partial)
-                return False
-        except (LayerUnavailable, DataLoss) as error:
-            log.warning("layer %s cannot be completed from peers: %s; pulling it", diff_id, error.line)
-        await self._pull(origin)
-        return True
+        with self._pinned([origin.layer.diff_id]):  # its callers may all go away
+            try:
+                if (done := await self._from_peers(origin.layer.diff_id)) is not None:
+                    return done
+            except (LayerUnavailable, DataLoss) as error:
+                log.warning("layer %s cannot be completed from peers: %s; pulling it", origin.layer.diff_id, error.line)
+            await self._supply.pull(origin)
+            if (partial := self._partials.get(origin.layer.diff_id)) is not None:
+                await self._drop(partial)
+            return True
+
+    async def _from_peers(self, diff_id: str) -> bool | None:
+        """Complete the layer from other nodes: False. None if nobody has it, True if it was pulled after all."""
+        partial = self._partials.get(diff_id)
+        if partial is None:
+            partial = await self._describe(diff_id, await self._supply.holders(diff_id))
+        if partial is None:
+            return None
+        missing = partial.missing()
+        async with self._room.reserved(diff_id, len(missing) * partial.layout.chunk_size) as reservation:
+            for start in range(0, len(missing), AT_ONCE):  # what a reader waits for gets in between
+                await partial.fill(missing[start : start + AT_ONCE], self._supply.fetch)
+                reservation.least = reservation.likely = len(partial.missing()) * partial.layout.chunk_size
+                self._room.note(diff_id)
+            if self._store.complete(diff_id) is not None:  # no peer was left, so a fetch had it pulled
+                await self._drop(partial)
+                return True
+            await self._promote(partial)
+            return False
 
     async def _promote(self, partial: PartialLayer) -> None:
         """A partial layer that has every chunk becomes the complete one."""
@@ -281,3 +340,4 @@ class Layers:
         self._partials.pop(partial.diff_id, None)
         partial.close()
         self._store.drop_partial(partial.diff_id)
+        self._room.note(partial.diff_id)

@@ -2,21 +2,29 @@
 
 State and locks. One :class:`PartialLayer` per diff_id, owned by the layerstore's event loop.
 
-- ``chunks`` is a shared memory map, one byte per chunk. It is set after the chunk's bytes were verified and written,
-  never cleared while the layer is open: whoever sees 1 may read the file. ``afs_fused`` maps the same file read-only.
+- ``chunks`` is a shared memory map, one byte per chunk. It is set after the chunk's bytes were verified and written:
+  whoever sees 1 may read the file. ``afs_fused`` maps the same file read-only. It is cleared only when the bytes turned
+  out to be damaged on disk, so that readers wait for good ones; the bytes that come then are those that were there.
 - ``_filling`` maps a chunk to the task that fetches it. A second demand for the chunk awaits the same task, so a chunk
   is fetched once. A task removes itself when it ends; failures are not remembered.
 - Writes of different chunks touch different ranges, so they need no lock.
 - Nothing is synced to disk. After a crash a byte of the map may be there whose data is not, so the map is trusted only
-  after every marked chunk was hashed again (once per boot: after a crash of the process alone the page cache is whole), and the table only if its digest is right (:meth:`PartialLayer.open`). What
-  is lost is fetched again; waiting for the disk would cost every first run of an image more than that.
+  after every marked chunk was hashed again (once per boot: after a crash of the process alone the page cache is whole),
+  and the table only if its digest is right (:meth:`PartialLayer.open`). What is lost is fetched again; waiting for the
+  disk would cost every first run of an image more than that.
+- ``on_full`` is called when the disk took no more of a chunk: it makes room and returns, or raises to give the chunk up.
+  The map needs no room later: its blocks are allocated when it is made, all zeros.
+- ``pin`` is held by every such task, for it goes on when those who waited for it are gone: the layer is not evicted, and
+  its descriptor not closed below a write.
 """
 
 import asyncio
+import contextlib
 import functools
 import logging
 import mmap
 import os
+import time
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Self
@@ -24,12 +32,20 @@ from typing import Self
 from afs.core.files import remove_tree
 from afs.layerstore.afslyr.layout import HEADER_SIZE, ChunkTable, Layout
 from afs.layerstore.afslyr.reader import layout_from_bytes, read_layer, verify_layer
+from afs.layerstore.errors import DiskFull
+from afs.layerstore.store import NO_SPACE, write_all
 
 log = logging.getLogger(__name__)
 AT_ONCE = 16  # chunks of one layer in memory, between the peer and the disk
 
 # Fetches one verified chunk: (layer, index) -> bytes. The layerstore supplies it.
 Fetch = Callable[["PartialLayer", int], Awaitable[bytes]]
+# Called with the bytes wanted and the monotonic time since when: see the module.
+OnFull = Callable[["PartialLayer", int, float], Awaitable[None]]
+
+
+async def _give_up(layer: "PartialLayer", wanted: int, since: float) -> None:
+    raise DiskFull(layer.diff_id, layer.directory)
 
 
 def _boot_id() -> str:
@@ -53,6 +69,8 @@ class PartialLayer:
             os.close(fd)
         self._filling: dict[int, asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(AT_ONCE)
+        self.on_full: OnFull = _give_up
+        self.pin: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
     @property
     def data_path(self) -> Path:
@@ -75,21 +93,13 @@ class PartialLayer:
         building = directory.with_name(f".{directory.name}.new")
         remove_tree(building)
         building.mkdir()
-        with (building / "data").open("wb") as data:
-            data.truncate(size)
-            # Table and footer are no chunk of their own: they describe the chunks.
-            os.pwrite(data.fileno(), table.digests + footer, layout.table_offset)
-        (building / "chunks").write_bytes(bytes(table.count))
-        (building / "boot").write_text(_boot_id())
-        # Sizes come from a peer: reading back through the parser checks them against each other.
-        fd = os.open(building / "data", os.O_RDWR)
         try:
-            os.pwrite(fd, header[:HEADER_SIZE], 0)
-            read_layer(fd)
-        finally:
-            os.close(fd)
-        remove_tree(directory)
-        building.rename(directory)
+            _write_files(building, layout, header, table, footer)
+            remove_tree(directory)
+            building.rename(directory)
+        except BaseException:
+            remove_tree(building)
+            raise
         return cls(diff_id, directory, layout, table)
 
     @classmethod
@@ -104,9 +114,9 @@ class PartialLayer:
         if (directory / "boot").read_text() == _boot_id():
             return layer  # only the process ended: the page cache has everything that was written
         for index in range(table.count):
-            if layer.has(index) and not table.verify(index, layer.read(index)):
+            if layer.has(index) and layer._read_verified(layer._data, index) is None:
                 log.warning("layer %s: chunk %d was not on disk after a crash", diff_id, index)
-                layer._chunks[index] = 0
+                layer.unmark(index)
         (directory / "boot").write_text(_boot_id())
         return layer
 
@@ -118,6 +128,10 @@ class PartialLayer:
     def has(self, index: int) -> bool:
         """Whether chunk *index* may be read."""
         return self._chunks[index] == 1
+
+    def unmark(self, index: int) -> None:
+        """Chunk *index* is damaged on disk: whoever reads it from now on waits until it is filled again."""
+        self._chunks[index] = 0
 
     def missing(self) -> list[int]:
         """The chunks that are not here yet."""
@@ -134,13 +148,21 @@ class PartialLayer:
         offset, length = self.table.chunk_range(index, self.layout)
         return os.pread(self._data, length, offset)
 
-    async def read_async(self, index: int) -> bytes:
-        """:meth:`read` in a thread, on a descriptor of its own: the layer may be closed meanwhile."""
-        offset, length = self.table.chunk_range(index, self.layout)
+    async def read_async(self, index: int) -> bytes | None:
+        """Chunk *index* in a thread, verified; None if it is damaged. On a descriptor of its own: the layer may be closed."""
         fd = os.dup(self._data)
-        reading = asyncio.ensure_future(asyncio.to_thread(os.pread, fd, length, offset))
+        reading = asyncio.ensure_future(asyncio.to_thread(self._read_verified, fd, index))
         reading.add_done_callback(lambda _: os.close(fd))
         return await asyncio.shield(reading)
+
+    def _read_verified(self, fd: int, index: int) -> bytes | None:
+        offset, length = self.table.chunk_range(index, self.layout)
+        try:
+            data = os.pread(fd, length, offset)
+        except OSError as error:
+            log.error("cannot read chunk %d of %s: %s", index, self.data_path, error)
+            return None
+        return data if self.table.verify(index, data) else None
 
     async def fill(self, indices: Iterable[int], fetch: Fetch) -> None:
         """Have all of *indices* on return; raises what *fetch* raised for the first that failed."""
@@ -161,21 +183,34 @@ class PartialLayer:
             task.exception()  # retrieved: its readers may all have gone
 
     async def _fill_one(self, index: int, fetch: Fetch) -> None:
-        async with self._slots:
-            data = await fetch(self, index)
-            writing = asyncio.ensure_future(asyncio.to_thread(self._write, index, data))
-            try:
-                await asyncio.shield(writing)
-            except asyncio.CancelledError:
-                await writing  # a thread cannot be cancelled, and the descriptor must not be closed below it
+        with self.pin():
+            async with self._slots:
+                await self._fetch_and_write(index, fetch)
+
+    async def _fetch_and_write(self, index: int, fetch: Fetch) -> None:
+        data, since = await fetch(self, index), time.monotonic()
+        while not await self._written(index, data):
+            await self.on_full(self, len(data), since)
+
+    async def _written(self, index: int, data: bytes) -> bool:
+        """Write a chunk; false if the disk is full."""
+        writing = asyncio.ensure_future(asyncio.to_thread(self._write, index, data))
+        try:
+            await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            await asyncio.wait(
+                [writing]
+            )  # a thread cannot be cancelled, and the descriptor must not be closed below it
+            raise
+        except OSError as error:
+            if error.errno not in NO_SPACE:
                 raise
+            return False
+        return True
 
     def _write(self, index: int, data: bytes) -> None:
         offset, _ = self.table.chunk_range(index, self.layout)
-        view = memoryview(data)
-        while view:
-            written = os.pwrite(self._data, view, offset)
-            view, offset = view[written:], offset + written
+        write_all(self._data, data, offset)
         self._chunks[index] = 1
 
     async def stop(self) -> None:
@@ -193,3 +228,20 @@ class PartialLayer:
         """Check all chunks and the tar against the diff_id and put them on disk. Blocking; raises CorruptLayer."""
         verify_layer(self._data)
         os.fsync(self._data)
+
+
+def _write_files(directory: Path, layout: Layout, header: bytes, table: ChunkTable, footer: bytes) -> None:
+    """The files of a new partial layer; CorruptLayer if they do not fit together."""
+    with (directory / "data").open("wb") as data:
+        data.truncate(layout.file_size)
+    # Sizes come from a peer: reading back through the parser checks them against each other.
+    fd = os.open(directory / "data", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        # Table and footer are no chunk of their own: they describe the chunks.
+        write_all(fd, table.digests + footer, layout.table_offset)
+        write_all(fd, header[:HEADER_SIZE], 0)
+        read_layer(fd)
+    finally:
+        os.close(fd)
+    (directory / "chunks").write_bytes(bytes(table.count))
+    (directory / "boot").write_text(_boot_id())

@@ -1,39 +1,44 @@
 """From an image's source to a complete layer: download, convert, commit. Each layer once, in processes of their own.
 
 State: ``_pulls`` is single flight by layer and place, so a caller that goes away does not stop a pull that others, or the next
-run, can use.
+run, can use. A layer under way has a reservation in the cache and is pinned until it is committed.
 """
 
 import asyncio
+import contextlib
 import dataclasses
-import errno
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import AsyncIterator, Awaitable
+from pathlib import Path
 from typing import Any
 
-from afs.core.errors import ResourceExhausted, Unavailable, error_for_grpc
-from afs.core.files import unlinked_on_error
+from afs.core.errors import Unavailable, error_for_grpc
 from afs.core.images import ImageRef
 from afs.core.singleflight import SingleFlight
 from afs.core.units import format_size
+from afs.layerstore.errors import DiskFull
 from afs.layerstore.manifests import Layer
 from afs.layerstore.pullworker import encode_options
+from afs.layerstore.quota import Reservation
 from afs.layerstore.registryoptions import RegistryOptions
+from afs.layerstore.room import Room
 from afs.layerstore.source import Source
 from afs.layerstore.sources import Sources
-from afs.layerstore.store import CompleteLayer, LayerStore
+from afs.layerstore.store import NO_SPACE, CompleteLayer, LayerStore
 from afs.layerstore.workers import Workers
 
 log = logging.getLogger(__name__)
+_LOOK_S = 1.0  # a converter writes some 500 MiB in that time, less than the disk's headroom
 _PATIENCE_S, _LEAST_RATE = 120.0, 64 << 10  # seconds, and bytes per second, that a source may take for a layer
 
 
 class Puller:
-    """Pulls layers into *store*, at most *parallel* at a time."""
+    """Pulls layers into *store*, as far as there is *room*, at most *parallel* at a time."""
 
-    def __init__(self, store: LayerStore, options: RegistryOptions, parallel: int) -> None:
+    def __init__(self, store: LayerStore, room: Room, options: RegistryOptions, parallel: int) -> None:
         self._store = store
+        self._room = room
         self._options = encode_options(options)
         self._sources = Sources(options)
         self._workers = Workers(parallel)
@@ -60,6 +65,22 @@ class Puller:
 
     async def _pull(self, ref: ImageRef, layer: Layer) -> CompleteLayer:
         started = time.monotonic()
+        async with self._converted(ref, layer) as (temporary, reservation):
+            complete = self._store.commit(temporary, layer.diff_id)
+            self._room.settle(reservation)
+        size, seconds = format_size(complete.layout.file_size), time.monotonic() - started
+        log.info("pulled layer %s of %s: %s in %.2f s", layer.diff_id, ref, size, seconds)
+        return complete
+
+    @contextlib.asynccontextmanager
+    async def copy(self, ref: ImageRef, layer: Layer) -> AsyncIterator[Path]:
+        """Another file of a layer, verified, outside the cache; it is gone after the block."""
+        async with self._converted(ref, layer) as (temporary, _):
+            yield temporary
+
+    @contextlib.asynccontextmanager
+    async def _converted(self, ref: ImageRef, layer: Layer) -> AsyncIterator[tuple[Path, Reservation]]:
+        """Download and convert into a temporary file, which is gone after the block unless it was renamed."""
         temporary = self._store.temporary()
         job = {
             "image": str(ref),
@@ -68,14 +89,33 @@ class Puller:
             "registry": self._options,
             "grants": self._sources.grants(ref),
         }
-        with unlinked_on_error(temporary):  # the worker does so too, unless it was killed
-            answer = await self._within(ref, layer, self._workers.run(job))
-            if "error" in answer:
-                self._fail(ref, layer, answer)
-            complete = self._store.commit(temporary, layer.diff_id)
-        size, seconds = format_size(complete.layout.file_size), time.monotonic() - started
-        log.info("pulled layer %s of %s: %s in %.2f s", layer.diff_id, ref, size, seconds)
-        return complete
+        compressed = not layer.media_type.endswith("tar")
+        async with self._room.reserved(
+            layer.diff_id, layer.blob_size, compressed=compressed, path=temporary
+        ) as reservation:
+            try:
+                answer = await self._within(ref, layer, self._watched(job, reservation))
+                if "error" in answer:
+                    self._fail(ref, layer, answer)
+                await self._room.correct(reservation, temporary.stat().st_blocks * 512)
+                yield temporary, reservation
+            except OSError as error:
+                if error.errno in NO_SPACE:
+                    raise DiskFull(f"{layer.diff_id} of {ref}", self._store.root) from error
+                raise
+            finally:  # the worker removes it when it fails, unless it was killed
+                temporary.unlink(missing_ok=True)
+
+    async def _watched(self, job: dict[str, Any], reservation: Reservation) -> dict[str, Any]:
+        """The answer to *job*, cancelled when what it writes has no room: a blob may become a thousand times its size."""
+        task = asyncio.create_task(self._workers.run(job))
+        try:
+            while not (await asyncio.wait([task], timeout=_LOOK_S))[0]:
+                await self._room.grow(reservation)
+            return task.result()
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
 
     async def _within(self, ref: ImageRef, layer: Layer, work: Awaitable[dict[str, Any]]) -> dict[str, Any]:
         """*work*, unless the source is so slow that it only takes up a worker that others wait for."""
@@ -86,8 +126,8 @@ class Puller:
             raise Unavailable(f"image {ref}: layer {layer.blob_digest} did not come within {limit:.0f} s") from None
 
     def _fail(self, ref: ImageRef, layer: Layer, answer: dict[str, Any]) -> None:
-        if answer["errno"] in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceExhausted(f"layer {layer.diff_id} of {ref}: no space left in {self._store.root}")
+        if answer["errno"] in NO_SPACE:
+            raise DiskFull(f"{layer.diff_id} of {ref}", self._store.root)
         message = str(answer["error"])
         if str(ref) not in message:
             message = f"image {ref}: {message}"

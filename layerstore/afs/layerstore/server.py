@@ -1,20 +1,22 @@
 """The gRPC services of the layerstore: to peers, and to the node's own snapshotter."""
 
 import asyncio
-import os
+from collections.abc import AsyncIterator, Collection
 from typing import Any
 
 import grpc.aio
 from typing_extensions import override
 
-from afs.core.digests import check_digest
-from afs.core.errors import InvalidArgument, NotFound
+from afs.core.digests import check_digest, hex_of
 from afs.core.images import ImageRef, Platform, parse_image, parse_platform
+from afs.layerstore.afslyr.layout import pack_footer, pack_header
 from afs.layerstore.images import Images
-from afs.layerstore.layers import Layers, Origin
+from afs.layerstore.layers import Layers
 from afs.layerstore.manifests import Image, Layer
 from afs.layerstore.peers import layer_message
+from afs.layerstore.room import Room
 from afs.layerstore.store import CompleteLayer
+from afs.layerstore.supply import Origin
 from afs.proto.v1 import layerstore_pb2 as pb
 from afs.proto.v1 import layerstore_pb2_grpc as pb_grpc
 
@@ -59,61 +61,46 @@ class PeerService(pb_grpc.LayerstorePeerServicer):
             check_digest(wanted.diff_id), check_digest(wanted.blob_digest), wanted.blob_size, wanted.media_type
         )
         complete, pulled = await self._layers.ensure(Origin(ref, platform, layer))
+        self._layers.use(complete.diff_id)  # the peer is about to read from it
         return pb.EnsureLayerResponse(size_bytes=complete.layout.file_size, pulled=pulled)
 
     @override
     async def DescribeLayer(self, request: pb.DescribeLayerRequest, context: Context) -> pb.DescribeLayerResponse:
-        layer = self._layers.find(check_digest(request.diff_id))
-        if layer is None:
-            raise NotFound(f"layer {request.diff_id} is not on this node")
-        layout, table = layer.layout, layer.table
-        path = layer.path if isinstance(layer, CompleteLayer) else layer.data_path
-        header, footer = await asyncio.to_thread(
-            _ends, str(path), layout.tar_offset, layout.table_offset + len(table.digests)
-        )
+        layer = self._layers.use(check_digest(request.diff_id))
+        # From memory, where it was checked, not from the file, which may have been damaged since.
         return pb.DescribeLayerResponse(
-            size_bytes=layout.file_size,
-            header=header,
-            table=table.digests,
-            footer=footer,
+            size_bytes=layer.layout.file_size,
+            header=pack_header(layer.layout),
+            table=layer.table.digests,
+            footer=pack_footer(layer.layout, bytes.fromhex(hex_of(layer.table.root_digest))),
             complete=isinstance(layer, CompleteLayer),
         )
 
     @override
     async def ReadChunk(self, request: pb.ReadChunkRequest, context: Context) -> pb.ReadChunkResponse:
-        layer = self._layers.find(check_digest(request.diff_id))
-        if layer is None:
-            raise NotFound(f"layer {request.diff_id} is not on this node")
-        if request.index >= layer.table.count:
-            raise InvalidArgument(f"layer {request.diff_id} has {layer.table.count} chunks, no chunk {request.index}")
-        if isinstance(layer, CompleteLayer):
-            return pb.ReadChunkResponse(data=await asyncio.to_thread(layer.read_chunk, request.index))
-        if not layer.has(request.index):
-            raise NotFound(f"chunk {request.index} of layer {request.diff_id} is not on this node")
-        return pb.ReadChunkResponse(data=await layer.read_async(request.index))
-
-
-def _ends(path: str, header_end: int, footer_start: int) -> tuple[bytes, bytes]:
-    with open(path, "rb") as file:
-        header = file.read(header_end)
-        size = os.fstat(file.fileno()).st_size
-        return header, os.pread(file.fileno(), size - footer_start, footer_start)
+        return pb.ReadChunkResponse(data=await self._layers.read_chunk(check_digest(request.diff_id), request.index))
 
 
 class NodeService(pb_grpc.LayerstoreNodeServicer):
     """What the node's own snapshotter may ask."""
 
-    def __init__(self, images: Images, layers: Layers) -> None:
+    def __init__(self, images: Images, layers: Layers, room: Room) -> None:
         self._images = images
         self._layers = layers
+        self._room = room
+        self._leases = room.leases
 
     @override
     async def OpenImage(self, request: pb.OpenImageRequest, context: Context) -> pb.OpenImageResponse:
         ref, platform = _name(request.name)
         local = request.force_local_fetch
         image = await self._images.resolve(ref, platform, here=local)
-        origins = [Origin(ref, platform, layer) for layer in image.layers]
-        layers = await asyncio.gather(*(self._layers.open(origin, local=local) for origin in origins))
+        # All of them until the last is here, which may take minutes; then until the snapshotter reports the mounts.
+        with self._leases.pinned(layer.diff_id for layer in image.layers):
+            origins = [Origin(ref, platform, layer) for layer in image.layers]
+            await asyncio.gather(*(self._layers.open(origin, local=local) for origin in origins))
+            layers = [self._layers.look_up(layer.diff_id) for layer in image.layers]
+            self._leases.hand_over(request.number, [layer.diff_id for layer in layers])
         return pb.OpenImageResponse(
             image=_image(image),
             layers=[
@@ -123,5 +110,55 @@ class NodeService(pb_grpc.LayerstoreNodeServicer):
                     path=str(layer.path) if isinstance(layer, CompleteLayer) else "",
                 )
                 for layer in layers
+            ],
+        )
+
+    @override
+    async def Leases(
+        self, request_iterator: AsyncIterator[pb.LeaseUpdate], context: Context
+    ) -> AsyncIterator[pb.LeaseRequest]:
+        requests: asyncio.Queue[Collection[str] | None] = asyncio.Queue()
+        release = requests.put_nowait  # one bound method, for it stands for the stream
+
+        async def read() -> None:
+            try:
+                async for update in request_iterator:
+                    mounted = update.in_use, update.idle
+                    for diff_id in self._leases.report(release, *mounted, update.last_opened, update.opening):
+                        self._room.use(diff_id)  # until now
+            finally:
+                requests.put_nowait(None)
+
+        self._leases.connect(release)
+        reading = asyncio.create_task(read())
+        try:
+            while (diff_ids := await requests.get()) is not None:
+                yield pb.LeaseRequest(release=sorted(diff_ids))
+            await reading
+        finally:
+            self._leases.disconnect(release)
+            reading.cancel()
+
+    @override
+    async def CacheStatus(self, request: pb.CacheStatusRequest, context: Context) -> pb.CacheStatusResponse:
+        status = self._room.status()
+        return pb.CacheStatusResponse(
+            capacity_bytes=status.capacity,
+            used_bytes=status.used,
+            reserved_bytes=status.reserved,
+            leased_bytes=sum(layer.used for layer in status.layers if layer.leased),
+            free_bytes=status.free,
+            evicted_layers=status.evicted,
+            damaged_layers=self._layers.repairs.count,
+            snapshotter_connected=self._leases.connected,
+            layers=[
+                pb.CachedLayer(
+                    diff_id=layer.diff_id,
+                    used_bytes=layer.used,
+                    complete=isinstance(self._layers.find(layer.diff_id), CompleteLayer),
+                    leased=layer.leased,
+                    last_use_unix=int(layer.last_use),
+                )
+                for layer in status.layers
             ],
         )

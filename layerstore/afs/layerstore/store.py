@@ -7,7 +7,11 @@
     ROOT/layers/<hex>.afslyr      complete layers, by diff_id; appear by rename only
     ROOT/partial/<hex>/           header, table, footer, data (sparse), chunks (one byte per chunk, 1 = verified and written)
     ROOT/images/<hex>.json        resolved images, by sha256 of their key
-    ROOT/tmp/                     files under construction; emptied at start
+    ROOT/scrubbed.json            when each complete layer was verified last, by diff_id
+    ROOT/tmp/                     files under construction, and evicted ones; emptied at start
+
+The mtime of ``<hex>.afslyr`` and ``data`` is the layer's last use. Not the atime: that changes with any reader, a backup
+or the scrubber too, and on noatime mounts with none.
 
 Nothing here awaits, and one process owns the directory, so a method is atomic towards the event loop. Files change
 state by one rename each: a crash at any point leaves the old state or the new one.
@@ -15,6 +19,7 @@ state by one rename each: a crash at any point leaves the old state or the new o
 
 import base64
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -28,13 +33,14 @@ from pathlib import Path
 from afs.core.digests import hex_of, is_digest
 from afs.core.errors import AfsError, FailedPrecondition
 from afs.core.files import fsync_dir, remove_tree, write_atomic
-from afs.core.images import Platform, parse_image
+from afs.core.images import ImageRef, Platform, parse_image
 from afs.layerstore.afslyr.errors import CorruptLayer
-from afs.layerstore.afslyr.layout import ChunkTable, Layout
+from afs.layerstore.afslyr.layout import ChunkTable, Layout, pack_footer
 from afs.layerstore.afslyr.reader import read_layer
 from afs.layerstore.manifests import Image, build_image
 
 log = logging.getLogger(__name__)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _TAG = b"Signature: 8a477f597d28d172789f06886806bc55\n# The cache of an AFS layerstore; backups may skip it.\n"
 
 
@@ -47,21 +53,77 @@ class StoreLocked(FailedPrecondition):
 
 @dataclass(frozen=True, slots=True)
 class CompleteLayer:
-    """A verified layer file. Its bytes never change; eviction unlinks it, open descriptors keep working."""
+    """A layer file that was verified when it came. Its bytes never change, except back to what they were.
+
+    Eviction unlinks it; open descriptors keep working. All methods block.
+    """
 
     diff_id: str
     path: Path
     layout: Layout
     table: ChunkTable
 
-    def read_chunk(self, index: int) -> bytes:
-        """Chunk *index* from disk. Blocking; the receiver checks it against the table."""
+    def read_chunk(self, index: int, *, from_disk: bool = False) -> bytes | None:
+        """Chunk *index*, verified; None if it is damaged, an unreadable sector included. Raises FileNotFoundError.
+
+        *from_disk*: not what the page cache remembers of it.
+        """
         offset, length = self.table.chunk_range(index, self.layout)
         fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            return os.pread(fd, length, offset)
+            if from_disk:  # of no use to us behind it either; what is mounted has pages of its own
+                os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
+            data = os.pread(fd, length, offset)
+            if from_disk:
+                os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
+        except OSError as error:
+            log.error("cannot read chunk %d of %s: %s", index, self.path, error)
+            return None
         finally:
             os.close(fd)
+        return data if self.table.verify(index, data) else None
+
+    def write_chunk(self, index: int, data: bytes) -> None:
+        """Put a chunk right in place, so that whoever has the file open or mounted reads it; durable on return."""
+        offset, _ = self.table.chunk_range(index, self.layout)
+        self._write(data, offset)
+
+    def repair_tail(self) -> bool:
+        """Write table and footer, as they were when the file was opened, if they are no longer so; whether that was."""
+        root = bytes.fromhex(hex_of(self.table.root_digest))
+        tail = self.table.digests + pack_footer(self.layout, root)
+        with self.path.open("rb") as file:
+            try:
+                if os.pread(file.fileno(), len(tail), self.layout.table_offset) == tail:
+                    return False
+            except OSError as error:
+                log.error("cannot read the chunk table of %s: %s", self.path, error)
+        self._write(tail, self.layout.table_offset)
+        return True
+
+    def _write(self, data: bytes, offset: int) -> None:
+        fd = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            write_all(fd, data, offset)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def delete(path: Path) -> None:
+    """Remove a file or a directory tree; a missing one is no error."""
+    if path.is_dir():
+        remove_tree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_all(fd: int, data: bytes, offset: int) -> None:
+    """All of *data* at *offset* of *fd*; the kernel may take it in parts."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
 
 
 class LayerStore:
@@ -81,7 +143,7 @@ class LayerStore:
             write_atomic(root / "CACHEDIR.TAG", _TAG)
         for leftover in (root / "tmp").iterdir():
             log.info("removing %s, which a crash left", leftover)
-            remove_tree(leftover) if leftover.is_dir() else leftover.unlink()
+            delete(leftover)
         self._complete: dict[str, CompleteLayer] = {}
 
     def close(self) -> None:
@@ -103,7 +165,10 @@ class LayerStore:
         return self.root / "tmp" / secrets.token_hex(8)
 
     def complete(self, diff_id: str) -> CompleteLayer | None:
-        """The layer if all of it is here. A file whose header or table is damaged is removed and counts as absent."""
+        """The layer if all of it is here. A file whose header or table is damaged is removed and counts as absent.
+
+        It is read at the first look-up only. A mount that an earlier process gave it to goes on reading the removed file.
+        """
         layer = self._complete.get(diff_id)
         if layer is not None:
             return layer
@@ -128,8 +193,16 @@ class LayerStore:
         layer = self._complete[diff_id] = CompleteLayer(diff_id, path, layout, table)
         return layer
 
-    def commit(self, temporary: Path, diff_id: str) -> CompleteLayer:
-        """Make the synced file *temporary* the complete layer; the rename is durable on return."""
+    def commit(self, temporary: Path, diff_id: str, *, replace: bool = False) -> CompleteLayer:
+        """Make the synced file *temporary* the complete layer; the rename is durable on return.
+
+        If there is one already it stays, for it may be mounted, and *temporary* goes; unless it is to *replace* that.
+        """
+        if replace:
+            self._complete.pop(diff_id, None)
+        elif (known := self.complete(diff_id)) is not None:
+            temporary.unlink()
+            return known
         path = self.layer_path(diff_id)
         temporary.rename(path)
         fsync_dir(path.parent)
@@ -141,6 +214,57 @@ class LayerStore:
     def drop_partial(self, diff_id: str) -> None:
         """Remove the partial layer's files; open descriptors keep working."""
         remove_tree(self.partial_dir(diff_id))
+
+    def detach(self, diff_id: str) -> list[Path]:
+        """Take the layer out of the directory, complete and partial; what is to be deleted. Renames only: it is quick."""
+        self._complete.pop(diff_id, None)
+        taken = []
+        for path in (self.layer_path(diff_id), self.partial_dir(diff_id)):
+            temporary = self.temporary()
+            try:
+                path.rename(temporary)
+                taken.append(temporary)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                if error.errno not in NO_SPACE:
+                    raise
+                delete(path)  # a disk so full that it has no room for a name; here and now, then
+        return taken
+
+    # Space
+
+    def usage(self, diff_id: str) -> tuple[int, float]:
+        """(bytes on disk, last use in seconds since the epoch) of a layer's files; (0, 0) if there are none."""
+        used, last_use = 0, 0.0
+        partial = self.partial_dir(diff_id)
+        for path in (self.layer_path(diff_id), partial / "data", partial / "chunks"):
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                used += status.st_blocks * 512  # partial layers are sparse
+                last_use = max(last_use, status.st_mtime)
+        return used, last_use
+
+    def stamp(self, diff_id: str, now: float) -> None:
+        """Note on disk that the layer was used at *now*."""
+        for path in (self.layer_path(diff_id), self.partial_dir(diff_id) / "data"):
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(path, (now, now))
+
+    def default_capacity(self) -> int:
+        """Nine tenths of what the cache could have: the free space and what it has already."""
+        here = {*self.complete_ids(), *self.partial_ids()}
+        return (self.free() + sum(self.usage(diff_id)[0] for diff_id in here)) * 9 // 10
+
+    def default_headroom(self) -> int:
+        """A twentieth of the file system, at most 1 GiB."""
+        status = os.statvfs(self.root)
+        return min(status.f_blocks * status.f_frsize // 20, 1 << 30)
+
+    def free(self) -> int:
+        """Bytes that the file system has left for us."""
+        status = os.statvfs(self.root)
+        return status.f_bavail * status.f_frsize
 
     def complete_ids(self) -> list[str]:
         """The diff_ids of all complete layers."""
@@ -176,20 +300,19 @@ class LayerStore:
 
     def load_images(self) -> Iterator[Image]:
         """Every remembered image; a damaged file is removed and logged."""
+        for _, _, image in self.load_names():
+            yield image
+
+    def load_names(self) -> Iterator[tuple[ImageRef, Platform, Image]]:
+        """As :meth:`load_images`, with what each was asked for by."""
         for path in sorted((self.root / "images").glob("*.json")):
             try:
                 document = json.loads(path.read_bytes())
                 platform = Platform(*document["platform"])
-                parse_image(document["name"])
+                ref = parse_image(document["name"])
                 manifest, config, index = (base64.b64decode(document[part]) for part in ("manifest", "config", "index"))
-                yield build_image(
-                    document["name"],
-                    platform,
-                    manifest,
-                    config,
-                    min(int(document["resolved_unix"]), int(time.time())),
-                    index,
-                )
+                resolved = min(int(document["resolved_unix"]), int(time.time()))
+                yield ref, platform, build_image(document["name"], platform, manifest, config, resolved, index)
             except (AfsError, ValueError, KeyError, TypeError, AttributeError) as error:
                 log.error("removing %s: %s", path, error)
                 with contextlib.suppress(FileNotFoundError):

@@ -32,6 +32,7 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
     from afs.proto.v1.mounts_pb2_grpc import add_MountsServicer_to_server
     from afs.snapshotter.fusedprocess import FusedProcess
     from afs.snapshotter.layermounts import LayerMounts, check_kernel
+    from afs.snapshotter.leases import report_mounts
     from afs.snapshotter.roots import Roots
     from afs.snapshotter.server import MountsService
 
@@ -59,6 +60,9 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         stack.push_async_callback(fused.close)
         stack.push_async_callback(mounts.close)
         stack.push_async_callback(roots.close)
+        # Ended before the mounts are: what it said last holds for the layerstore's grace period.
+        reporting = asyncio.create_task(report_mounts(f"unix:{run_dir}/layerstore.sock", mounts))
+        stack.push_async_callback(_cancelled, reporting)
         # Started now, not at the first partial layer: importing it takes 0.15 s, and 0.5 s from a cold disk.
         await fused.directory()
         service = MountsService(roots, mounts)
@@ -67,6 +71,11 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         )
         notify("READY=1")
         await stop.wait()
+
+
+async def _cancelled(task: "asyncio.Task[None]") -> None:
+    task.cancel()
+    await asyncio.wait([task])
 
 
 main = daemon_command(

@@ -5,7 +5,8 @@ layerstore is asked to fill them, and the read waits. No gRPC, and no state that
 shared memory with the layerstore (see :mod:`afs.layerstore.partial`).
 
 State, on one event loop: ``_inodes`` maps inode numbers to open layers, ``_by_name`` names to inode numbers. Numbers are
-never reused, because the kernel may ask about one until it forgot it.
+never reused, because the kernel may ask about one until it forgot it. That may be long after the last mount on the file
+went; so its descriptors are closed with the last open file, or an evicted layer would keep its space on the disk.
 """
 
 import contextlib
@@ -34,9 +35,10 @@ class _Layer:
     diff_id: str
     size: int
     chunk_size: int
-    data: int
+    data: int  # -1: closed
     chunks: mmap.mmap | None  # None: complete when it was opened
     lookups: int = 0
+    opens: int = 0
 
     def missing(self, offset: int, end: int) -> tuple[int, int] | None:
         """(first, count) of a run of chunks that covers what is missing of [offset, end), or None."""
@@ -47,9 +49,20 @@ class _Layer:
         return (absent[0], absent[-1] - absent[0] + 1) if absent else None
 
     def close(self) -> None:
-        os.close(self.data)
+        if self.data >= 0:
+            os.close(self.data)
         if self.chunks is not None:
             self.chunks.close()
+        self.data, self.chunks = -1, None
+
+    def take(self, other: "_Layer") -> bool:
+        """Read from the files of *other* from now on; false, and it is closed, if that cannot be the same layer."""
+        if other.size != self.size:
+            other.close()
+            return False
+        self.close()
+        self.data, self.chunks = other.data, other.chunks
+        return True
 
 
 def _fail(error: Exception) -> NoReturn:
@@ -129,10 +142,24 @@ class LayerFiles(pyfuse3.Operations):
             os.close(data)
             raise
 
+    async def _reopen(self, layer: _Layer) -> None:
+        """Read from the files that the layer has now; FillError if they cannot be the same layer's."""
+        if not layer.take(await self._open_layer(layer.diff_id.removeprefix("sha256:"))):
+            raise FillError(f"layer {layer.diff_id} has another size than before", errno.EIO)
+
     @override
     async def open(self, inode: int, flags: int, ctx: Any) -> pyfuse3.FileInfo:
         if flags & os.O_ACCMODE != os.O_RDONLY:
             raise pyfuse3.FUSEError(errno.EROFS)
+        layer = self._inodes[inode]
+        layer.opens += 1
+        if layer.data < 0:
+            try:
+                await self._reopen(layer)
+            except (FillError, OSError, ValueError) as error:
+                log.warning("cannot open layer %s again: %s", layer.diff_id, error)
+                layer.opens -= 1
+                _fail(error)
         # Layers never change, so pages stay valid over close and reopen.
         return pyfuse3.FileInfo(fh=inode, keep_cache=True)
 
@@ -168,17 +195,15 @@ class LayerFiles(pyfuse3.Operations):
                     break  # nothing came into the file that we have
             if missing is None:
                 return
-            fresh = await self._open_layer(layer.diff_id.removeprefix("sha256:"))
-            if fresh.size != layer.size:
-                fresh.close()
-                break
-            layer.close()
-            layer.data, layer.chunks = fresh.data, fresh.chunks
+            await self._reopen(layer)
         raise FillError(f"layer {layer.diff_id} was filled, but not where we can see it", errno.EIO)
 
     @override
     async def release(self, fh: int) -> None:
-        pass
+        layer = self._inodes[fh]
+        layer.opens -= 1
+        if layer.opens == 0:
+            layer.close()
 
     @override
     async def forget(self, inode_list: Any) -> None:

@@ -4,6 +4,10 @@ State and locks (one event loop): ``_mounted`` maps diff_ids to mounts in the or
 single flight by diff_id. ``users`` changes without an await between the look-up and the change, so a mount that
 :meth:`LayerMounts._trim` takes away (users == 0, removed from the map before the first await) is never handed out again.
 A mount whose afs_fused died leaves the map at the next look-up and is unmounted by its last user.
+
+``_all`` holds every mount that exists, in the map or not, until it is unmounted: :meth:`LayerMounts.leases` tells the
+layerstore of them. ``_opening`` has the numbers of the OpenImage calls whose layers are on their way into it.
+``changed`` is set whenever either has changed.
 """
 
 import asyncio
@@ -11,7 +15,8 @@ import contextlib
 import errno
 import logging
 import os
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +25,7 @@ from afs.core.digests import hex_of
 from afs.core.errors import FailedPrecondition, Internal
 from afs.core.mounts import unmount
 from afs.core.singleflight import SingleFlight
+from afs.proto.v1 import layerstore_pb2 as pb
 from afs.snapshotter.fusedprocess import FusedProcess
 
 log = logging.getLogger(__name__)
@@ -48,7 +54,11 @@ class LayerMounts:
         self._fused = fused
         self._keep = keep
         self._mounted: dict[str, MountedLayer] = {}
+        self._all: dict[Path, MountedLayer] = {}
         self._mounting: SingleFlight[str, MountedLayer] = SingleFlight()
+        self._opening: set[int] = set()
+        self._last_opened = time.time_ns()  # ascends over restarts
+        self.changed = asyncio.Event()
         self._next = 0
         self._going: set[asyncio.Task[None]] = set()
 
@@ -61,10 +71,12 @@ class LayerMounts:
             await self._mounting.run(diff_id, lambda: self._mount(diff_id, file))
         self._mounted[diff_id] = self._mounted.pop(diff_id)  # now the most recently used
         layer.users += 1
+        self.changed.set()
         try:
             yield layer
         finally:
             layer.users -= 1
+            self.changed.set()
             if layer.users == 0 and self._mounted.get(diff_id) is not layer:
                 await self._unmount(layer)
             await self._trim(self._keep)
@@ -90,22 +102,61 @@ class LayerMounts:
         except BaseException:
             layer.path.rmdir()
             raise
-        self._mounted[diff_id] = layer
+        self._mounted[diff_id] = self._all[path] = layer
+        self.changed.set()
         return layer
 
     async def _trim(self, keep: int) -> None:
         idle = [layer for layer in self._mounted.values() if layer.users == 0]
-        gone = idle[: max(len(idle) - keep, 0)]
-        for layer in gone:
+        await self._take_away(idle[: max(len(idle) - keep, 0)])
+
+    async def _take_away(self, idle: Sequence[MountedLayer]) -> None:
+        for layer in idle:
             del self._mounted[layer.diff_id]
-        await asyncio.gather(*(self._unmount(layer) for layer in gone))
+        await asyncio.gather(*(asyncio.shield(task) for task in [self._start_unmount(layer) for layer in idle]))
+
+    @contextlib.contextmanager
+    def opening(self) -> Iterator[int]:
+        """The number of an OpenImage call, whose layers are used within the block or not at all."""
+        self._last_opened += 1
+        number = self._last_opened
+        self._opening.add(number)
+        try:
+            yield number
+        finally:
+            self._opening.discard(number)
+            self.changed.set()
+
+    def leases(self) -> pb.LeaseUpdate:
+        """What is mounted and what is on its way, for the layerstore."""
+        in_use = {layer.diff_id for layer in self._all.values() if layer.users}
+        idle = {layer.diff_id for layer in self._all.values()} - in_use
+        return pb.LeaseUpdate(
+            in_use=sorted(in_use), idle=sorted(idle), last_opened=self._last_opened, opening=sorted(self._opening)
+        )
+
+    async def release(self, diff_ids: Collection[str]) -> None:
+        """Unmount those of *diff_ids* that nobody uses: the layerstore needs their space."""
+        await self._take_away(
+            [layer for layer in self._mounted.values() if layer.diff_id in diff_ids and not layer.users]
+        )
+        self.changed.set()  # an answer, even if nothing could go
 
     async def _unmount(self, layer: MountedLayer) -> None:
-        """Runs to its end even if the caller is cancelled meanwhile: the layer has left the map already."""
-        task = asyncio.create_task(asyncio.to_thread(_unmount_layer, layer.path), name=f"unmount {layer.path}")
+        await asyncio.shield(self._start_unmount(layer))
+
+    def _start_unmount(self, layer: MountedLayer) -> "asyncio.Task[None]":
+        """A task of its own, begun at once: the layer has left the map already, so no cancelled caller may stop it."""
+
+        async def unmount_it() -> None:
+            await asyncio.to_thread(_unmount_layer, layer.path)
+            del self._all[layer.path]
+            self.changed.set()
+
+        task = asyncio.create_task(unmount_it(), name=f"unmount {layer.path}")
         self._going.add(task)
         task.add_done_callback(self._going.discard)
-        await asyncio.shield(task)
+        return task
 
     def faults(self, layer: MountedLayer) -> int:
         """How many reads of *layer* failed so far; one more if its afs_fused is gone, for then all do."""

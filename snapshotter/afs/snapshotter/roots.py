@@ -22,6 +22,7 @@ from afs.snapshotter.layermounts import LayerMounts, MountedLayer
 from afs.snapshotter.overlay import mount_overlay
 
 log = logging.getLogger(__name__)
+CONNECT_S = 1.5  # channel() tries to connect at least once a second
 _TARGET = "target"  # holds the path of a root that is mounted elsewhere
 _BASE_DIRECTORIES = ("dev", "proc", "sys")
 
@@ -67,15 +68,23 @@ class Roots:
         await self._channel.close()
         remove_tree(self._base)
 
-    async def open_image(self, name: pb.ImageName, *, force_local: bool) -> pb.OpenImageResponse:
-        """Ask the layerstore for an image's layers."""
-        with calling(self._layerstore):
-            return await self._stub.OpenImage(pb.OpenImageRequest(name=name, force_local_fetch=force_local))
+    async def open_image(
+        self, stack: contextlib.AsyncExitStack, name: pb.ImageName, *, force_local: bool
+    ) -> tuple[pb.Image, list[MountedLayer]]:
+        """Ask the layerstore for an image and mount its layers (bottom first) until *stack* closes."""
+        with self._mounts.opening() as number:
+            # gRPC fails calls at once between two tries to connect, and a layerstore that restarts is back before the next.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._channel.channel_ready(), CONNECT_S)
+            request = pb.OpenImageRequest(name=name, force_local_fetch=force_local, number=number)
+            with calling(self._layerstore):
+                answer = await self._stub.OpenImage(request)
+            return answer.image, await self._mount_layers(stack, answer.layers)
 
-    async def mount_layers(
+    async def _mount_layers(
         self, stack: contextlib.AsyncExitStack, layers: Sequence[pb.LocalLayer]
     ) -> list[MountedLayer]:
-        """Mount *layers* (bottom first) until *stack* closes. An image may hold one layer several times."""
+        # An image may hold one layer several times.
         entering = (stack.enter_async_context(self._mounts.using(layer.diff_id, layer.path)) for layer in layers)
         # All of them are awaited even if one fails: what the others mounted has to be on the stack when it unwinds.
         results = await asyncio.gather(*entering, return_exceptions=True)

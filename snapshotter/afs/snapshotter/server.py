@@ -65,9 +65,7 @@ class MountsService(mounts_pb2_grpc.MountsServicer):
             architecture=request.architecture,
             variant=request.variant,
         )
-        answer = await self._roots.open_image(name, force_local=request.force_local_fetch)
-        layers = await self._roots.mount_layers(stack, answer.layers)
-        image = answer.image
+        image, layers = await self._roots.open_image(stack, name, force_local=request.force_local_fetch)
         lazy = any(layer.served_from is not None for layer in layers)
         opened = pb.OpenedImage(key=image.key, manifest_digest=image.manifest_digest, config=image.config, lazy=lazy)
         return opened, layers

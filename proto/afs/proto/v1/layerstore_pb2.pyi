@@ -224,7 +224,7 @@ class DescribeLayerResponse(_message.Message):
     COMPLETE_FIELD_NUMBER: _builtins.int
     size_bytes: _builtins.int
     header: _builtins.bytes
-    """the file's first 4096 bytes"""
+    """the file's first 1024 bytes"""
     table: _builtins.bytes
     """the chunk table"""
     footer: _builtins.bytes
@@ -293,8 +293,11 @@ class OpenImageRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     FORCE_LOCAL_FETCH_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
     force_local_fetch: _builtins.bool
     """pull missing layers on this node instead of asking their owners"""
+    number: _builtins.int
+    """Ascends with every call of the snapshotter, over its restarts too; see LeaseUpdate. 0: somebody without leases."""
     @_builtins.property
     def name(self) -> Global___ImageName: ...
     def __init__(
@@ -302,10 +305,11 @@ class OpenImageRequest(_message.Message):
         *,
         name: Global___ImageName | None = ...,
         force_local_fetch: _builtins.bool = ...,
+        number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["force_local_fetch", b"force_local_fetch", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["force_local_fetch", b"force_local_fetch", "name", b"name", "number", b"number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -362,3 +366,165 @@ class LocalLayer(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LocalLayer: _TypeAlias = LocalLayer  # noqa: Y015
+
+@_typing.final
+class LeaseUpdate(_message.Message):
+    """All that is mounted, in full, when the stream begins and at every change."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IN_USE_FIELD_NUMBER: _builtins.int
+    IDLE_FIELD_NUMBER: _builtins.int
+    LAST_OPENED_FIELD_NUMBER: _builtins.int
+    OPENING_FIELD_NUMBER: _builtins.int
+    last_opened: _builtins.int
+    """The OpenImage call made last, and those whose layers need not be mounted yet. What all others opened is in the lists,
+    or no longer needed.
+    """
+    @_builtins.property
+    def in_use(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """diff_ids of mounted layers with users"""
+
+    @_builtins.property
+    def idle(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """diff_ids of mounted layers without users"""
+
+    @_builtins.property
+    def opening(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        in_use: _abc.Iterable[_builtins.str] | None = ...,
+        idle: _abc.Iterable[_builtins.str] | None = ...,
+        last_opened: _builtins.int = ...,
+        opening: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["idle", b"idle", "in_use", b"in_use", "last_opened", b"last_opened", "opening", b"opening"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeaseUpdate: _TypeAlias = LeaseUpdate  # noqa: Y015
+
+@_typing.final
+class LeaseRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RELEASE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def release(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """unmount these if they are idle"""
+
+    def __init__(
+        self,
+        *,
+        release: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["release", b"release"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeaseRequest: _TypeAlias = LeaseRequest  # noqa: Y015
+
+@_typing.final
+class CacheStatusRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CacheStatusRequest: _TypeAlias = CacheStatusRequest  # noqa: Y015
+
+@_typing.final
+class CacheStatusResponse(_message.Message):
+    """Sizes in bytes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CAPACITY_BYTES_FIELD_NUMBER: _builtins.int
+    USED_BYTES_FIELD_NUMBER: _builtins.int
+    RESERVED_BYTES_FIELD_NUMBER: _builtins.int
+    LEASED_BYTES_FIELD_NUMBER: _builtins.int
+    FREE_BYTES_FIELD_NUMBER: _builtins.int
+    EVICTED_LAYERS_FIELD_NUMBER: _builtins.int
+    DAMAGED_LAYERS_FIELD_NUMBER: _builtins.int
+    SNAPSHOTTER_CONNECTED_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    capacity_bytes: _builtins.int
+    used_bytes: _builtins.int
+    reserved_bytes: _builtins.int
+    """promised to layers under way, guesses included"""
+    leased_bytes: _builtins.int
+    """of used_bytes, what cannot be evicted now"""
+    free_bytes: _builtins.int
+    """on the file system"""
+    evicted_layers: _builtins.int
+    """since the start"""
+    damaged_layers: _builtins.int
+    """known and not yet repaired"""
+    snapshotter_connected: _builtins.bool
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___CachedLayer]:
+        """least recently used first"""
+
+    def __init__(
+        self,
+        *,
+        capacity_bytes: _builtins.int = ...,
+        used_bytes: _builtins.int = ...,
+        reserved_bytes: _builtins.int = ...,
+        leased_bytes: _builtins.int = ...,
+        free_bytes: _builtins.int = ...,
+        evicted_layers: _builtins.int = ...,
+        damaged_layers: _builtins.int = ...,
+        snapshotter_connected: _builtins.bool = ...,
+        layers: _abc.Iterable[Global___CachedLayer] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "damaged_layers", b"damaged_layers", "evicted_layers", b"evicted_layers", "free_bytes", b"free_bytes", "layers", b"layers", "leased_bytes", b"leased_bytes", "reserved_bytes", b"reserved_bytes", "snapshotter_connected", b"snapshotter_connected", "used_bytes", b"used_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CacheStatusResponse: _TypeAlias = CacheStatusResponse  # noqa: Y015
+
+@_typing.final
+class CachedLayer(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIFF_ID_FIELD_NUMBER: _builtins.int
+    USED_BYTES_FIELD_NUMBER: _builtins.int
+    COMPLETE_FIELD_NUMBER: _builtins.int
+    LEASED_FIELD_NUMBER: _builtins.int
+    LAST_USE_UNIX_FIELD_NUMBER: _builtins.int
+    diff_id: _builtins.str
+    used_bytes: _builtins.int
+    complete: _builtins.bool
+    leased: _builtins.bool
+    """cannot be evicted now"""
+    last_use_unix: _builtins.int
+    def __init__(
+        self,
+        *,
+        diff_id: _builtins.str = ...,
+        used_bytes: _builtins.int = ...,
+        complete: _builtins.bool = ...,
+        leased: _builtins.bool = ...,
+        last_use_unix: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "diff_id", b"diff_id", "last_use_unix", b"last_use_unix", "leased", b"leased", "used_bytes", b"used_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CachedLayer: _TypeAlias = CachedLayer  # noqa: Y015

@@ -248,6 +248,16 @@ class LayerstoreNodeStub:
                 request_serializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.OpenImageRequest.SerializeToString,
                 response_deserializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.OpenImageResponse.FromString,
                 _registered_method=True)
+        self.Leases = channel.stream_stream(
+                '/afs.v1.LayerstoreNode/Leases',
+                request_serializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.LeaseUpdate.SerializeToString,
+                response_deserializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.LeaseRequest.FromString,
+                _registered_method=True)
+        self.CacheStatus = channel.unary_unary(
+                '/afs.v1.LayerstoreNode/CacheStatus',
+                request_serializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.CacheStatusRequest.SerializeToString,
+                response_deserializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.CacheStatusResponse.FromString,
+                _registered_method=True)
 
 
 class LayerstoreNodeServicer:
@@ -256,6 +266,22 @@ class LayerstoreNodeServicer:
 
     def OpenImage(self, request, context):
         """Resolve an image and make every layer mountable: complete in a local file, or partial with somebody to read from.
+        The layers stay here for a minute, or until the snapshotter tells on Leases that they are mounted.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Leases(self, request_iterator, context):
+        """Which layers are mounted, as long as the stream lives and for a grace period after it: they are not evicted. The
+        newest stream speaks for the node. The layerstore may ask for idle mounts to go; the answer is the next update.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CacheStatus(self, request, context):
+        """What is in the cache and how much of it could go.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -268,6 +294,16 @@ def add_LayerstoreNodeServicer_to_server(servicer, server):
                     servicer.OpenImage,
                     request_deserializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.OpenImageRequest.FromString,
                     response_serializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.OpenImageResponse.SerializeToString,
+            ),
+            'Leases': grpc.stream_stream_rpc_method_handler(
+                    servicer.Leases,
+                    request_deserializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.LeaseUpdate.FromString,
+                    response_serializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.LeaseRequest.SerializeToString,
+            ),
+            'CacheStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.CacheStatus,
+                    request_deserializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.CacheStatusRequest.FromString,
+                    response_serializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.CacheStatusResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -298,6 +334,60 @@ class LayerstoreNode:
             '/afs.v1.LayerstoreNode/OpenImage',
             afs_dot_proto_dot_v1_dot_layerstore__pb2.OpenImageRequest.SerializeToString,
             afs_dot_proto_dot_v1_dot_layerstore__pb2.OpenImageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Leases(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/afs.v1.LayerstoreNode/Leases',
+            afs_dot_proto_dot_v1_dot_layerstore__pb2.LeaseUpdate.SerializeToString,
+            afs_dot_proto_dot_v1_dot_layerstore__pb2.LeaseRequest.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CacheStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/afs.v1.LayerstoreNode/CacheStatus',
+            afs_dot_proto_dot_v1_dot_layerstore__pb2.CacheStatusRequest.SerializeToString,
+            afs_dot_proto_dot_v1_dot_layerstore__pb2.CacheStatusResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -101,7 +101,15 @@ class LayerstoreNodeStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> LayerstoreNodeAsyncStub: ...
     OpenImage: _grpc.UnaryUnaryMultiCallable[_layerstore_pb2.OpenImageRequest, _layerstore_pb2.OpenImageResponse]
-    """Resolve an image and make every layer mountable: complete in a local file, or partial with somebody to read from."""
+    """Resolve an image and make every layer mountable: complete in a local file, or partial with somebody to read from.
+    The layers stay here for a minute, or until the snapshotter tells on Leases that they are mounted.
+    """
+    Leases: _grpc.StreamStreamMultiCallable[_layerstore_pb2.LeaseUpdate, _layerstore_pb2.LeaseRequest]
+    """Which layers are mounted, as long as the stream lives and for a grace period after it: they are not evicted. The
+    newest stream speaks for the node. The layerstore may ask for idle mounts to go; the answer is the next update.
+    """
+    CacheStatus: _grpc.UnaryUnaryMultiCallable[_layerstore_pb2.CacheStatusRequest, _layerstore_pb2.CacheStatusResponse]
+    """What is in the cache and how much of it could go."""
 
 @_typing.type_check_only
 class LayerstoreNodeAsyncStub(LayerstoreNodeStub):
@@ -109,7 +117,15 @@ class LayerstoreNodeAsyncStub(LayerstoreNodeStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     OpenImage: _aio.UnaryUnaryMultiCallable[_layerstore_pb2.OpenImageRequest, _layerstore_pb2.OpenImageResponse]  # type: ignore[assignment]
-    """Resolve an image and make every layer mountable: complete in a local file, or partial with somebody to read from."""
+    """Resolve an image and make every layer mountable: complete in a local file, or partial with somebody to read from.
+    The layers stay here for a minute, or until the snapshotter tells on Leases that they are mounted.
+    """
+    Leases: _aio.StreamStreamMultiCallable[_layerstore_pb2.LeaseUpdate, _layerstore_pb2.LeaseRequest]  # type: ignore[assignment]
+    """Which layers are mounted, as long as the stream lives and for a grace period after it: they are not evicted. The
+    newest stream speaks for the node. The layerstore may ask for idle mounts to go; the answer is the next update.
+    """
+    CacheStatus: _aio.UnaryUnaryMultiCallable[_layerstore_pb2.CacheStatusRequest, _layerstore_pb2.CacheStatusResponse]  # type: ignore[assignment]
+    """What is in the cache and how much of it could go."""
 
 class LayerstoreNodeServicer(metaclass=_abc_1.ABCMeta):
     """For the node's own snapshotter."""
@@ -120,6 +136,26 @@ class LayerstoreNodeServicer(metaclass=_abc_1.ABCMeta):
         request: _layerstore_pb2.OpenImageRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_layerstore_pb2.OpenImageResponse, _abc.Awaitable[_layerstore_pb2.OpenImageResponse]]:
-        """Resolve an image and make every layer mountable: complete in a local file, or partial with somebody to read from."""
+        """Resolve an image and make every layer mountable: complete in a local file, or partial with somebody to read from.
+        The layers stay here for a minute, or until the snapshotter tells on Leases that they are mounted.
+        """
+
+    @_abc_1.abstractmethod
+    def Leases(
+        self,
+        request_iterator: _MaybeAsyncIterator[_layerstore_pb2.LeaseUpdate],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_layerstore_pb2.LeaseRequest], _abc.AsyncIterator[_layerstore_pb2.LeaseRequest]]:
+        """Which layers are mounted, as long as the stream lives and for a grace period after it: they are not evicted. The
+        newest stream speaks for the node. The layerstore may ask for idle mounts to go; the answer is the next update.
+        """
+
+    @_abc_1.abstractmethod
+    def CacheStatus(
+        self,
+        request: _layerstore_pb2.CacheStatusRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_layerstore_pb2.CacheStatusResponse, _abc.Awaitable[_layerstore_pb2.CacheStatusResponse]]:
+        """What is in the cache and how much of it could go."""
 
 def add_LayerstoreNodeServicer_to_server(servicer: LayerstoreNodeServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

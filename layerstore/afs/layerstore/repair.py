@@ -1,0 +1,147 @@
+"""Putting a complete layer right after the disk changed its bytes. Chunks are written in place, for the file may be mounted.
+
+Where a chunk comes from: peers that have it, each answer checked against the table; else the whole layer from its source
+once more.
+
+State and locks (one event loop): ``_damaged`` holds what is known to be damaged and not yet repaired. It is not announced
+and not opened. ``_checking`` is single flight by diff_id, so a layer is repaired by one task at a time; it is pinned
+meanwhile. A layer that cannot be repaired goes, if nobody needs it, and is pulled anew when it is wanted.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from afs.core.errors import AfsError
+from afs.core.singleflight import SingleFlight
+from afs.discovery.client import Announcer
+from afs.layerstore.afslyr.errors import CorruptLayer
+from afs.layerstore.afslyr.reader import pread_exact, read_layer
+from afs.layerstore.errors import LayerUnavailable
+from afs.layerstore.room import Room
+from afs.layerstore.store import CompleteLayer
+
+log = logging.getLogger(__name__)
+
+# A verified chunk from whoever has it: (layer, index) -> bytes, None if nobody does.
+FromPeers = Callable[[CompleteLayer, int], Awaitable[bytes | None]]
+# Pulls the layer once more, into a file that is gone after the block.
+Copy = Callable[[], contextlib.AbstractAsyncContextManager[Path]]
+
+
+class Repairs:
+    """*copy_of* gives a way to pull a layer again, None if nobody knows where it came from."""
+
+    def __init__(
+        self, room: Room, announcer: Announcer, from_peers: FromPeers, copy_of: Callable[[str], Copy | None]
+    ) -> None:
+        self._room = room
+        self._announcer = announcer
+        self._from_peers = from_peers
+        self._copy_of = copy_of
+        self._damaged: set[str] = set()
+        self._checking: SingleFlight[str, bool] = SingleFlight()
+
+    def is_damaged(self, diff_id: str) -> bool:
+        """Whether a layer is known to be damaged."""
+        return diff_id in self._damaged
+
+    @property
+    def count(self) -> int:
+        """How many layers are known to be damaged."""
+        return len(self._damaged)
+
+    def forget(self, diff_id: str) -> None:
+        """The layer is gone."""
+        self._damaged.discard(diff_id)
+
+    def suspect(self, layer: CompleteLayer) -> None:
+        """A chunk of *layer* is damaged: others must not come for it until :meth:`check` has repaired it."""
+        self._damaged.add(layer.diff_id)
+        self._announcer.drop(layer.diff_id)
+
+    async def check(self, layer: CompleteLayer, pause: float = 0.0) -> bool:
+        """Verify *layer*, with *pause* seconds between two chunks, and repair it if need be; whether it is whole now."""
+        with self._room.leases.pinned([layer.diff_id]):
+            whole = await self._checking.run(layer.diff_id, lambda: self._check(layer, pause))
+        if not whole and self.is_damaged(layer.diff_id):
+            await self._room.drop(layer.diff_id)
+        return whole
+
+    async def _check(self, layer: CompleteLayer, pause: float) -> bool:
+        diff_id = layer.diff_id
+        with self._room.leases.pinned([diff_id]):
+            try:
+                chunks = await damaged_chunks(layer, pause=pause)
+                if chunks:
+                    log.error("layer %s: chunks %s are damaged on disk", diff_id, chunks)
+                    self.suspect(layer)
+                    await self._announcer.flush()
+                await repair(layer, chunks, self._from_peers, self._copy_of(diff_id))
+            except FileNotFoundError:  # evicted before we came to it
+                return True
+            except (AfsError, OSError) as error:
+                log.error("layer %s cannot be repaired now: %s", diff_id, error)
+                return False
+            if diff_id in self._damaged:
+                log.info("layer %s is whole again", diff_id)
+                self._damaged.discard(diff_id)
+                self._announcer.hold(diff_id, layer.layout.file_size, complete=True)
+            return True
+
+    async def close(self) -> None:
+        """End what is under way."""
+        await self._checking.close(cancel=True)
+
+
+async def damaged_chunks(layer: CompleteLayer, *, pause: float = 0.0) -> list[int]:
+    """The chunks of *layer* that are not what its table says, read from the disk; *pause* seconds between two."""
+    found = []
+    for index in range(layer.table.count):
+        if await asyncio.to_thread(layer.read_chunk, index, from_disk=True) is None:
+            found.append(index)
+        if pause:
+            await asyncio.sleep(pause)
+    return found
+
+
+async def repair(layer: CompleteLayer, chunks: list[int], from_peers: FromPeers, copy: Copy | None) -> None:
+    """Write *chunks* anew, and table and footer if they are damaged too.
+
+    Raises LayerUnavailable if no peer has what is needed and there is no *copy*, and what *copy* raises; CorruptLayer if
+    the layer was never right.
+    """
+    if await asyncio.to_thread(layer.repair_tail):
+        log.error("layer %s: its chunk table was damaged on disk; written anew", layer.diff_id)
+    left = []
+    for index in chunks:
+        data = await from_peers(layer, index)
+        if data is None:
+            left.append(index)
+        else:
+            await asyncio.to_thread(layer.write_chunk, index, data)
+    if not left:
+        return
+    if copy is None:
+        raise LayerUnavailable(
+            layer.diff_id, f"no peer has chunk {left[0]}, and nobody said where the layer comes from"
+        )
+    async with copy() as path:
+        await asyncio.to_thread(_take_from, path, layer, left)
+
+
+def _take_from(path: Path, layer: CompleteLayer, chunks: list[int]) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _, table = read_layer(fd)
+        if table != layer.table:
+            # The file is a function of the tar: a peer made this one's index up.
+            raise CorruptLayer("its index is not the one that its tar gives", layer=layer.diff_id)
+        for index in chunks:
+            offset, length = table.chunk_range(index, layer.layout)
+            layer.write_chunk(index, pread_exact(fd, length, offset))
+    finally:
+        os.close(fd)

@@ -1,0 +1,191 @@
+"""Layerstores in one process: stores in temporary directories, real gRPC servers, a real discovery, a registry that fails."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
+
+from afs.core.images import Platform, parse_image
+from afs.core.rpc import serving
+from afs.discovery.client import Announcer, Peer
+from afs.discovery.directory import Directory
+from afs.discovery.server import DiscoveryService
+from afs.layerstore.images import Images
+from afs.layerstore.layers import Layers
+from afs.layerstore.leases import Leases
+from afs.layerstore.manifests import Layer
+from afs.layerstore.partial import PartialLayer
+from afs.layerstore.peers import Peers
+from afs.layerstore.pull import Puller
+from afs.layerstore.quota import Quota
+from afs.layerstore.registryoptions import RegistryOptions
+from afs.layerstore.room import Room
+from afs.layerstore.server import NodeService, PeerService
+from afs.layerstore.store import CompleteLayer, LayerStore
+from afs.layerstore.supply import Origin
+from afs.proto.v1 import layerstore_pb2 as pb
+from afs.proto.v1.discovery_pb2_grpc import add_DiscoveryServicer_to_server
+from afs.proto.v1.layerstore_pb2_grpc import add_LayerstoreNodeServicer_to_server, add_LayerstorePeerServicer_to_server
+from tests.testbed import oci, tars
+from tests.testbed.faults import FaultServer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+    from pathlib import Path
+
+    import grpc.aio
+
+AMD64 = Platform("linux", "amd64")
+TAR = tars.tar_of({name: bytes([number]) * 900_000 for number, name in enumerate("abcdef")})
+TAGS = ("v1", "v2", "v3", "v4")
+LAYER_SIZE = 5_500_000
+"""About what the layer of each takes in the cache, in bytes."""
+OTHER = "sha256:" + "0" * 64
+
+
+class Service(PeerService):
+    """The real service, with chunks that a test spoils."""
+
+    spoil = False
+
+    def __init__(self, images: Images, layers: Layers) -> None:
+        super().__init__(images, layers)
+        self.chunks: list[int] = []
+
+    @override
+    async def ReadChunk(self, request: pb.ReadChunkRequest, context: Any) -> pb.ReadChunkResponse:
+        self.chunks.append(request.index)
+        answer = await super().ReadChunk(request, context)
+        return pb.ReadChunkResponse(data=bytes(len(answer.data))) if self.spoil else answer
+
+
+class Clock:
+    """Monotonic time as a test wants it, for leases."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        """The time."""
+        return self.now
+
+
+def endless_room(store: LayerStore) -> Room:
+    """Room that no layer of a test fills."""
+    return Room(store, Quota(1 << 50), Leases(0.0), headroom=0)
+
+
+@dataclass(slots=True)
+class Node:
+    """A layerstore's parts."""
+
+    store: LayerStore
+    announcer: Announcer
+    room: Room
+    layers: Layers
+    images: Images
+    puller: Puller
+    service: Service
+    address: str
+    stop_serving: Callable[[], Any]
+
+    @property
+    def leases(self) -> Leases:
+        """Who needs what."""
+        return self.room.leases
+
+    def evicted(self) -> int:
+        """How many layers went so far."""
+        return self.room.status().evicted
+
+
+class World:
+    """Discovery, a registry, and nodes."""
+
+    def __init__(
+        self, tmp_path: Path, server: FaultServer, directory: Directory, address: str, stack: contextlib.AsyncExitStack
+    ) -> None:
+        self.directory = directory
+        self.tmp_path = tmp_path
+        self.server = server
+        self.discovery = address
+        self.stack = stack
+        self.clock = Clock()
+        self.origins = [self._origin(tag) for tag in TAGS]
+        self.origin = self.origins[0]
+        self.diff_id = self.origin.layer.diff_id
+
+    def _origin(self, tag: str) -> Origin:
+        stored = oci.read_image(self.server.layout, tag).layers[0]
+        layer = Layer(stored.diff_id, stored.digest, stored.size, stored.media_type)
+        return Origin(parse_image(f"{self.server.address}/app:{tag}"), AMD64, layer)
+
+    @property
+    def reads(self) -> int:
+        """How often the registry served the layer."""
+        return self.server.count(f"blobs/{self.origin.layer.blob_digest}")
+
+    async def node(
+        self, name: str, *, capacity: int = 1, deadline: float = 5.0, quota: int = 1 << 40, grace: float = 0.0
+    ) -> Node:
+        """Start a node with that weight in placement and `quota` bytes of room."""
+        stack = await self.stack.enter_async_context(contextlib.AsyncExitStack())
+        store = LayerStore(self.tmp_path / name)
+        stack.callback(store.close)
+        room = Room(store, Quota(quota), Leases(grace, self.clock), headroom=0, node=name)
+        puller = Puller(store, room, RegistryOptions(backoff=0), 2)
+        stack.push_async_callback(puller.close)
+        peers = Peers()
+        stack.push_async_callback(peers.close)
+        announcer = Announcer(self.discovery, Peer(name, "none", capacity))
+        stack.push_async_callback(announcer.leave)
+        layers = Layers(store, room, puller, peers, announcer, deadline)
+        layers.restore()
+        stack.push_async_callback(layers.close)
+        images = Images(store, puller, peers, announcer, 300.0)
+        stack.push_async_callback(images.close)
+        service = Service(images, layers)
+        server = await stack.enter_async_context(contextlib.AsyncExitStack())
+
+        def register(target: grpc.aio.Server) -> None:
+            add_LayerstorePeerServicer_to_server(service, target)
+            add_LayerstoreNodeServicer_to_server(NodeService(images, layers, room), target)
+
+        (address,) = await server.enter_async_context(serving(["127.0.0.1:0"], register, grace_s=0))
+        announcer.serve_at(address)
+        await announcer.flush()
+        return Node(store, announcer, room, layers, images, puller, service, address, server.aclose)
+
+
+@contextlib.asynccontextmanager
+async def running_world(tmp_path: Path, compression: oci.Compression = "plain") -> AsyncIterator[World]:
+    """A cluster without nodes. The registry has `app` with TAGS, one layer each."""
+    builder = oci.LayoutBuilder(tmp_path / "layout")
+    for number, tag in enumerate(TAGS):
+        tar = TAR if number == 0 else TAR + bytes(1024 * number)
+        builder.add_image(tag, [builder.add_layer(tar, compression)])
+    directory = Directory(60.0)
+    service = DiscoveryService(directory, 1.0)
+    async with contextlib.AsyncExitStack() as stack:
+        server = stack.enter_context(FaultServer(builder.directory))
+        (address,) = await stack.enter_async_context(
+            serving(["127.0.0.1:0"], lambda s: add_DiscoveryServicer_to_server(service, s), grace_s=0)
+        )
+        yield World(tmp_path, server, directory, address, stack)
+
+
+async def open_partial(world: World, node: Node) -> PartialLayer:
+    """The first layer as a partial one."""
+    layer = await node.layers.open(world.origin, local=False)
+    assert isinstance(layer, PartialLayer)
+    return layer
+
+
+def complete_of(node: Node, world: World) -> CompleteLayer:
+    """The first layer, which is complete on `node`."""
+    found = node.store.complete(world.diff_id)
+    assert found is not None
+    return found
