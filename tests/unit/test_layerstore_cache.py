@@ -14,6 +14,7 @@ import pytest
 from afs.core.errors import NotFound, ResourceExhausted
 from afs.core.rpc import calling, channel
 from afs.layerstore import pull as pulling
+from afs.layerstore.afslyr.check import check_and_sync
 from afs.layerstore.afslyr.layout import pack_header
 from afs.layerstore.afslyr.reader import verify_layer
 from afs.layerstore.errors import CacheFull, DamagedLayer, DiskFull, LayerUnavailable
@@ -211,7 +212,7 @@ async def test_a_reader_outlives_the_eviction_of_the_only_complete_copy(world: W
     for index in range(partial.table.count):
         await two.layers.fill(world.diff_id, index, 1)
     assert partial.missing() == []
-    partial.verify_and_sync()
+    check_and_sync(partial.data_path)
     assert world.reads == 2
 
 

@@ -18,6 +18,7 @@ from typing_extensions import override
 from afs.core.digests import sha256_digest
 from afs.core.errors import AfsError, ResourceExhausted
 from afs.core.images import Platform
+from afs.layerstore.afslyr.check import check_and_sync
 from afs.layerstore.afslyr.convert import convert
 from afs.layerstore.afslyr.layout import FOOTER_SIZE, HEADER_AREA
 from afs.layerstore.afslyr.reader import verify_layer
@@ -206,7 +207,7 @@ class Promote(Fill):
             super().act(store)
             partial = Whole(store).opened(store)
             try:
-                partial.verify_and_sync()
+                check_and_sync(partial.data_path)
                 store.commit(partial.data_path, NEW_ID)
             finally:
                 partial.close()

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import errno
+import io
+import os
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -10,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from afs.core.digests import hex_of
 from afs.core.errors import DataLoss, NotFound, ResourceExhausted, Unavailable
+from afs.layerstore.afslyr.convert import convert
 from afs.layerstore.errors import LayerUnavailable
 from afs.layerstore.fillserver import serving_fills
 from afs.layerstore.fillwire import FillClient, FillError, decode, encode
@@ -18,7 +22,8 @@ from afs.layerstore.partial import PartialLayer
 from afs.layerstore.store import CompleteLayer, LayerStore
 from tests.testbed import mounts
 from tests.testbed.faults import Fault
-from tests.testbed.layernodes import OTHER, World, complete_of, open_partial, running_world
+from tests.testbed.forged import Forged
+from tests.testbed.layernodes import OTHER, TAR, World, complete_of, open_partial, running_world
 
 
 @pytest.fixture
@@ -194,6 +199,26 @@ async def test_ensure_pulls_when_the_peer_lies(world: World) -> None:
     complete, pulled = await two.layers.ensure(world.origin)
     assert pulled
     assert complete.path.read_bytes() == complete_of(one, world).path.read_bytes()
+
+
+async def test_a_forged_index_is_found_out_when_the_layer_is_complete(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A peer's table is right for its own chunks, and its tar is right too; only the file modes are not."""
+    path = tmp_path / "n1" / "layers" / f"{hex_of(world.diff_id)}.afslyr"
+    path.parent.mkdir(parents=True)
+    convert(io.BytesIO(TAR).read, path)
+    good = path.read_bytes()
+    forged = Forged(path)
+    forged.data[forged.layout.meta_offset + 4] ^= 0o002  # the root is writable by all
+    os.close(forged.seal())
+    one, two = await world.node("n1"), await world.node("n2")
+    complete, pulled = await two.layers.ensure(world.origin)
+    assert len(one.service.chunks) == complete.table.count
+    assert pulled
+    assert complete.path.read_bytes() == good
+    assert "the index does not belong to the tar: metadata" in caplog.text
+    assert two.store.partial_ids() == []
 
 
 async def test_opening_and_ensuring_at_once_make_one_layer(world: World) -> None:

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from afs.core.digests import sha256_digest
 from afs.core.errors import DataLoss, Unavailable
+from afs.layerstore.afslyr.check import check_and_sync
 from afs.layerstore.afslyr.convert import convert
 from afs.layerstore.afslyr.errors import CorruptLayer
 from afs.layerstore.afslyr.layout import FOOTER_SIZE, HEADER_AREA, ChunkTable, Layout
@@ -219,7 +220,7 @@ async def test_reopening_trusts_only_what_is_on_disk(
     ]
     await layer.fill(layer.missing(), whole.fetch)
     assert layer.missing() == []
-    layer.verify_and_sync()
+    check_and_sync(layer.data_path)
     assert layer.data_path.read_bytes() == whole.data
     layer.close()
 
@@ -230,7 +231,7 @@ async def test_a_layer_that_is_not_what_its_name_says_is_not_promoted(whole: Who
     whole.gate.set()
     await layer.fill(layer.missing()[:-1], whole.fetch)
     with pytest.raises(CorruptLayer, match=f"corrupt layer {DIFF_ID}: chunk"):
-        layer.verify_and_sync()
+        check_and_sync(layer.data_path)
     layer.close()
 
 

@@ -42,7 +42,7 @@ def job(tmp_path: Path) -> tuple[dict[str, Any], oci.Layer]:
     wanted = Layer(layer.diff_id, layer.digest, layer.size, layer.media_type)
     image = f"oci:{tmp_path}/layout:tag"
     values = {"image": image, "layer": dataclasses.asdict(wanted), "out": str(tmp_path / "out")}
-    return {**values, "registry": encode_options(RegistryOptions())}, layer
+    return {**values, "registry": encode_options(RegistryOptions()), "grants": []}, layer
 
 
 async def test_a_job_makes_a_layer(tmp_path: Path) -> None:
@@ -99,3 +99,15 @@ async def test_cancelling_a_job_kills_its_process(tmp_path: Path) -> None:
             await task
         assert child.returncode == -signal.SIGKILL
         assert "done" in await running.run(job(tmp_path)[0])
+
+
+async def test_a_check_vouches_for_a_file(tmp_path: Path) -> None:
+    async with workers(1) as running:
+        wanted, _ = job(tmp_path)
+        assert "done" in await running.run(wanted)
+        assert await running.run({"check": wanted["out"]}) == {"done": {}}
+        out = tmp_path / "out"
+        whole = out.read_bytes()
+        out.write_bytes(whole[:5000] + b"damage" + whole[5006:])
+        answer = await running.run({"check": wanted["out"]})
+        assert (answer["status"], "chunk 0" in answer["error"]) == ("DATA_LOSS", True)

@@ -56,6 +56,7 @@ class Layers:
         self._opening: SingleFlight[str, OpenLayer] = SingleFlight()
         self._ensuring: SingleFlight[str, bool] = SingleFlight()
         self._describing: SingleFlight[str, PartialLayer | None] = SingleFlight()
+        self._puller = puller
         self._supply = Supply(store, room, puller, peers, announcer, read_deadline, self._is_ensured)
         self._background: set[asyncio.Task[None]] = set()
         room.detach = self._detach
@@ -328,7 +329,7 @@ class Layers:
     async def _promote(self, partial: PartialLayer) -> None:
         """A partial layer that has every chunk becomes the complete one."""
         await partial.idle()
-        await asyncio.to_thread(partial.verify_and_sync)
+        await self._puller.check(partial.data_path, partial.diff_id)
         self._store.commit(partial.data_path, partial.diff_id)
         await self._drop(partial)
         self._announcer.hold(partial.diff_id, partial.layout.file_size, complete=True)

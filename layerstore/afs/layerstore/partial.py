@@ -31,7 +31,7 @@ from typing import Self
 
 from afs.core.files import remove_tree
 from afs.layerstore.afslyr.layout import HEADER_SIZE, ChunkTable, Layout
-from afs.layerstore.afslyr.reader import layout_from_bytes, read_layer, verify_layer
+from afs.layerstore.afslyr.reader import layout_from_bytes, read_layer
 from afs.layerstore.errors import DiskFull
 from afs.layerstore.store import NO_SPACE, write_all
 
@@ -223,11 +223,6 @@ class PartialLayer:
         """Wait until nothing is being fetched; before closing."""
         while self._filling:
             await asyncio.gather(*self._filling.values(), return_exceptions=True)
-
-    def verify_and_sync(self) -> None:
-        """Check all chunks and the tar against the diff_id and put them on disk. Blocking; raises CorruptLayer."""
-        verify_layer(self._data)
-        os.fsync(self._data)
 
 
 def _write_files(directory: Path, layout: Layout, header: bytes, table: ChunkTable, footer: bytes) -> None:

@@ -117,6 +117,17 @@ class Puller:
             task.cancel()
             await asyncio.wait([task])
 
+    async def check(self, path: Path, diff_id: str) -> None:
+        """Check all of a layer's file, its index too, and put it on disk. Raises CorruptLayer's kind, DataLoss.
+
+        In one of the processes, for it takes as long as half a conversion, and its memory.
+        """
+        answer = await self._workers.run({"check": str(path)})
+        if "error" in answer:
+            if answer["errno"] in NO_SPACE:
+                raise DiskFull(diff_id, self._store.root)
+            raise error_for_grpc(answer["status"])(answer["error"])
+
     async def _within(self, ref: ImageRef, layer: Layer, work: Awaitable[dict[str, Any]]) -> dict[str, Any]:
         """*work*, unless the source is so slow that it only takes up a worker that others wait for."""
         limit = _PATIENCE_S + layer.blob_size / _LEAST_RATE

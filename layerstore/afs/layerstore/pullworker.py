@@ -1,8 +1,8 @@
-"""The process that downloads and converts layers for :mod:`afs.layerstore.workers`, one after the other.
+"""The process that downloads and converts layers, and checks them, for :mod:`afs.layerstore.workers`, one after the other.
 
-One JSON object per line. On stdin ``{"image", "layer", "out", "registry", "grants"}``; on stdout an empty one when it is ready, then
-for each job ``{"done": ...}`` or ``{"error": message, "status": gRPC code, "errno": number or null}``. It ends when stdin
-does, or with its parent.
+One JSON object per line. On stdin ``{"image", "layer", "out", "registry", "grants"}`` or ``{"check": path of a layer's file}``;
+on stdout an empty one when it is ready, then for each job ``{"done": ...}`` or ``{"error": message, "status": gRPC code,
+"errno": number or null}``. It ends when stdin does, or with its parent.
 
 A process of its own because of memory and the GIL: converting two layers of IMG4 at once in the layerstore left 35 MiB
 resident for good, in arenas that a few surviving objects pin, and parsing one tar held up the other and the serving of
@@ -22,6 +22,7 @@ from afs.core import syscalls
 from afs.core.errors import AfsError, status_of
 from afs.core.images import parse_image
 from afs.core.service import set_up_logging
+from afs.layerstore.afslyr.check import check_and_sync
 from afs.layerstore.afslyr.convert import Converted, convert
 from afs.layerstore.afslyr.errors import DigestMismatch
 from afs.layerstore.manifests import Layer
@@ -70,14 +71,30 @@ def _convert(source: Source, layer: Layer, out: Path) -> Converted:
             log.warning("layer %s: %s; asking another host", layer.blob_digest, error.line)
 
 
-def _run(sources: Sources, job: dict[str, Any]) -> dict[str, Any]:
-    layer = Layer(**job["layer"])
-    try:
-        done = _convert(sources.source(parse_image(job["image"])), layer, Path(job["out"]))
-    except (AfsError, OSError) as error:
-        line = error.line if isinstance(error, AfsError) else str(error)
-        return {"error": line, "status": status_of(error).grpc, "errno": getattr(error, "errno", None)}
-    return {"done": dataclasses.asdict(done)}
+class _Worker:
+    """What is kept from one job to the next."""
+
+    def __init__(self) -> None:
+        self._sources: Sources | None = None
+
+    def answer(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Do *job*."""
+        try:
+            return {"done": self._check(job) if "check" in job else self._pull(job)}
+        except (AfsError, OSError) as error:
+            line = error.line if isinstance(error, AfsError) else str(error)
+            return {"error": line, "status": status_of(error).grpc, "errno": getattr(error, "errno", None)}
+
+    def _pull(self, job: dict[str, Any]) -> dict[str, Any]:
+        if self._sources is None:  # the options of one layerstore never change
+            self._sources = Sources(_options(job["registry"]))
+        self._sources.learn([tuple(grant) for grant in job["grants"]])
+        source = self._sources.source(parse_image(job["image"]))
+        return dataclasses.asdict(_convert(source, Layer(**job["layer"]), Path(job["out"])))
+
+    def _check(self, job: dict[str, Any]) -> dict[str, Any]:
+        check_and_sync(Path(job["check"]))
+        return {}
 
 
 def main() -> None:
@@ -90,13 +107,9 @@ def main() -> None:
     set_up_logging("WARNING")  # to the layerstore's stderr
     sys.stdout.buffer.write(b"{}\n")
     sys.stdout.buffer.flush()
-    sources: Sources | None = None
+    worker = _Worker()
     for line in sys.stdin.buffer:
-        job = json.loads(line)
-        if sources is None:  # the options of one layerstore never change
-            sources = Sources(_options(job["registry"]))
-        sources.learn([tuple(grant) for grant in job.get("grants", ())])
-        sys.stdout.buffer.write(json.dumps(_run(sources, job)).encode() + b"\n")
+        sys.stdout.buffer.write(json.dumps(worker.answer(json.loads(line))).encode() + b"\n")
         sys.stdout.buffer.flush()
 
 

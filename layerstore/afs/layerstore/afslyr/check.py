@@ -8,8 +8,10 @@ The file is read once; memory is what the converter takes: the tree, the metadat
 """
 
 import contextlib
+import os
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from typing_extensions import override
 
@@ -83,6 +85,16 @@ def check_layer(
                 pass
             raise
     return layout, table
+
+
+def check_and_sync(path: Path) -> None:
+    """:func:`check_layer` for the file *path*, which is durable afterwards; its name is not."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        check_layer(fd)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def check_index(
