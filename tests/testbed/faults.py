@@ -237,6 +237,8 @@ class FaultServer:
         except FileNotFoundError:
             return _error(404, "BLOB_UNKNOWN")
         headers = {"Content-Type": "application/octet-stream", "Docker-Content-Digest": digest}
+        if self.ranges:
+            headers["Accept-Ranges"] = "bytes"
         found = re.fullmatch(r"bytes=(\d+)-(\d*)", seen.headers.get("range", ""))
         if found is None or not self.ranges:
             return _Answer(200, body, headers)

@@ -79,8 +79,8 @@ def test_a_sound_layer(server: FaultServer, connections: int) -> None:
     if connections == 1:
         assert ranges == [None]
     else:
-        assert len(ranges) == 21
-        assert ranges[0] == f"bytes=0-{PIECE - 1}"
+        assert len(ranges) == 20
+        assert ranges[0] is None
         assert server.connections <= 1 + connections
 
 
@@ -164,14 +164,13 @@ def test_content_that_changes_in_between_is_found_by_its_digest(
     registries.close()
 
 
+@pytest.mark.timeout(25)  # less than the time-out of a stalled body, 30 s
 def test_a_reader_that_goes_away_ends_the_threads(server: FaultServer, connections: int) -> None:
     server.add(Fault("blobs", stall=20_000))
     registries = Registries(RegistryOptions(backoff=0, connections=connections, parallel_from=0))
-    started = time.monotonic()
     with registries.source(parse_image(f"{server.address}/app:v1")).open_layer(layer_of(server.layout)) as read:
         assert read(10) == blob(server.layout)[:10]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("download")]
-    assert time.monotonic() - started < 25  # the time-out is 30 s
     registries.close()
 
 
@@ -194,8 +193,10 @@ def test_memory_is_bounded(server: FaultServer, monkeypatch: pytest.MonkeyPatch,
     registries = Registries(RegistryOptions(connections=connections, parallel_from=0))
     reached = threading.Event()
     with registries.source(parse_image(f"{server.address}/app:v1")).open_layer(layer_of(server.layout)) as read:
-        while handed <= PIECE:  # into the second piece, so the threads run; then they fill what they may
+        while handed < PIECE:  # through the first connection
             handed += len(read(10_000))
+        fetched_bytes = handed
+        handed += len(read(10_000))  # now the threads run, and fill what they may
         while server.count("blobs") < 1 + connections:
             reached.wait(0.01)
         while data := read(10_000):
@@ -210,7 +211,7 @@ def test_a_fast_server_is_read_through_one_connection(
 ) -> None:
     monkeypatch.setattr(registrydownload, "_FAST", 1)
     assert fetched(server, connections) == blob(server.layout)
-    assert server.count("blobs") == min(connections, 2)
+    assert server.count("blobs") == 1
     assert server.connections == 1
 
 
@@ -242,7 +243,7 @@ def test_redirects_are_asked_for_once(server: FaultServer, layout: Path, connect
         server.add(Fault("blobs", status=307, headers={"Location": target}))
         assert fetched(server, connections) == blob(layout)
         assert server.count("blobs") <= connections  # one, and threads that start together
-        assert store.count("blobs") == (1 if connections == 1 else 21)
+        assert store.count("blobs") == (1 if connections == 1 else 20)
         assert all("signature=1" in request.path for request in store.requests())
 
 

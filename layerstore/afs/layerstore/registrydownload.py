@@ -3,8 +3,9 @@
 A body that breaks off or stalls goes on by a range request where it ended, from the next host if this one gives up.
 Nothing here protects against content that changed in between: the blob's digest, which the converter checks, does.
 
-A large blob comes through several connections if one is slow: the first piece of ``PIECE`` bytes tells. Then pieces are
-fetched side by side and handed on in order. Memory is bounded by connections times ``PIECE``: 16 MiB with four.
+A large blob comes through several connections if one is slow: the first ``PIECE`` bytes tell. Then that one is closed, and
+pieces are fetched side by side and handed on in order. Memory is bounded by connections times ``PIECE``: 16 MiB with four.
+A fast registry sees one request for each layer.
 
 State and locks: all of :class:`_Pieces` changes under ``_changed``. A :class:`_Stream` belongs to the thread that reads
 it; another one may only call ``interrupt``, after it has set ``stop``.
@@ -70,32 +71,30 @@ def reading(blob: Blob, connections: int, parallel_from: int) -> Iterator[Read]:
 
 
 class _Probed:
-    """The first piece through one connection, the rest as that turned out."""
+    """All through one request if that is fast; if its first bytes were slow, the rest in pieces."""
 
     def __init__(self, blob: Blob, connections: int, stop: threading.Event) -> None:
         self._blob = blob
         self._connections = connections
         self._stop = stop
-        number, answer = blob.open(0, PIECE, stop)
-        whole = answer.status == 200  # it does not do ranges
-        self._end = blob.size if whole else PIECE
-        self._reader: _Stream | _Pieces = _Stream(blob, 0, self._end, stop, (number, answer))
+        number, answer = blob.open(0, blob.size, stop)
+        self._divisible = answer.header("Accept-Ranges").strip().lower() == "bytes"
+        self._reader: _Stream | _Pieces = _Stream(blob, 0, blob.size, stop, (number, answer))
+        self._seen = 0  # bytes so far, and seconds that they took
         self._waited = 0.0
 
     def read(self, count: int) -> bytes:
         """The next bytes, at most *count*; b"" at the end. Raises what the blob does."""
+        if self._divisible and self._seen >= PIECE:
+            self._divisible = False
+            if self._waited > self._seen / _FAST:
+                self._reader.close()
+                self._reader = _Pieces(self._blob, self._seen, self._connections, self._stop)
         started = time.monotonic()
         data = self._reader.read(count)
-        if data or self._end == self._blob.size:
-            self._waited += time.monotonic() - started  # the converter's time does not count
-            return data
-        self._reader.close()
-        if self._waited > PIECE / _FAST:
-            self._reader = _Pieces(self._blob, PIECE, self._connections, self._stop)
-        else:
-            self._reader = _Stream(self._blob, PIECE, self._blob.size, self._stop)
-        self._end = self._blob.size
-        return self._reader.read(count)
+        self._waited += time.monotonic() - started  # the converter's time does not count
+        self._seen += len(data)
+        return data
 
     def close(self) -> None:
         """Give connections back, or close them."""
