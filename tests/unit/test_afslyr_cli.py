@@ -383,3 +383,20 @@ def test_inspect_shows_odd_names_and_empty_layers(tmp_path: Path) -> None:
     empty = json.loads(afs_layer("inspect", "--json", nothing).stdout)
     assert (empty["overhead_percent"], empty["largest"], empty["counts"]["entries"]) == (None, [], 1)
     assert afs_layer("inspect", nothing).returncode == 0
+
+
+def test_what_is_no_layer_is_told_while_the_pipe_stays_open(tmp_path: Path) -> None:
+    command = [*COMMAND, "convert", "-", str(tmp_path / "out")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        assert child.stdin is not None
+        child.stdin.write(b"x" * 1500)
+        child.stdin.flush()
+        assert child.wait(30) == 65
+        assert child.stderr is not None
+        assert b"not a tar header" in child.stderr.read()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_closed_stderr_is_quiet(tmp_path: Path, layer: Path) -> None:
+    command = ["sh", "-c", 'exec "$@" 2>&-', "sh", *COMMAND, "verify", str(layer)]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0

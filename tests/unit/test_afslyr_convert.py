@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import io
+import itertools
 import os
 import threading
 from collections.abc import Callable
@@ -204,3 +205,13 @@ def test_an_existing_file_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError):
         made(TAR, out)
     assert out.read_bytes() == b"mine"
+
+
+def test_a_bomb_can_be_cancelled(tmp_path: Path) -> None:
+    """All of it is read at once; what it becomes is not."""
+    asked = itertools.count()
+    blob = zstandard.compress(tars.header("zeros", size=1 << 30) + bytes(64 << 20))
+    with pytest.raises(Cancelled):
+        convert(io.BytesIO(blob).read, tmp_path / "out", cancelled=lambda: next(asked) > 20)
+    assert list(tmp_path.iterdir()) == []
+    assert next(asked) < 40

@@ -137,3 +137,10 @@ def test_a_gzip_header_without_end_is_refused_early() -> None:
     with pytest.raises(CorruptLayer, match="header exceeds"):
         list(inflate(endless.read))
     assert endless.tell() <= 2 << 20
+
+
+@pytest.mark.parametrize("step", [1, 3, 7, 1 << 20])
+def test_a_zstd_frame_that_is_shorter_than_it_says_is_refused(step: int) -> None:
+    """However the bytes come: the library compares only if they come at once."""
+    with pytest.raises(CorruptLayer, match="damaged"):
+        list(inflate(trickle(bytes.fromhex("28b52ffd2037010000"), step)))

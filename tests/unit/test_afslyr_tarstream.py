@@ -9,7 +9,8 @@ import tarfile
 import pytest
 
 from afs.layerstore.afslyr import pax
-from afs.layerstore.afslyr.errors import CorruptLayer
+from afs.layerstore.afslyr.errors import CorruptLayer, LayerLimit
+from afs.layerstore.afslyr.limits import Limits
 from afs.layerstore.afslyr.tarheader import number
 from afs.layerstore.afslyr.tarstream import MAX_RECORD, ByteStream, Entry, entries
 from tests.testbed import tars
@@ -155,6 +156,7 @@ def test_sizes_of_links_and_directories_mean_nothing() -> None:
         (tars.header("a", b"Z") + tars.END, "unsupported tar entry type"),
         (tars.header("a", b"M") + tars.END, "unsupported tar entry type"),
         (tars.header("a", size=-512) + tars.END, "negative size"),
+        (tars.file("a") + tars.header("x", b"x") + tars.END, "between"),
         (tars.header("a", b"x", size=MAX_RECORD + 1), "extended header of"),
         (tars.header("a", b"L", size=1 << 40), "extended header of"),
         (tars.pax([("path", "a\0b")]) + tars.file("a"), "NUL"),
@@ -207,3 +209,31 @@ def test_types() -> None:
     assert found[b"v7dir/"] == stat.S_IFDIR
     assert found[b"seven"] == stat.S_IFREG
     assert b"label" not in found
+
+
+def test_a_trailing_slash_makes_a_directory_of_old_headers_alone() -> None:
+    """As in Go's archive/tar, and so in containerd."""
+    found = parse(tars.header("old/", b"\0", magic=b"") + tars.header("new/") + tars.END)
+    assert [stat.S_ISDIR(entry.type) for entry in found] == [True, False]
+
+
+def test_a_size_without_data_is_not_looked_at() -> None:
+    (link,) = parse(tars.header("l", b"2", link="t", size=-512) + tars.END)
+    assert (link.type, link.size) == (stat.S_IFLNK, 0)
+
+
+def test_own_attributes_win_over_global_ones_however_they_are_written() -> None:
+    globally = tars.pax([("LIBARCHIVE.xattr.user.a", "Zw"), ("SCHILY.xattr.user.b", "g")], kind=b"g")
+    own = tars.pax([("SCHILY.xattr.user.a", "own"), ("LIBARCHIVE.xattr.user.%62", "b3du")])
+    first, second = parse(globally + own + tars.file("first") + tars.file("second") + tars.END)
+    assert first.xattrs == {b"user.a": b"own", b"user.b": b"own"}
+    assert second.xattrs == {b"user.a": b"g", b"user.b": b"g"}
+
+
+@pytest.mark.parametrize(
+    "tar", [tars.header("d/", b"5") * 5, tars.pax([(f"k{n}", "v") for n in range(9)]) + tars.file("a")]
+)
+def test_headers_and_records_are_limited(tar: bytes) -> None:
+    limits = Limits(max_headers=4)
+    with pytest.raises(LayerLimit, match="headers"):
+        list(entries(ByteStream(iter([tar + tars.END])), limits=limits))

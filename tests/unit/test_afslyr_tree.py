@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
+from afs.layerstore.afslyr import xattrs
 from afs.layerstore.afslyr.errors import CorruptLayer, LayerLimit
 from afs.layerstore.afslyr.inodes import ROOT, Inodes
 from afs.layerstore.afslyr.limits import Limits
@@ -20,7 +21,8 @@ class Node:
     def __init__(self, inodes: Inodes, number: int) -> None:
         self._inodes, self.number = inodes, number
         self.mode, self.size, self.addr = inodes.mode[number], inodes.size[number], inodes.addr[number]
-        self.xattrs = inodes.xattrs.get(number)
+        body = inodes.xattrs.get(number)
+        self.xattrs = xattrs.decode(body) if body is not None else None
 
     @property
     def children(self) -> "dict[bytes, Node]":
@@ -244,6 +246,9 @@ def test_what_erofs_cannot_hold_is_refused(entry: Entry) -> None:
         (Limits(max_entries=2), [reg("a/.wh..wh..opq"), reg("a/.wh..wh..opq"), reg("a/.wh..wh..opq")]),
         (Limits(max_path_steps=1000), [folder("d"), sym("s", "d/" * 999), *[hard(f"h{n}", "s/x") for n in range(2)]]),
         (Limits(max_path_steps=1000), [sym("s", "./" * 400), *[reg("s/" + "/" * n + "x") for n in range(1, 5)]]),
+        (Limits(max_path_steps=1000), [reg("./" * n + "f") for n in range(600, 602)]),
+        (Limits(max_path_steps=1000), [folder("./" * 1100)]),
+        (Limits(max_path_steps=1000), [reg("f"), hard("g", "./" * 1001 + "f")]),
         (Limits(max_metadata_bytes=1000), [odd(xattrs={b"user.a": bytes(1000)})]),
         (Limits(max_extents=1), [odd(size=9, sparse=((0, 1), (3, 1)))]),
     ],
@@ -263,3 +268,25 @@ def test_a_sparse_file_that_no_kernel_could_show_is_refused() -> None:
     entry.sparse = ((0, 512),)
     with pytest.raises(CorruptLayer, match='"x": size is out of range'):
         tree(entry)
+
+
+def test_odd_spellings_of_a_directory_are_not_remembered() -> None:
+    """A name may have a megabyte, and a tar many of them."""
+    builder = build([reg("d/" + "/" * number + "f") for number in range(5000, 5100)])
+    assert sum(len(path) for path in builder._parents) < 5000
+
+
+def test_equal_attributes_of_many_files_take_memory_once() -> None:
+    labelled = [reg("a"), reg("b")]
+    for entry in labelled:
+        entry.xattrs = {b"security.selinux": bytes(1000)}
+    builder = build(labelled)
+    first, second = builder.inodes.xattrs.values()
+    assert first is second
+
+
+def test_a_bad_link_is_told_in_bounded_words() -> None:
+    with pytest.raises(CorruptLayer) as caught:
+        tree(hard("h", "\x1b[31m" + "x" * 100_000))
+    assert len(str(caught.value)) < 400
+    assert "\x1b" not in str(caught.value)

@@ -119,7 +119,7 @@ def _check(fd: int, layout: Layout, chunks: Iterator[bytes], limits: Limits) -> 
     if layout.tar_length > limits.max_tar_bytes:
         raise LayerLimit("uncompressed tar", limits.max_tar_bytes, "bytes")
     builder = TreeBuilder(limits)
-    for entry in entries(ByteStream(_tar_blocks(layout, chunks))):
+    for entry in entries(ByteStream(_tar_blocks(layout, chunks)), limits=limits):
         builder.add(entry)
     for _ in chunks:  # what follows is read again, from the page cache: the tar has to be known first
         pass

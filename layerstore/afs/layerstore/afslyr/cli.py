@@ -87,12 +87,13 @@ def _convert(interrupts: Interrupts, source: str, fd: int, out: Path, *, quiet: 
 
         def read(count: int) -> bytes:
             interrupts.wait_readable(fd)
-            data = os.read(fd, count)
+            with _named(source):
+                data = os.read(fd, count)
             advance(len(data))
             return data
 
         try:
-            return convert(read, out, cancelled=interrupts.pending)
+            return convert(read, out, cancelled=interrupts.pending, interrupt=interrupts.stop_waiting)
         except Cancelled:
             interrupts.check()
             raise
@@ -105,7 +106,11 @@ def verify(file: Path, *, quiet: bool) -> None:
     """Check every chunk of FILE, the tar inside, and the index against the tar."""
     from afs.layerstore.afslyr.check import check_layer
 
-    with _opened(file) as fd, progress(f"verifying {_shown(file)}", os.fstat(fd).st_size, quiet=quiet) as advance:
+    with (
+        _opened(file) as fd,
+        _named(str(file)),
+        progress(f"verifying {_shown(file)}", os.fstat(fd).st_size, quiet=quiet) as advance,
+    ):
         layout, table = check_layer(fd, progress=advance)
     if not quiet:
         about = f"{table.count} chunks, root digest {table.root_digest}"
@@ -215,6 +220,15 @@ def _opened(file: Path) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Let errors from a descriptor say whose it is."""
+    try:
+        yield
+    except OSError as error:
+        raise (error if error.filename is not None else OSError(error.errno, error.strerror, name)) from None
 
 
 def _shown(path: str | Path) -> str:

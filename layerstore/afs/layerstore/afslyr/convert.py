@@ -48,20 +48,24 @@ def convert(
     blob_digest: str | None = None,
     limits: Limits = DEFAULT_LIMITS,
     cancelled: Callable[[], bool] = lambda: False,
+    interrupt: Callable[[], None] = lambda: None,
 ) -> Converted:
     """Convert the blob behind *read* to the new file *out*.
 
-    *read(n)* returns at most *n* bytes, and none at the end; it and *cancelled* are called from another thread, one call
-    at a time, and *read* must return or raise in finite time. *out* must not exist; it is durable on return, its name
-    is not. Given *diff_id* and *blob_digest* are compared with what came.
+    *read(n)* returns at most *n* bytes, and none at the end. It is called from another thread, *cancelled* from both. It must
+    return or raise in finite time, or when *interrupt* is called, which says that nobody wants more. *out* must not exist;
+    it is durable on return, its name is not. Given *diff_id* and *blob_digest* are compared with what came.
 
     Raises CorruptLayer (DigestMismatch among them, the blob's first), LayerLimit, Cancelled, FileExistsError, OSError from
     writing and whatever *read* raises. After any of them *out* does not exist and no thread is left.
     """
-    writer = LayerWriter(out)
+    blob = _Blob(read, cancelled)
+    writer = LayerWriter(out, blob.check_cancelled)
+    # With a digest to check, a corrupt layer's blob is read to its end.
+    wake = interrupt if blob_digest is None else lambda: None
     with unlinked_on_error(out):
         try:
-            return _Conversion(_Blob(read, cancelled), writer, limits).run(diff_id, blob_digest)
+            return _Conversion(blob, writer, limits, wake).run(diff_id, blob_digest)
         finally:
             writer.close()
 
@@ -108,8 +112,8 @@ class _Blob:
 class _Conversion:
     """One run of the pipeline."""
 
-    def __init__(self, blob: _Blob, writer: LayerWriter, limits: Limits) -> None:
-        self._blob, self._writer, self._limits = blob, writer, limits
+    def __init__(self, blob: _Blob, writer: LayerWriter, limits: Limits, wake: Callable[[], None]) -> None:
+        self._blob, self._writer, self._limits, self._wake = blob, writer, limits, wake
         self._tar_hash = hashlib.sha256()
         self._tar_size = 0
         self._max_tar = min(limits.max_tar_bytes, MAX_EROFS_END)  # block numbers of data have 32 bits
@@ -134,9 +138,9 @@ class _Conversion:
     def _stream(self) -> TreeBuilder:
         """Read, hash, write and parse all of the blob."""
         builder = TreeBuilder(self._limits)
-        with ReadAhead(inflate(self._blob.read), _DEPTH, "afslyr-inflate") as blocks:
+        with ReadAhead(inflate(self._blob.read), _DEPTH, "afslyr-inflate", self._wake) as blocks:
             written = self._written(blocks)
-            for entry in entries(ByteStream(written)):
+            for entry in entries(ByteStream(written), limits=self._limits):
                 builder.add(entry)
             for _ in written:  # behind the end marker: part of the tar, but not parsed
                 pass
@@ -148,6 +152,7 @@ class _Conversion:
             self._tar_size += len(block)
             if self._tar_size > self._max_tar:
                 raise LayerLimit("uncompressed tar", self._max_tar, "bytes")
+            self._blob.check_cancelled()
             self._tar_hash.update(block)
             self._writer.append(block)
             yield block

@@ -8,6 +8,7 @@ sorted as bytes, ``.`` and ``..`` among them; block addresses have 32 bits.
 import stat
 import struct
 from array import array
+from collections import deque
 
 from afs.layerstore.afslyr import xattrs
 from afs.layerstore.afslyr.errors import LayerLimit
@@ -85,7 +86,7 @@ class Index:
         self._nids = array("q", [-1]) * len(inodes)
         self._links = array("I", [0]) * len(inodes)
         self._end = 0  # of the inode area, bytes
-        self._blocks: list[bytes] = []  # what stands behind the inode area
+        self._blocks: deque[bytes] = deque()  # what stands behind the inode area
         self._block_count = 0
         self._number(ROOT)
         parents = {ROOT: self._nids[ROOT]}  # nids, of directories that are numbered but not written yet
@@ -117,7 +118,7 @@ class Index:
         end = at + _INODE_SIZE
         inodes = self._inodes
         if node in inodes.xattrs:
-            end += len(xattrs.encode(inodes.xattrs[node]))
+            end += len(inodes.xattrs[node])
         if (target := inodes.targets.get(node)) is not None:
             if _fits_inline(end, len(target)):
                 inodes.addr[node] = _NO_ADDRESS
@@ -159,7 +160,7 @@ class Index:
         self._inodes.addr[node] = self._add_blocks(data)
 
     def pack(self, meta_offset: int) -> bytearray:
-        """The metadata for a file that has them at byte *meta_offset*."""
+        """The metadata for a file that has them at byte *meta_offset*. To be called once: it gives memory back on the way."""
         area = align_up(self._end, BLOCK_SIZE)
         behind = (meta_offset + area) >> BLOCK_BITS
         inodes = self._inodes
@@ -171,7 +172,7 @@ class Index:
             at = self._nids[node] << _SLOT_BITS
             end = at + _INODE_SIZE
             if node in bodies:
-                body = xattrs.encode(bodies[node])
+                body = bodies[node]
                 count = xattrs.count_field(body)
                 out[end : end + len(body)] = body
                 end += len(body)
@@ -201,8 +202,8 @@ class Index:
                 0,
                 0,
             )
-        for block in self._blocks:
-            out += block
+        while self._blocks:
+            out += self._blocks.popleft()
         return out
 
 

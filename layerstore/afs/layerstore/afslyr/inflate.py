@@ -106,6 +106,7 @@ def _zstd(read: Callable[[int], bytes]) -> Generator[bytes]:
 
     walker = FrameWalker(read)
     decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
+    total = 0
     with decompressor.stream_reader(cast("IO[bytes]", walker), read_size=READ_SIZE, read_across_frames=True) as reader:
         while True:
             try:
@@ -114,6 +115,10 @@ def _zstd(read: Callable[[int], bytes]) -> Generator[bytes]:
                 raise CorruptLayer(f"zstd stream is damaged: {error}") from error
             if not data:
                 break
+            total += len(data)
             yield data
-    # At a premature end the reader stops as if all were well: the walker knows better.
+    # At a premature end the reader stops as if all were well: the walker knows better. And whether it compares a frame's
+    # size with what the frame says depends on how the bytes came.
     walker.finish()
+    if walker.declared not in {None, total}:
+        raise CorruptLayer(f"zstd stream is damaged: {total} bytes, {walker.declared} declared")

@@ -15,7 +15,8 @@ class Inodes:
 
     ``mode`` has type and permissions, ``size`` is in bytes, the time is ``seconds`` and ``nanoseconds`` since the epoch,
     ``addr`` the EROFS block of a regular file's data or a device's number as the kernel encodes it. The dictionaries
-    hold what few inodes have: ``children`` of directories (all of them), ``targets`` of symlinks (all), ``xattrs``.
+    hold what few inodes have: ``children`` of directories (all of them), ``targets`` of symlinks (all), ``xattrs`` as the
+    bytes that stand in the index.
     """
 
     __slots__ = (
@@ -32,7 +33,7 @@ class Inodes:
         self.addr = array("I")
         self.children: dict[int, dict[bytes, int]] = {}
         self.targets: dict[int, bytes] = {}
-        self.xattrs: dict[int, dict[bytes, bytes]] = {}
+        self.xattrs: dict[int, bytes] = {}
 
     def __len__(self) -> int:
         return len(self.mode)

@@ -1,6 +1,7 @@
 """Signals for a command that leaves nothing half done.
 
-State, all of it used by signal handlers in the main thread: which signal came first, and whether it may raise.
+State, all of it changed in the main thread, by signal handlers too: which signal came first, whether it may raise, and
+whether input is still wanted.
 
 - As a rule the first SIGINT, SIGTERM or SIGHUP raises Cancelled in the main thread, wherever that is, a blocking write
   among it. Later ones are ignored, for what cleans up must come to its end.
@@ -25,7 +26,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self._caught: signal.Signals | None = None
-        self._deferred = False
+        self._deferred = self._unwanted = False
         self._wake, self._waker = os.pipe2(os.O_CLOEXEC)
         for number in _SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup(1), and background jobs of sh, want it ignored
@@ -57,10 +58,17 @@ class Interrupts:
         finally:
             self._deferred = False
 
+    def stop_waiting(self) -> None:
+        """Let :meth:`wait_readable` raise Cancelled from now on: nobody wants the input any more."""
+        self._unwanted = True
+        os.write(self._waker, b"!")
+
     def wait_readable(self, fd: int) -> None:
-        """Wait until reading *fd* would not block; Cancelled if a signal comes first."""
+        """Wait until reading *fd* would not block; Cancelled if a signal or :meth:`stop_waiting` comes first."""
         poller = select.poll()
         poller.register(fd, select.POLLIN)
         poller.register(self._wake, select.POLLIN)
         poller.poll()
         self.check()
+        if self._unwanted:
+            raise Cancelled("the input is not wanted any more")

@@ -16,7 +16,7 @@ Advance = Callable[[int], None]
 @contextlib.contextmanager
 def progress(what: str, total: int | None, *, quiet: bool) -> Iterator[Advance]:
     """Show *what* is done while the block runs; *total* is how many bytes there are, if that is known."""
-    if quiet:
+    if quiet or sys.stderr is None:  # None: closed
         yield lambda _: None
     elif sys.stderr.isatty():
         with _bar(what, total) as advance:

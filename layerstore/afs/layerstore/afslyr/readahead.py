@@ -6,7 +6,7 @@ State: everything below ``_changed``. The thread appends to ``_items`` and sets 
 
 import threading
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from types import TracebackType
 from typing import Self
 
@@ -14,11 +14,15 @@ from typing import Self
 class ReadAhead:
     """Iterates over what the generator *blocks* yields, in a thread named *name* that is at most *depth* blocks ahead.
 
-    What the generator raises comes where its next block would. Leaving the ``with`` block ends the thread.
+    What the generator raises comes where its next block would. Leaving the ``with`` block ends the thread; if that is not
+    done yet, *wake* is called before, to end what the generator waits for.
     """
 
-    def __init__(self, blocks: Generator[bytes], depth: int, name: str) -> None:
+    def __init__(
+        self, blocks: Generator[bytes], depth: int, name: str, wake: Callable[[], None] = lambda: None
+    ) -> None:
         self._blocks = blocks
+        self._wake = wake
         self._depth = depth
         self._changed = threading.Condition()
         self._items: deque[bytes] = deque()
@@ -36,6 +40,9 @@ class ReadAhead:
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
+            done = self._done
+        if not done:
+            self._wake()
         self._thread.join()
 
     def _run(self) -> None:

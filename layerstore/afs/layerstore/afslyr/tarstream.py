@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from afs.layerstore.afslyr import pax, sparse, tarheader
-from afs.layerstore.afslyr.errors import CorruptLayer
+from afs.layerstore.afslyr.errors import CorruptLayer, LayerLimit
+from afs.layerstore.afslyr.limits import DEFAULT_LIMITS, Limits
 from afs.layerstore.afslyr.sparse import SparseMap
 from afs.layerstore.afslyr.tarheader import BLOCK, ZERO_BLOCK, Header
 
@@ -114,19 +115,42 @@ class _Extended:
     link: bytes | None = None
 
 
-def entries(stream: ByteStream) -> Iterator[Entry]:
+@dataclass(slots=True)
+class _Defaults:
+    """What the global headers so far say about every entry that follows."""
+
+    records: dict[bytes, bytes] = field(default_factory=dict)
+    xattrs: dict[bytes, bytes] = field(default_factory=dict)  # of those, decoded once
+
+    def update(self, records: pax.Records) -> None:
+        """Take another header's. ValueError if that makes too many."""
+        self.records.update(records)
+        size = sum(len(key) + len(value) for key, value in self.records.items())
+        if len(self.records) > MAX_DEFAULTS or size > MAX_DEFAULT_BYTES:
+            raise ValueError(f"more than {MAX_DEFAULTS} global records, or {MAX_DEFAULT_BYTES} bytes of them")
+        self.xattrs = pax.xattrs(self.records) or {}
+
+
+def entries(stream: ByteStream, *, limits: Limits = DEFAULT_LIMITS) -> Iterator[Entry]:
     """The entries of the tar in *stream*, in order.
 
-    Afterwards *stream* stands behind the end marker. Raises CorruptLayer, naming the entry where there is one.
+    Afterwards *stream* stands behind the end marker. Raises CorruptLayer, naming the entry where there is one, and
+    LayerLimit.
     """
-    defaults: dict[bytes, bytes] = {}
+    defaults = _Defaults()
     extended: _Extended | None = None
+    left = limits.max_headers
     while (block := _header_block(stream)) is not None:
         header = tarheader.decode(block)
         kind = header.kind
+        left -= 1
         if kind in b"xXgLK":
-            extended = extended or _Extended()
-            _extend(stream, header, extended, defaults)
+            if kind != b"g":
+                extended = extended or _Extended()
+            left -= _extend(stream, header, extended, defaults)
+        if left < 0:
+            raise LayerLimit("tar headers and PAX records", limits.max_headers)
+        if kind in b"xXgLK":
             continue
         if kind == b"V":  # volume label
             _skip_data(stream, header.size, header.name)
@@ -138,7 +162,7 @@ def entries(stream: ByteStream) -> Iterator[Entry]:
         extended = None
         yield entry
         _skip_data(stream, stored, entry.name)
-    if extended is not None and extended != _Extended():  # global records alone may stand last
+    if extended is not None:
         raise CorruptLayer("tar ends between an extended header and its entry")
 
 
@@ -156,31 +180,29 @@ def _header_block(stream: ByteStream) -> bytes | None:
     return None
 
 
-def _extend(stream: ByteStream, header: Header, extended: _Extended, defaults: dict[bytes, bytes]) -> None:
-    """Read an extended header ('x', 'X', 'g') or a GNU long name ('L', 'K')."""
+def _extend(stream: ByteStream, header: Header, extended: _Extended | None, defaults: _Defaults) -> int:
+    """Read an extended header ('x', 'X'; 'g' has no entry to extend) or a GNU long name ('L', 'K'); how many records."""
     size = header.size
     if not 0 <= size <= MAX_RECORD:
         raise CorruptLayer(f"extended header of {size} bytes, at most {MAX_RECORD} allowed", entry=header.name)
     data = stream.read(size)
     if len(data) < size or not stream.skip(-size % BLOCK):
         raise CorruptLayer("tar is truncated in an extended header", entry=header.name)
-    if header.kind == b"L":
+    if extended is not None and header.kind == b"L":
         extended.name = tarheader.text(data)
-    elif header.kind == b"K":
+        return 0
+    if extended is not None and header.kind == b"K":
         extended.link = tarheader.text(data)
-    else:
-        try:
-            records = pax.parse_records(data)
-        except ValueError as error:
-            raise CorruptLayer(str(error), entry=header.name) from error
-        if header.kind == b"g":
+        return 0
+    try:
+        records = pax.parse_records(data)
+        if extended is None or header.kind == b"g":
             defaults.update(records)
-            if len(defaults) > MAX_DEFAULTS:
-                raise CorruptLayer(f"more than {MAX_DEFAULTS} global records", entry=header.name)
-            if sum(len(key) + len(value) for key, value in defaults.items()) > MAX_DEFAULT_BYTES:
-                raise CorruptLayer(f"more than {MAX_DEFAULT_BYTES} bytes of global records", entry=header.name)
         else:
             extended.records = records
+    except ValueError as error:
+        raise CorruptLayer(str(error), entry=header.name) from error
+    return len(records)
 
 
 def _skip_data(stream: ByteStream, size: int, name: bytes) -> None:
@@ -191,7 +213,7 @@ def _skip_data(stream: ByteStream, size: int, name: bytes) -> None:
 
 
 def _entry(
-    stream: ByteStream, block: bytes, header: Header, extended: _Extended | None, defaults: dict[bytes, bytes]
+    stream: ByteStream, block: bytes, header: Header, extended: _Extended | None, defaults: _Defaults
 ) -> tuple[Entry, int]:
     """The entry of *header*, and how many bytes of data follow. ValueError if its fields make no sense."""
     kind = _TYPES.get(header.kind)
@@ -210,17 +232,19 @@ def _entry(
         header.devminor,
     )
     records: dict[bytes, bytes] = {}
-    if extended is not None or defaults:
+    if extended is not None or defaults.records:
         extended = extended or _Extended()
-        records = {**defaults, **dict(extended.records)}
+        own = dict(extended.records)
+        records = {**defaults.records, **own}
         _apply(entry, extended, records)
-    if entry.size < 0:
-        raise ValueError(f"negative size {entry.size}")
+        entry.xattrs = {**defaults.xattrs, **(pax.xattrs(own) or {})} or None
     stored = entry.size if header.kind in _WITH_DATA else 0
+    if stored < 0:
+        raise ValueError(f"negative size {stored}")
     if kind == stat.S_IFREG:
         if header.kind == b"S" or b"GNU.sparse.size" in records or b"GNU.sparse.realsize" in records:
             stored = _make_sparse(entry, stream, block, header, extended or _Extended(), records)
-        elif entry.name.endswith(b"/"):
+        elif header.kind == b"\0" and entry.name.endswith(b"/"):
             entry.type = stat.S_IFDIR  # v7 had no type for directories
     # A header's own fields end at their first NUL.
     if extended is not None and (b"\0" in entry.name or b"\0" in entry.link):
@@ -250,7 +274,6 @@ def _apply(entry: Entry, extended: _Extended, records: dict[bytes, bytes]) -> No
         entry.gid = pax.integer(value)
     if value := records.get(b"mtime"):
         entry.mtime_ns = pax.time_ns(value)
-    entry.xattrs = pax.xattrs(records)
 
 
 def _make_sparse(

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from afs.layerstore.afslyr import xattrs
-from afs.layerstore.afslyr.errors import CorruptLayer, LayerLimit
+from afs.layerstore.afslyr.errors import CorruptLayer, LayerLimit, printable
 from afs.layerstore.afslyr.inodes import ROOT, Inodes
 from afs.layerstore.afslyr.layout import BLOCK_BITS, BLOCK_SIZE, TAR_OFFSET
 from afs.layerstore.afslyr.limits import DEFAULT_LIMITS, Limits
@@ -79,7 +79,8 @@ class TreeBuilder:
         self._names = self._metadata = self._extents = self._steps = 0
         self._children = self.inodes.children
         self._parents: dict[bytes, int] = {}
-        self._opaque: list[int] = []
+        self._bodies: dict[bytes, bytes] = {}
+        self._opaque: dict[int, None] = {}
         self._whiteouts: dict[tuple[int, bytes], None] = {}
         self._aufs: list[tuple[int, bytes]] = []
         self._pending: dict[int, _Pending] = {}
@@ -92,7 +93,7 @@ class TreeBuilder:
         path = entry.name.rstrip(b"/")
         directory, _, base = path.rpartition(b"/")
         if base in _NO_NAMES:
-            parts = split_path(path)
+            parts = self._split(path)
             if not parts:
                 self._set_root(entry)
                 return
@@ -123,17 +124,20 @@ class TreeBuilder:
         for parent, name in self._whiteouts:
             self._apply_whiteout(parent, name)
         for node in self._opaque:
-            self.inodes.xattrs[node] = {**self.inodes.xattrs.get(node, {}), xattrs.OPAQUE: b"y"}
+            known = self.inodes.xattrs.get(node)
+            marked = {**(xattrs.decode(known) if known else {}), xattrs.OPAQUE: b"y"}
+            self.inodes.xattrs[node] = xattrs.encode(marked)
         return self.inodes
 
     # Finding places
 
     def _find_parent(self, directory: bytes, entry: Entry) -> int:
-        parent = self._walk(split_path(directory), entry, create=True)
+        parent = self._walk(self._split(directory), entry, create=True)
         assert parent is not None  # create=True never gives None
         if len(self._parents) >= _MAX_CACHE:
             self._parents.clear()
-        self._parents[directory] = parent
+        if len(directory) <= MAX_TARGET:  # longer ones can only be odd spellings, of which many would fill the memory
+            self._parents[directory] = parent
         return parent
 
     def _walk(self, parts: list[bytes], entry: Entry, *, create: bool) -> int | None:
@@ -170,6 +174,10 @@ class TreeBuilder:
             if len(stack) > self._limits.max_depth:
                 raise LayerLimit("directory depth", self._limits.max_depth, "levels")
         return stack[-1]
+
+    def _split(self, path: bytes) -> list[bytes]:
+        self._count_steps(path.count(b"/"))  # slashes that mean nothing take their time, too
+        return split_path(path)
 
     def _count_steps(self, count: int) -> None:
         self._steps += count
@@ -239,12 +247,13 @@ class TreeBuilder:
 
     def _set_xattrs(self, node: int, entry: Entry, found: dict[bytes, bytes]) -> None:
         try:
-            kept = xattrs.kept(found)
+            body = xattrs.body_of(found)
         except ValueError as error:
             raise CorruptLayer(str(error), entry=entry.name) from error
-        self._charge(sum(len(name) + len(value) + 8 for name, value in found.items()))
-        if kept:
-            self.inodes.xattrs[node] = kept
+        self._charge(len(body))
+        if body:
+            # Many files have equal ones: a label of SELinux, say.
+            self.inodes.xattrs[node] = self._bodies.setdefault(body, body)
         else:
             self.inodes.xattrs.pop(node, None)
 
@@ -275,7 +284,7 @@ class TreeBuilder:
 
     def _is_whiteout(self, parent: int, base: bytes, entry: Entry) -> bool:
         if base == _OPAQUE:
-            self._opaque.append(parent)
+            self._opaque[parent] = None
             return True
         if base.startswith(_AUFS):
             return False
@@ -292,7 +301,7 @@ class TreeBuilder:
         if node is None:
             self._children[parent][name] = self.inodes.add(stat.S_IFCHR)
         elif node in self._children:
-            self._opaque.append(node)
+            self._opaque[node] = None
 
     # Hard links
 
@@ -311,7 +320,7 @@ class TreeBuilder:
 
     def _lookup(self, path: bytes, entry: Entry) -> int | None:
         """The inode at *path*: symlinks followed on the way, not at its end."""
-        parts = split_path(path)
+        parts = self._split(path)
         if not parts:
             return ROOT
         base = parts.pop()
@@ -346,8 +355,7 @@ class TreeBuilder:
 
     @staticmethod
     def _bad_link(entry: Entry, what: str) -> CorruptLayer:
-        target = entry.link.decode("utf-8", "backslashreplace")
-        return CorruptLayer(f'target "{target}" of the hard link is {what}', entry=entry.name)
+        return CorruptLayer(f'target "{printable(entry.link)}" of the hard link is {what}', entry=entry.name)
 
 
 def build(found: Iterable[Entry], limits: Limits = DEFAULT_LIMITS) -> TreeBuilder:

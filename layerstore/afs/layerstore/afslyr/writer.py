@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from afs.core import syscalls
@@ -26,10 +27,11 @@ _WRITEBACK = 8 << 20
 class LayerWriter:
     """A new file at *path*, which must not exist; used by one thread at a time, closed by the caller.
 
-    The header area comes last, for it tells what only the end knows. OSError (a full disk, say) passes through.
+    *check* is called for every chunk, to raise if the work is not wanted any more. The header area comes last, for it tells what only the end knows. OSError (a full disk, say) passes through.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, check: Callable[[], None]) -> None:
+        self._check = check
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         self.offset = HEADER_AREA
         self._started = 0  # the kernel was told to write all before
@@ -77,6 +79,7 @@ class LayerWriter:
         self._room -= len(view)
 
     def _end_chunk(self) -> None:
+        self._check()
         self._table += self._chunk.digest()
         self._chunk, self._room = hashlib.sha256(), CHUNK_SIZE
 

@@ -32,8 +32,10 @@ def _split(name: bytes) -> tuple[int, bytes] | None:
     return None
 
 
-def kept(found: dict[bytes, bytes]) -> dict[bytes, bytes] | None:
-    """Those of *found* that a layer keeps: none of overlayfs's own, none without an EROFS prefix.
+def body_of(found: dict[bytes, bytes]) -> bytes:
+    """The body, as :func:`encode` makes it, of those of *found* that a layer keeps.
+
+    It keeps none of overlayfs's own, and none without an EROFS prefix.
 
     ValueError for what EROFS cannot hold: names over 255 bytes behind the prefix or empty, values over 65535 bytes, more
     than 260,000 bytes on one inode.
@@ -48,9 +50,10 @@ def kept(found: dict[bytes, bytes]) -> dict[bytes, bytes] | None:
         if len(value) > _MAX_VALUE:
             raise ValueError(f"extended attribute value of {len(value)} bytes, at most {_MAX_VALUE} possible")
         result[name] = value
-    if len(encode(result)) > _MAX_BODY:
+    body = encode(result)
+    if len(body) > _MAX_BODY:
         raise ValueError(f"more than {_MAX_BODY} bytes of extended attributes")
-    return result or None
+    return body
 
 
 def encode(attributes: dict[bytes, bytes]) -> bytes:

@@ -32,6 +32,7 @@ class FrameWalker:
         self._skip = 0  # bytes of content to pass over before it
         self._step: Callable[[bytes], None] = self._magic
         self._checksum = False
+        self.declared: int | None = 0  # bytes that all frames say they hold; None if one does not say
 
     def read(self, size: int = -1) -> bytes:
         """Bytes of the underlying source, as they are. CorruptLayer where no frame can stand."""
@@ -75,7 +76,17 @@ class FrameWalker:
         single_segment = flags >> 5 & 1
         self._checksum = bool(flags >> 2 & 1)
         content_size = _CONTENT_SIZE[flags >> 6] or single_segment
-        self._expect(3, self._block, skip=1 - single_segment + _DICTIONARY_ID[flags & 3] + content_size)
+        skip = 1 - single_segment + _DICTIONARY_ID[flags & 3]
+        if content_size:
+            self._expect(content_size, self._content_size, skip)
+        else:
+            self.declared = None
+            self._expect(3, self._block, skip)
+
+    def _content_size(self, field: bytes) -> None:
+        if self.declared is not None:
+            self.declared += int.from_bytes(field, "little") + (256 if len(field) == 2 else 0)
+        self._expect(3, self._block)
 
     def _block(self, field: bytes) -> None:
         header = int.from_bytes(field, "little")
