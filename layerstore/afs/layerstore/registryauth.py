@@ -21,8 +21,9 @@ from afs.layerstore.registryhttp import Answer, Http, same_origin
 _MAX_TOKEN = 1 << 20
 _TIMEOUT_S = 45.0
 _DEFAULT_LIFE_S = 60.0  # of a token that does not say, by the distribution project's documentation
-_SCHEME = re.compile(r"(?:^|,)\s*(basic|bearer)(?=\s|,|$)", re.IGNORECASE)
-_PARAMETER = re.compile(r'([A-Za-z_]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]+))')
+_MOST_CHALLENGE = 8 << 10  # characters; real ones have a few hundred
+# A word, and a value if it is a parameter. Possessive, so that a hostile header takes no longer than its length.
+_ITEM = re.compile(r'([^\s,="]++)(?:\s*+=\s*+(?:"((?:[^"\\]++|\\.)*+)"|([^\s,"]++)))?+')
 _ANY_REPOSITORY = ""
 
 
@@ -174,17 +175,17 @@ def _grant(answer: Answer, realm: str, started: float) -> Grant:
 def parse_challenge(text: str) -> dict[str, dict[str, str]]:
     """The challenges in a WWW-Authenticate header (RFC 9110, section 11.6.1) by scheme, with their parameters.
 
-    Only ``basic`` and ``bearer`` are told apart; schemes and names of parameters are in lower case.
+    Schemes and names of parameters are in lower case. Nothing is found in a header longer than 8 KiB.
     """
-    # A quoted value may look like the start of a challenge: masked ones cannot.
-    masked = re.sub(r'"(?:[^"\\]|\\.)*"', lambda found: '"' + "x" * (len(found[0]) - 2) + '"', text)
-    starts = list(_SCHEME.finditer(masked))
     found: dict[str, dict[str, str]] = {}
-    for number, start in enumerate(starts):
-        end = starts[number + 1].start() if number + 1 < len(starts) else len(text)
-        parameters = {
-            name.lower(): re.sub(r"\\(.)", r"\1", quoted) or plain
-            for name, quoted, plain in _PARAMETER.findall(text[start.end() : end])
-        }
-        found.setdefault(start[1].lower(), parameters)
+    parameters: dict[str, str] = {}
+    for item in _ITEM.finditer(text) if len(text) <= _MOST_CHALLENGE else ():
+        name, quoted, plain = item.groups()
+        if quoted is not None:
+            parameters[name.lower()] = re.sub(r"\\(.)", r"\1", quoted)
+        elif plain is not None:
+            parameters[name.lower()] = plain
+        else:
+            parameters = {}
+            found.setdefault(name.lower(), parameters)
     return found
