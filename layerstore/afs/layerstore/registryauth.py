@@ -17,6 +17,7 @@ from afs.layerstore.registrycredentials import CredentialFile, Credentials
 from afs.layerstore.registryfailures import RequestFailed, without_query
 from afs.layerstore.registryhosts import Host
 from afs.layerstore.registryhttp import Answer, Http, same_origin
+from afs.layerstore.registrystop import Stop
 
 _MAX_TOKEN = 1 << 20
 _TIMEOUT_S = 45.0
@@ -80,18 +81,20 @@ class Authorizer:
                 if known is None or known.expires < expires:
                     self._granted[netloc, name] = Grant(header, expires)
 
-    def renew(self, host: Host, repository: str, refused: str, challenge: str) -> str:
+    def renew(self, host: Host, repository: str, refused: str, challenge: str, stop: Stop) -> str:
         """The header that answers a 401 with this *challenge* (WWW-Authenticate) to the header *refused*; "" if none can.
 
         Raises AuthorizationFailed, RegistryMisconfigured.
         """
         with self._lock:
             asking = self._asking[host.netloc, repository]
-        with asking:
+        if not asking.acquire(timeout=stop.left()):
+            raise AuthorizationFailed("its token service does not answer", denied=False)
+        try:
             known = self.known(host, repository)
             if known and known != refused:  # another thread was faster
                 return known
-            name, grant = self._ask(host, repository, parse_challenge(challenge))
+            name, grant = self._ask(host, repository, parse_challenge(challenge), stop)
             with self._lock:
                 if grant is None:
                     self._granted.pop((host.netloc, name), None)
@@ -100,20 +103,26 @@ class Authorizer:
                 self._granted[host.netloc, name] = grant
             # A token service may say the same again; a name and password that were refused are so for good.
             return "" if grant.header == refused and name == _ANY_REPOSITORY else grant.header
+        finally:
+            asking.release()
 
-    def _ask(self, host: Host, repository: str, challenges: dict[str, dict[str, str]]) -> tuple[str, Grant | None]:
+    def _ask(
+        self, host: Host, repository: str, challenges: dict[str, dict[str, str]], stop: Stop
+    ) -> tuple[str, Grant | None]:
         """What a grant is for, a repository or any, and the grant."""
         credentials = self._credentials.find(host.netloc)
         bearer = challenges.get("bearer", {})
         if "realm" in bearer:
             if credentials.registry_token:
                 return repository, Grant(f"Bearer {credentials.registry_token}", time.monotonic() + _DEFAULT_LIFE_S)
-            return repository, self._token(host, repository, bearer, credentials)
+            return repository, self._token(host, repository, bearer, credentials, stop)
         if "basic" in challenges and credentials.basic:
             return _ANY_REPOSITORY, Grant(credentials.basic, float("inf"))  # until it is refused
         return repository, None
 
-    def _token(self, host: Host, repository: str, challenge: dict[str, str], credentials: Credentials) -> Grant:
+    def _token(
+        self, host: Host, repository: str, challenge: dict[str, str], credentials: Credentials, stop: Stop
+    ) -> Grant:
         realm = challenge["realm"]
         url = self._http.base(host)
         if url.startswith("https:") and not realm.startswith("https://") and not host.tls.skip_verify:
@@ -126,12 +135,12 @@ class Authorizer:
         started = time.monotonic()
         try:
             if credentials.identity_token:
-                answer = self._refresh(host, realm, query, secrets, credentials.identity_token)
+                answer = self._refresh(host, realm, query, secrets, credentials.identity_token, stop)
             else:
                 if credentials.basic:
                     secrets["authorization"] = credentials.basic
                 target = f"{realm}{'&' if '?' in realm else '?'}{urlencode(query)}"
-                answer = self._http.request("GET", host, target, {}, secrets)
+                answer = self._http.request("GET", host, target, {}, secrets, stop=stop)
             try:
                 return _grant(answer, realm, started)
             finally:
@@ -140,7 +149,7 @@ class Authorizer:
             raise AuthorizationFailed(f"its token service does not answer: {error.cause}", denied=False) from None
 
     def _refresh(
-        self, host: Host, realm: str, query: dict[str, str], secrets: dict[str, str], identity_token: str
+        self, host: Host, realm: str, query: dict[str, str], secrets: dict[str, str], identity_token: str, stop: Stop
     ) -> Answer:
         """Token for token, OAuth 2 (RFC 6749, section 6)."""
         form = {
@@ -150,7 +159,7 @@ class Authorizer:
             "refresh_token": identity_token,
         }
         headers = {"Content-Type": "application/x-www-form-urlencoded"}
-        return self._http.request("POST", host, realm, headers, secrets, body=urlencode(form).encode())
+        return self._http.request("POST", host, realm, headers, secrets, body=urlencode(form).encode(), stop=stop)
 
 
 def _grant(answer: Answer, realm: str, started: float) -> Grant:

@@ -21,6 +21,7 @@ from typing import Protocol
 
 from afs.layerstore.registryfailures import RequestFailed
 from afs.layerstore.registryhttp import Answer
+from afs.layerstore.registrystop import Stop
 from afs.layerstore.source import Read
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class Blob(Protocol):
 
     size: int
 
-    def open(self, start: int, end: int, stop: threading.Event) -> tuple[int, Answer]:
+    def open(self, start: int, end: int, stop: Stop) -> tuple[int, Answer]:
         """A body with bytes *start* to *end* (206), or one with all of them (200); raises AfsError if nobody has it."""
         ...
 
@@ -55,7 +56,7 @@ class Blob(Protocol):
 @contextlib.contextmanager
 def reading(blob: Blob, connections: int, parallel_from: int) -> Iterator[Read]:
     """*blob* as a ``read(n)``, through *connections* at once if it has *parallel_from* bytes or more."""
-    stop = threading.Event()
+    stop = Stop()
     if connections < 2 or blob.size < max(parallel_from, PIECE + 1):
         stream = _Stream(blob, 0, blob.size, stop)
         try:
@@ -73,7 +74,7 @@ def reading(blob: Blob, connections: int, parallel_from: int) -> Iterator[Read]:
 class _Probed:
     """All through one request if that is fast; if its first bytes were slow, the rest in pieces."""
 
-    def __init__(self, blob: Blob, connections: int, stop: threading.Event) -> None:
+    def __init__(self, blob: Blob, connections: int, stop: Stop) -> None:
         self._blob = blob
         self._connections = connections
         self._stop = stop
@@ -89,7 +90,7 @@ class _Probed:
             self._divisible = False
             if self._waited > self._seen / _FAST:
                 self._reader.close()
-                self._reader = _Pieces(self._blob, self._seen, self._connections, self._stop)
+                self._reader = _Pieces(self._blob, self._seen, self._connections)
         started = time.monotonic()
         data = self._reader.read(count)
         self._waited += time.monotonic() - started  # the converter's time does not count
@@ -104,9 +105,7 @@ class _Probed:
 class _Stream:
     """Bytes *start* to *end* of a blob."""
 
-    def __init__(
-        self, blob: Blob, start: int, end: int, stop: threading.Event, first: tuple[int, Answer] | None = None
-    ) -> None:
+    def __init__(self, blob: Blob, start: int, end: int, stop: Stop, first: tuple[int, Answer] | None = None) -> None:
         self._blob = blob
         self._at, self._end = start, end
         self._stop = stop
@@ -149,6 +148,7 @@ class _Stream:
         if self._stop.is_set():
             raise _Stopped
         if self._body is not None:
+            self._body.exchange.release()
             self._body.response.close()  # no use to read on
             self._body = None
         self._fruitless += 1
@@ -188,10 +188,10 @@ class _Piece:
 class _Pieces:
     """Threads that fetch pieces side by side."""
 
-    def __init__(self, blob: Blob, start: int, connections: int, stop: threading.Event) -> None:
+    def __init__(self, blob: Blob, start: int, connections: int) -> None:
         self._blob = blob
         self._start = start
-        self._stop = stop
+        self._stop = Stop()
         self._count = -(-(blob.size - start) // PIECE)
         self._window = connections
         self._changed = threading.Condition()
@@ -273,7 +273,7 @@ class _Pieces:
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """End the threads. One that waits for an answer's first byte does so until its time-out."""
+        """End the threads, at once: all but connecting, that is, which has a time-out of its own."""
         self._stop.set()
         with self._changed:
             streams = list(self._streams)
