@@ -33,6 +33,7 @@ from afs.layerstore.registryfailures import NoTls, RequestFailed, failure, inner
 from afs.layerstore.registryhosts import Host, Tls
 from afs.layerstore.registryoptions import RegistryOptions
 from afs.layerstore.registrystop import Stop
+from afs.layerstore.registryurls import joined, origin
 
 log = logging.getLogger(__name__)
 TRIES = 4
@@ -140,9 +141,11 @@ class Http:
         self._options = options
         agent = f"{options.user_agent} ({options.node_id})" if options.node_id else options.user_agent
         self._headers = {"User-Agent": agent}
+        # It logs URLs, and the queries of redirects hold signatures. What goes wrong is in our errors.
+        logging.getLogger("urllib3").setLevel(logging.ERROR)
         self._lock = threading.Lock()
         self._pools: dict[tuple[object, ...], urllib3.PoolManager] = {}
-        self._plain: set[str] = set()  # of those whose scheme is "either": who spoke no TLS
+        self._plain: set[str] = set()  # of those whose scheme is "either": who speaks http
 
     def close(self) -> None:
         """Close idle connections."""
@@ -197,7 +200,10 @@ class Http:
     def _pause(self, attempt: int, retry_after: str = "") -> float:
         """Seconds until the next try: what the server asks for, else longer each time and not in step with others."""
         if retry_after:
-            with contextlib.suppress(InvalidHeader):  # seconds or an HTTP date (RFC 9110, 10.2.3); nonsense is ignored
+            # Python makes no number of 5000 digits, and no date of the year 99999.
+            with contextlib.suppress(
+                InvalidHeader, ValueError, OverflowError
+            ):  # seconds or an HTTP date (RFC 9110, 10.2.3); nonsense is ignored
                 return float(min(Retry().parse_retry_after(retry_after), _MOST_PAUSE_S))
         return self.backoff(attempt)
 
@@ -231,27 +237,36 @@ class Http:
             try:
                 answer = self._send(method, host, url, sent, body, Exchange(stop, end))
             except NoTls:
-                if host.scheme != "either" or not same_origin(url, f"https://{host.netloc}"):
+                if host.scheme != "either" or origin(url) != origin(f"https://{host.netloc}"):
                     raise
                 log.warning("registry %s speaks no TLS: using http", host.netloc)
-                self._plain.add(host.netloc)
-                url = urljoin(self.base(host), target)
+                url = urljoin(f"http://{host.netloc}", target)
+                sent.pop("authorization", None)  # that was granted to https
                 continue
+            except RequestFailed:
+                self._speaks_plain(host, url, answers=False)
+                raise
+            self._speaks_plain(host, url, answers=answer.status not in _REDIRECTS)
             answer.crossed = crossed
             location = answer.header("Location") if answer.status in _REDIRECTS else ""
             if not location or body is not None:
                 return answer
             answer.discard()
             url, before = _redirected(url, location, host), url
-            if _origin(url) != _origin(before):  # another port or scheme is another server, too
+            if origin(url) != origin(before):  # another port or scheme is another server, too
                 sent, crossed = _merged(self._headers, headers), True
         raise RequestFailed(f"more than {_MOST_REDIRECTS} redirects", again=False)
+
+    def _speaks_plain(self, host: Host, url: str, *, answers: bool) -> None:
+        """If *url* is by http because TLS failed: go on so as long as it *answers* there."""
+        if host.scheme == "either" and origin(url) == origin(f"http://{host.netloc}"):
+            with self._lock:
+                (self._plain.add if answers else self._plain.discard)(host.netloc)
 
     def _send(
         self, method: str, host: Host, url: str, headers: Mapping[str, str], body: bytes | None, exchange: Exchange
     ) -> Answer:
-        parts = urlsplit(url)
-        scheme, name, port = parts.scheme, parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+        scheme, name, port = origin(url)
         proxy = host.proxy or self._options.proxies.choose(scheme, name, port)
         try:
             pool = self._pool(host, proxy, tls=scheme == "https")
@@ -353,26 +368,12 @@ def _stamp(path: Path) -> tuple[int, ...]:
 
 def _redirected(url: str, location: str, host: Host) -> str:
     try:
-        target = urljoin(url, location)
-        parts = urlsplit(target)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        target = joined(url, location)
     except ValueError:
-        valid, target = False, ""
-    if not valid:
-        raise RequestFailed("it redirects to something that is not an http URL", again=False)
-    if url.startswith("https:") and target.startswith("http:") and not host.tls.skip_verify:
+        raise RequestFailed("it redirects to something that is not an http URL", again=False) from None
+    if origin(url).scheme == "https" and origin(target).scheme == "http" and not host.tls.skip_verify:
         raise RequestFailed(f"it redirects from https to {without_query(target)}, in the clear", again=False)
     return target
-
-
-def _origin(url: str) -> tuple[str, str | None, int]:
-    parts = urlsplit(url)
-    return parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
-
-
-def same_origin(one: str, other: str) -> bool:
-    """Whether two URLs lead to one server: scheme, host and port."""
-    return _origin(one) == _origin(other)
 
 
 def _given_up() -> RequestFailed:
