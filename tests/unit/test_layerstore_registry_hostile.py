@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import itertools
+import logging
+import math
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -11,13 +13,15 @@ from typing import Any, Self, cast
 
 import pytest
 
-from afs.core.errors import Unavailable
+from afs.core.errors import AfsError, Unavailable
 from afs.core.images import Platform, parse_image
-from afs.layerstore import images, registry, registrydownload, registryhttp
-from afs.layerstore.errors import CorruptImage, ImageNotFound, RegistryUnreachable
+from afs.layerstore import images, pullworker, registry, registrydownload, registryhttp
+from afs.layerstore.errors import CorruptImage, ImageNotFound, RegistryDenied, RegistryUnreachable
 from afs.layerstore.images import Images
 from afs.layerstore.manifests import Layer
 from afs.layerstore.registry import Registries, RegistrySource
+from afs.layerstore.registryfailures import RequestFailed, without_query
+from afs.layerstore.registryhosts import Host, Tls
 from afs.layerstore.registryoptions import RegistryOptions
 from afs.layerstore.registrystop import Stop
 
@@ -31,6 +35,7 @@ class RawServer:
     def __init__(self, answer: Callable[[socket.socket, str], object]) -> None:
         self._answer = answer
         self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self._open: set[socket.socket] = set()
         self._threads = [threading.Thread(target=self._accept)]
         self.heads: list[str] = []
@@ -50,11 +55,6 @@ class RawServer:
         for thread in self._threads:
             thread.join()
         self._listener.close()
-
-    @property
-    def address(self) -> str:
-        """Host and port."""
-        return f"127.0.0.1:{self._listener.getsockname()[1]}"
 
     def wait_for(self, count: int) -> None:
         """Until so many requests have come."""
@@ -77,6 +77,9 @@ class RawServer:
                     if not (data := connection.recv(1 << 16)):
                         return
                     head += data
+                    if head.startswith(b"\x16"):  # the first record of TLS
+                        connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                        return
                 with self.arrived:
                     self.heads.append(head.decode("latin1"))
                     self.arrived.notify_all()
@@ -245,6 +248,199 @@ def test_a_download_that_is_closed_does_not_wait_for_silent_pieces(source: Calla
         pieces = registrydownload._Pieces(blob, 4 << 20, 4)
         server.wait_for(4)
         pieces.close()
+
+
+# Headers and tokens that make no sense
+
+
+@pytest.mark.parametrize("value", ["Fri, 31 Dec 99999 23:59:59 GMT", "9" * 5000, "9" * 400, "-1", "\xb2"])
+def test_retry_after(source: Callable[..., RegistrySource], value: str) -> None:
+    with fixed(response("429 Too Many Requests", Retry_After=value)) as server:
+        with pytest.raises(RegistryUnreachable, match=r"HTTP 429|it was given up"):
+            source(server, Stop(0.5)).get_manifest("v1")
+        assert server.heads
+
+
+@pytest.mark.parametrize(
+    ("length", "content_range"),
+    [
+        ("abc", "bytes 10-99/100"),
+        ("90\r\nContent-Length: 90", "bytes 10-99/100"),
+        ("90", f"bytes {'0' * 5000}10-99/100"),
+        ("90", f"bytes 10-{'9' * 5000}/100"),
+        ("90", ""),
+    ],
+)
+def test_a_range_in_numbers_that_are_none(
+    source: Callable[..., RegistrySource], length: str, content_range: str
+) -> None:
+    def answer(connection: socket.socket, head: str) -> bool:
+        whole = "range:" not in head.lower()
+        first = "200 OK\r\nContent-Length: 100" if whole else f"206 P\r\nContent-Length: {length}"
+        connection.sendall(f"HTTP/1.1 {first}\r\nContent-Range: {content_range}\r\n\r\n".encode() + bytes(10))
+        return False
+
+    with RawServer(answer) as server, source(server).open_layer(layer(100)) as read:
+        seen = b""
+        with pytest.raises(RegistryUnreachable, match="it answers with another range"):
+            while data := read(100):
+                seen += data
+        assert len(seen) == 10
+
+
+@pytest.mark.parametrize("length", ["abc", "100\r\nContent-Length: 100", "1" * 5000, "-1"])
+def test_a_length_that_is_no_number(source: Callable[..., RegistrySource], length: str) -> None:
+    with fixed(f"HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n".encode() + bytes(10)) as server:
+        opened = source(server)
+        with (
+            pytest.raises(CorruptImage, match="should have 100 bytes but has "),
+            opened.open_layer(layer(100)) as read,
+        ):
+            read(10)
+
+
+@pytest.mark.parametrize(
+    "realm", ["https://[::1", "http://h:99999/t", "foo", "ftp://h/t", "http://u:SECRET@h/t", "http://h\\@g/t", ""]
+)
+def test_a_token_service_that_is_none(source: Callable[..., RegistrySource], realm: str) -> None:
+    with fixed(response("401 Unauthorized", WWW_Authenticate=f'Bearer realm="{realm}",service="x"')) as server:
+        with pytest.raises(RegistryDenied, match="that is not an http URL") as caught:
+            source(server).get_manifest("v1")
+        assert "SECRET" not in caught.value.line
+
+
+def with_tokens(token: bytes, challenge: str = "") -> RawServer:
+    """A registry and its token service, which says *token*."""
+
+    def answer(connection: socket.socket, head: str) -> None:
+        if head.startswith("GET /token"):
+            connection.sendall(response(body=token))
+        elif "authorization:" in head.lower():
+            connection.sendall(response(body=MANIFEST))
+        else:
+            bearer = f'Bearer realm="http://{server.address}/token"{challenge}'
+            connection.sendall(response("401 Unauthorized", WWW_Authenticate=bearer))
+
+    server = RawServer(answer)
+    return server
+
+
+@pytest.mark.parametrize("life", ["1" + "0" * 400, "1e999", "NaN", "-1", '"300"', "true", "null"])
+def test_a_token_of_any_life(source: Callable[..., RegistrySource], life: str) -> None:
+    with with_tokens(b'{"token": "a", "expires_in": %s}' % life.encode()) as server:
+        assert source(server).get_manifest("v1") == MANIFEST
+
+
+@pytest.mark.parametrize(
+    ("challenge", "query"),
+    [
+        ("", "scope=repository%3Aapp%3Apull"),
+        (',service=""', "scope=repository%3Aapp%3Apull"),
+        (',service="s",scope="a:b:pull c:d:pull"', "service=s&scope=a%3Ab%3Apull&scope=c%3Ad%3Apull"),
+    ],
+)
+def test_what_a_token_is_asked_for(source: Callable[..., RegistrySource], challenge: str, query: str) -> None:
+    with with_tokens(b'{"token": "a"}', challenge) as server:
+        opened = source(server)
+        opened.get_manifest("v1")
+        assert f"GET /token?{query} " in server.heads[1]
+        assert len(opened._registries.authorizer._asking) == 0
+
+
+def test_a_worker_survives_what_nobody_thought_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("surprise")
+
+    monkeypatch.setattr(pullworker, "check_and_sync", fail)
+    answer = pullworker._Worker().answer({"check": "/nowhere"})
+    assert answer == {"error": "ValueError: surprise", "status": "INTERNAL", "errno": None}
+
+
+# Where credentials go
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "http://EVIL\\@HERE/v2/x?sig=SECRET",
+        "http://user:SECRET@HERE/x?sig=SECRET",
+        "http://[::1/x?sig=SECRET",
+        "http://bad host/x?sig=SECRET",
+        "ftp://HERE/?sig=SECRET",
+        "http:\t//HERE/?sig=SECRET",
+    ],
+)
+def test_redirects_that_parsers_read_in_two_ways(source: Callable[..., RegistrySource], location: str) -> None:
+    with fixed(response(body=MANIFEST)) as evil:
+
+        def answer(connection: socket.socket, _: str) -> None:
+            found = location.replace("EVIL", evil.address).replace("HERE", server.address)
+            connection.sendall(response("307 Temporary Redirect", Location=found))
+
+        server = RawServer(answer)
+        with server, pytest.raises(RegistryUnreachable, match="redirects to something that is not an http") as caught:
+            source(server).get_manifest("v1")
+        assert "SECRET" not in caught.value.line
+        assert not evil.heads
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("https://r/a", "HTTP://evil/x"), ("HTTPS://cdn/a", "http://evil/x"), ("https://r/a", "Http://r:443/x")],
+)
+def test_no_redirect_into_the_clear_however_it_is_written(before: str, after: str) -> None:
+    with pytest.raises(RequestFailed, match=r"from https to .*, in the clear"):
+        registryhttp._redirected(before, after, Host("https", "r"))
+
+
+def test_a_grant_is_for_one_scheme(source: Callable[..., RegistrySource]) -> None:
+    with silent() as server:
+        authorizer = source(server)._registries.authorizer
+        authorizer.learn([("https://r", "", "Basic c2VjcmV0", math.inf)])
+        assert authorizer.known(Host("https", "r"), "app")
+        assert not authorizer.known(Host("http", "r"), "app")
+
+
+def test_a_password_that_is_refused_is_forgotten(source: Callable[..., RegistrySource]) -> None:
+    with fixed(response("401 Unauthorized", WWW_Authenticate="Negotiate")) as server:
+        opened = source(server)
+        opened._registries.authorizer.learn([(f"http://{server.address}", "", "Basic c2VjcmV0", math.inf)])
+        for sent in (True, False):
+            with pytest.raises(RegistryDenied):
+                opened.get_manifest("v1")
+            assert ("Basic c2VjcmV0" in server.heads[-1]) == sent
+
+
+def test_http_counts_only_where_it_answered(source: Callable[..., RegistrySource]) -> None:
+    with fixed(response(body=MANIFEST)) as server:
+        http = source(server)._registries.http
+        host = Host("either", server.address, tls=Tls(skip_verify=True))
+        secrets = {"authorization": "Basic SECRET"}
+        answer = http.request("GET", host, "/v2/x", {}, secrets, tries=1)
+        assert answer.read(100) == MANIFEST
+        answer.close()
+        assert http.base(host) == f"http://{server.address}"
+        assert "authorization" not in server.heads[-1].lower()  # it was granted to https
+    with pytest.raises(RequestFailed):
+        http.request("GET", host, "/v2/x", {}, {}, tries=1)
+    assert http.base(host) == f"https://{server.address}"
+
+
+def test_signatures_are_in_no_log(source: Callable[..., RegistrySource], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+
+    def answer(connection: socket.socket, _: str) -> bool:
+        connection.sendall(b"HTTP/1.1 200 OK\r\nBad Header Line\r\n\r\n" + MANIFEST)
+        return False
+
+    with RawServer(answer) as store:
+        location = f"http://{store.address}/b?X-Amz-Signature=SECRET"
+        with fixed(response("307 Temporary Redirect", Location=location)) as server:
+            with contextlib.suppress(AfsError):
+                source(server).get_manifest("v1")
+            assert store.heads
+    assert "SECRET" not in caplog.text
+    assert "SECRET" not in without_query("http://user:SECRET@host/path?SECRET")
 
 
 # Other registries

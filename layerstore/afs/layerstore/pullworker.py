@@ -84,6 +84,9 @@ class _Worker:
         except (AfsError, OSError) as error:
             line = error.line if isinstance(error, AfsError) else str(error)
             return {"error": line, "status": status_of(error).grpc, "errno": getattr(error, "errno", None)}
+        except Exception as error:  # a mistake of ours; the process is still good for the next job
+            log.exception("a job failed: %s", job.get("image") or job.get("check"))
+            return {"error": f"{type(error).__name__}: {error}", "status": status_of(error).grpc, "errno": None}
 
     def _pull(self, job: dict[str, Any]) -> dict[str, Any]:
         if self._sources is None:  # the options of one layerstore never change

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 _ACCEPT = {"Accept": ", ".join(MANIFEST_TYPES + INDEX_TYPES)}
 _SMALL_TIMEOUT_S = 45.0  # for a manifest or config, beyond the first byte
 _MIRROR_TRIES = 2  # a connection that was kept may have gone stale; with all else, the next host does better
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
 T = TypeVar("T")
 
 
@@ -358,7 +358,7 @@ class _LayerBlob:
         if answer.status == 206:
             found = _CONTENT_RANGE.fullmatch(answer.header("Content-Range").strip())
             length = answer.header("Content-Length")
-            if found is None or int(found[1]) != start or (length and int(length) != int(found[2]) + 1 - start):
+            if found is None or int(found[1]) != start or length not in ("", str(int(found[2]) + 1 - start)):
                 raise _HostFailed(RegistryUnreachable, "it answers with another range than it was asked for")
             total = found[3]
         elif answer.status == 200:
