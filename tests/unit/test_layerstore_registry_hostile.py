@@ -8,6 +8,7 @@ import math
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self, cast
 
@@ -16,6 +17,7 @@ import pytest
 from afs.core.errors import AfsError, Unavailable
 from afs.core.images import Platform, parse_image
 from afs.layerstore import images, pullworker, registry, registrydownload, registryhttp
+from afs.layerstore.afslyr.errors import DigestMismatch, LayerLimit
 from afs.layerstore.errors import CorruptImage, ImageNotFound, RegistryDenied, RegistryUnreachable
 from afs.layerstore.images import Images
 from afs.layerstore.manifests import Layer
@@ -441,6 +443,82 @@ def test_signatures_are_in_no_log(source: Callable[..., RegistrySource], caplog:
             assert store.heads
     assert "SECRET" not in caplog.text
     assert "SECRET" not in without_query("http://user:SECRET@host/path?SECRET")
+
+
+# Answers that are none
+
+
+@pytest.fixture
+def with_mirror(tmp_path: Path) -> Callable[[RawServer, RawServer], Path]:
+    """Settings in which the second server is asked before the first one."""
+
+    def make(server: RawServer, mirror: RawServer) -> Path:
+        directory = tmp_path / "certs.d" / server.address
+        directory.mkdir(parents=True)
+        (directory / "hosts.toml").write_text(f'[host."http://{mirror.address}"]\n')
+        return directory.parent
+
+    return make
+
+
+LIE = response(body=MANIFEST, Docker_Content_Digest=f"sha256:{'a' * 64}")
+
+
+@pytest.mark.parametrize("answer", [response(body=b"<html>login</html>"), response(body=b"[]"), LIE])
+def test_what_is_no_manifest_is_asked_of_the_next_host(
+    source: Callable[..., RegistrySource], with_mirror: Callable[[RawServer, RawServer], Path], answer: bytes
+) -> None:
+    with fixed(response(body=MANIFEST)) as server, fixed(answer) as mirror:
+        assert source(server, hosts_dir=with_mirror(server, mirror)).get_manifest("v1") == MANIFEST
+        with pytest.raises(CorruptImage, match=r"is corrupt: (manifest is not |its manifest should be sha256:aaa)"):
+            source(mirror).get_manifest("v1")
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_body_that_breaks_off_is_asked_for_again(
+    source: Callable[..., RegistrySource], with_mirror: Callable[[RawServer, RawServer], Path], alone: bool
+) -> None:
+    def answer(connection: socket.socket, _: str) -> bool:
+        connection.sendall(response(body=MANIFEST)[: -5 if len(broken.heads) < 3 else None])
+        return False
+
+    broken = RawServer(answer)
+    with broken, fixed(response(body=MANIFEST)) as server:
+        settings = {} if alone else {"hosts_dir": with_mirror(server, broken)}
+        assert source(broken if alone else server, **settings).get_manifest("v1") == MANIFEST
+        assert len(broken.heads) == (3 if alone else 1)
+
+
+def test_a_registry_that_has_enough_is_not_asked_more(source: Callable[..., RegistrySource]) -> None:
+    with fixed(b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 0\r\nContent-Length: 0\r\n\r\n") as server:
+        with pytest.raises(RegistryUnreachable, match="HTTP 429"):
+            source(server).current_digest("v1")
+        assert all(head.startswith("HEAD ") for head in server.heads)
+
+
+@pytest.mark.timeout(20)
+def test_a_layer_of_no_bytes_with_another_digest(source: Callable[..., RegistrySource], tmp_path: Path) -> None:
+    with fixed(response()) as server, pytest.raises(DigestMismatch):
+        pullworker._convert(source(server), layer(0), tmp_path / "out")
+
+
+def test_a_layer_over_a_limit_is_asked_of_the_next_host(
+    source: Callable[..., RegistrySource],
+    with_mirror: Callable[[RawServer, RawServer], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def convert(read: Callable[[int], bytes], *_: object, **__: object) -> bytes:
+        if (data := read(10)) == b"x" * 10:
+            raise LayerLimit("entries", 1)
+        return data
+
+    monkeypatch.setattr(pullworker, "convert", convert)
+    with fixed(response(body=b"y" * 10)) as server, fixed(response(body=b"x" * 10)) as mirror:
+        opened = source(server, hosts_dir=with_mirror(server, mirror))
+        assert cast("Any", pullworker._convert(opened, layer(10), tmp_path / "out")) == b"y" * 10
+        with pytest.raises(LayerLimit):
+            pullworker._convert(source(mirror), layer(10), tmp_path / "out")
 
 
 # Other registries

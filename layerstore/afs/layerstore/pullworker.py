@@ -24,7 +24,7 @@ from afs.core.images import parse_image
 from afs.core.service import set_up_logging
 from afs.layerstore.afslyr.check import check_and_sync
 from afs.layerstore.afslyr.convert import Converted, convert
-from afs.layerstore.afslyr.errors import DigestMismatch
+from afs.layerstore.afslyr.errors import DigestMismatch, LayerLimit
 from afs.layerstore.manifests import Layer
 from afs.layerstore.registryoptions import RegistryOptions
 from afs.layerstore.registryproxies import Proxies
@@ -60,13 +60,13 @@ def _options(values: dict[str, Any]) -> RegistryOptions:
 
 
 def _convert(source: Source, layer: Layer, out: Path) -> Converted:
-    """Download and convert; again if a mirror sent something else than the layer."""
+    """Download and convert; again if a mirror sent something else than the layer, or what may be its bytes or not."""
     while True:
         try:
             with source.open_layer(layer) as read:
                 return convert(read, out, diff_id=layer.diff_id, blob_digest=layer.blob_digest)
-        except DigestMismatch as error:
-            if error.expected != layer.blob_digest or not source.distrust():
+        except (DigestMismatch, LayerLimit) as error:  # over a limit a blob's digest is not known yet
+            if (isinstance(error, DigestMismatch) and error.expected != layer.blob_digest) or not source.distrust():
                 raise
             log.warning("layer %s: %s; asking another host", layer.blob_digest, error.line)
 

@@ -7,6 +7,7 @@ A mirror that fails in any way is left with a line in the log.
 """
 
 import contextlib
+import itertools
 import logging
 import re
 import threading
@@ -25,7 +26,7 @@ from afs.layerstore.errors import (
     RegistryMisconfigured,
     RegistryUnreachable,
 )
-from afs.layerstore.manifests import INDEX_TYPES, MANIFEST_TYPES, MAX_MANIFEST, Layer
+from afs.layerstore.manifests import INDEX_TYPES, MANIFEST_TYPES, MAX_MANIFEST, Layer, parse_json
 from afs.layerstore.registryauth import AuthorizationFailed, Authorizer
 from afs.layerstore.registrycredentials import CredentialFile
 from afs.layerstore.registrydownload import reading
@@ -95,6 +96,8 @@ class RegistrySource:
 
         def ask(host: Host, tries: int) -> str:
             with self._opened("HEAD", host, "manifests", reference, dict(_ACCEPT), tries) as answer:
+                if answer.status == 429:  # a GET would only make it worse
+                    raise refusal(answer)
                 digest = answer.header("Docker-Content-Digest") if answer.status == 200 else ""
                 return digest if is_digest(digest) else ""  # a GET tells what is wrong
 
@@ -119,9 +122,11 @@ class RegistrySource:
 
     def distrust(self) -> bool:
         """See :class:`afs.layerstore.source.Source`."""
+        before = len(self._distrusted)
         # Of several, the last one gets a chance to show that it alone is good.
         self._distrusted.update(self._failed, self._served[:-1] if len(self._served) > 1 else self._served)
-        return any(host not in self._distrusted for host in self._able("pull"))
+        left = any(host not in self._distrusted for host in self._able("pull"))
+        return left and len(self._distrusted) > before  # nobody is asked for a layer of no bytes
 
     # Hosts
 
@@ -165,6 +170,31 @@ class RegistrySource:
 
     def _small(self, host: Host, kind: str, reference: str, limit: int, tries: int) -> bytes:
         """A manifest or a small blob, whose digest is checked if it has one."""
+        data, named = self._whole_body(host, kind, reference, limit, tries)
+        what = "manifest" if kind == "manifests" else "config"
+        if not is_digest(reference):  # a portal that wants a login says 200, too
+            try:
+                parse_json(self._name, what, data)
+            except CorruptImage as error:
+                cause = error.line.removeprefix(f"image {self._name} is corrupt: ")
+                raise _HostFailed(CorruptImage, cause) from None
+        wanted = reference if is_digest(reference) else named
+        if is_digest(wanted) and (actual := sha256_digest(data)) != wanted:
+            raise _HostFailed(CorruptImage, f"its {what} should be {wanted} but is {actual}")
+        return data
+
+    def _whole_body(self, host: Host, kind: str, reference: str, limit: int, tries: int) -> tuple[bytes, str]:
+        """As :meth:`_body`; the last host is asked again if a body breaks off."""
+        for attempt in itertools.count(1):
+            try:
+                return self._body(host, kind, reference, limit, tries)
+            except RequestFailed as error:
+                if not error.again or attempt == tries or tries < TRIES or self._stop.wait(self.http.backoff(attempt)):
+                    raise _HostFailed(RegistryUnreachable, error.cause) from None
+        raise AssertionError  # counting has no end
+
+    def _body(self, host: Host, kind: str, reference: str, limit: int, tries: int) -> tuple[bytes, str]:
+        """The body of one answer, and the digest that it names or ""; raises RequestFailed if it breaks off."""
         headers = dict(_ACCEPT) if kind == "manifests" else {}
         end = time.monotonic() + _SMALL_TIMEOUT_S
         with self._opened("GET", host, kind, reference, headers, tries) as answer:
@@ -173,13 +203,10 @@ class RegistrySource:
             try:
                 data = answer.read_all(limit, end)
             except RequestFailed as error:
-                raise _HostFailed(RegistryUnreachable, f"{without_query(answer.url)}: {error.cause}") from None
+                raise RequestFailed(f"{without_query(answer.url)}: {error.cause}", again=error.again) from None
             if data is None:
                 raise _HostFailed(CorruptImage, f"{without_query(answer.url)} is larger than {limit} bytes")
-        if is_digest(reference) and (actual := sha256_digest(data)) != reference:
-            what = "manifest" if kind == "manifests" else "config"
-            raise _HostFailed(CorruptImage, f"its {what} should be {reference} but is {actual}")
-        return data
+            return data, answer.header("Docker-Content-Digest")
 
     @contextlib.contextmanager
     def _opened(
