@@ -121,6 +121,37 @@ def test_a_server_that_stops_to_honour_ranges(server: FaultServer, connections: 
     assert fetched(server, connections) == blob(server.layout)
 
 
+def test_ranges_that_are_ignored_later_cost_the_blob_only_once_more(server: FaultServer, connections: int) -> None:
+    server.add(Fault("blobs", times=7), Fault("blobs", ignore_range=True))
+    assert fetched(server, connections) == blob(server.layout)
+    assert server.count("blobs") <= (1 if connections == 1 else 7 + connections + 1)
+
+
+@pytest.mark.parametrize("status", [400, 501])
+def test_a_server_that_refuses_ranges(server: FaultServer, connections: int, status: int) -> None:
+    refuse = Fault("blobs", times=1, status=status)
+    server.add(Fault("blobs", times=1, cut=100_000), refuse, Fault("blobs", ignore_range=True))
+    assert fetched(server, connections) == blob(server.layout)
+    assert any("range" not in request.headers for request in server.requests("blobs")[2:])
+
+
+def test_threads_that_cannot_start_end_the_others(
+    server: FaultServer, connections: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if connections == 1:
+        return
+    start = threading.Thread.start
+
+    def fail(self: threading.Thread) -> None:
+        if self.name == "download-2":
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        fetched(server, connections)
+
+
 def test_a_wrong_range_is_no_answer(server: FaultServer, connections: int) -> None:
     server.add(Fault("blobs", times=1, cut=10_000), Fault("blobs", headers={"Content-Range": "bytes 5-9/10"}))
     with pytest.raises(RegistryUnreachable, match="it answers with another range than it was asked for"):

@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 _ACCEPT = {"Accept": ", ".join(MANIFEST_TYPES + INDEX_TYPES)}
 _SMALL_TIMEOUT_S = 45.0  # for a manifest or config, beyond the first byte
 _MIRROR_TRIES = 2  # a connection that was kept may have gone stale; with all else, the next host does better
+_NO_RANGES = frozenset((400, 501))  # of servers that should ignore what they do not know, but refuse it
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
 T = TypeVar("T")
 
@@ -313,6 +314,8 @@ class _LayerBlob:
             try:
                 answer = self._ask(number, host, start, end, stop)
             except _HostFailed as failure:
+                if stop.is_set():  # the reader went away: no fault of the host
+                    raise RequestFailed(failure.cause, again=False) from None
                 self._leave(number, failure)
                 continue
             with self._lock:
@@ -342,11 +345,10 @@ class _LayerBlob:
 
     def _ask(self, number: int, host: Host, start: int, end: int, stop: Stop) -> Answer:
         headers = {} if (start, end) == (0, self.size) else {"Range": f"bytes={start}-{end - 1}"}
-        answer = self._ask_directly(number, host, headers, stop)
-        if answer is None:
-            target = self._source.layer_target(host, self._layer)
-            tries = TRIES if host is self._hosts[-1] else _MIRROR_TRIES
-            answer = self._source.send("GET", host, target, headers, tries, stop)
+        answer = self._get(number, host, headers, stop)
+        if headers and answer.status in _NO_RANGES:
+            answer.discard()
+            answer = self._get(number, host, {}, stop)
         try:
             self._check(answer, start)
         except BaseException:
@@ -356,6 +358,14 @@ class _LayerBlob:
             with self._lock:
                 self._direct[number] = answer.url
         return answer
+
+    def _get(self, number: int, host: Host, headers: dict[str, str], stop: Stop) -> Answer:
+        answer = self._ask_directly(number, host, headers, stop)
+        if answer is not None:
+            return answer
+        target = self._source.layer_target(host, self._layer)
+        tries = TRIES if host is self._hosts[-1] else _MIRROR_TRIES
+        return self._source.send("GET", host, target, headers, tries, stop)
 
     def _ask_directly(self, number: int, host: Host, headers: dict[str, str], stop: Stop) -> Answer | None:
         """The answer of the store that *host* redirected to before: it need not be asked for each piece.
