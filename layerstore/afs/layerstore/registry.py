@@ -96,7 +96,8 @@ class RegistrySource:
         """See :class:`afs.layerstore.source.Source`. A HEAD request: Docker Hub does not count them."""
 
         def ask(host: Host, tries: int) -> str:
-            with self._opened("HEAD", host, "manifests", reference, dict(_ACCEPT), tries) as answer:
+            target = self._target(host, "manifests", reference)
+            with contextlib.closing(self.send("HEAD", host, target, dict(_ACCEPT), tries)) as answer:
                 if answer.status == 429:  # a GET would only make it worse
                     raise refusal(answer)
                 digest = answer.header("Docker-Content-Digest") if answer.status == 200 else ""
@@ -198,7 +199,8 @@ class RegistrySource:
         """The body of one answer, and the digest that it names or ""; raises RequestFailed if it breaks off."""
         headers = dict(_ACCEPT) if kind == "manifests" else {}
         end = time.monotonic() + _SMALL_TIMEOUT_S
-        with self._opened("GET", host, kind, reference, headers, tries) as answer:
+        target = self._target(host, kind, reference)
+        with contextlib.closing(self.send("GET", host, target, headers, tries)) as answer:
             if answer.status != 200:
                 raise refusal(answer)
             try:
@@ -208,16 +210,6 @@ class RegistrySource:
             if data is None:
                 raise _HostFailed(CorruptImage, f"{without_query(answer.url)} is larger than {limit} bytes")
             return data, answer.header("Docker-Content-Digest")
-
-    @contextlib.contextmanager
-    def _opened(
-        self, method: str, host: Host, kind: str, reference: str, headers: dict[str, str], tries: int
-    ) -> Iterator[Answer]:
-        answer = self.send(method, host, self._target(host, kind, reference), headers, tries)
-        try:
-            yield answer
-        finally:
-            answer.close()
 
     def _target(self, host: Host, kind: str, reference: str) -> str:
         # A mirror may stand in for several registries: containerd tells it which one is meant, and so do we.
@@ -281,12 +273,8 @@ class RegistrySource:
 
 def refusal(answer: Answer) -> _HostFailed:
     """What an answer means that is not the wanted one; reads its body."""
-    detail = answer.detail()
-    if answer.status == 404:
-        return _HostFailed(ImageNotFound, detail)
-    if answer.status in (401, 403):
-        return _HostFailed(RegistryDenied, detail)
-    return _HostFailed(RegistryUnreachable, detail)
+    kinds: dict[int, type[AfsError]] = {404: ImageNotFound, 401: RegistryDenied, 403: RegistryDenied}
+    return _HostFailed(kinds.get(answer.status, RegistryUnreachable), answer.detail())
 
 
 class _LayerBlob:
