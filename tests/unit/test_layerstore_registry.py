@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import socket
-import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -26,6 +25,7 @@ from afs.layerstore.registryfailures import RequestFailed
 from afs.layerstore.registryhosts import hosts_of
 from afs.layerstore.registryoptions import RegistryOptions
 from afs.layerstore.registryproxies import Proxies
+from afs.layerstore.registrystop import Stop
 from tests.testbed import faults, oci, tars
 from tests.testbed.faults import Fault, FaultServer
 
@@ -147,7 +147,7 @@ def test_a_registry_that_stays_busy_is_told(server: FaultServer, status: int) ->
     assert status_of(caught.value).exit_code == 69
 
 
-class Pauses(threading.Event):
+class Pauses(Stop):
     """Stands for the event that ends pauses: notes them and does not wait."""
 
     def __init__(self) -> None:
@@ -155,9 +155,9 @@ class Pauses(threading.Event):
         self.seconds: list[float] = []
 
     @override
-    def wait(self, timeout: float | None = None) -> bool:
-        assert timeout is not None
-        self.seconds.append(timeout)
+    def wait(self, seconds: float) -> bool:
+
+        self.seconds.append(seconds)
         return False
 
 

@@ -362,7 +362,8 @@ def test_a_busy_token_service_is_no_refusal(
     ("text", "found"),
     [
         ("", {}),
-        ("Negotiate", {}),
+        ("Negotiate", {"negotiate": {}}),
+        ("Negotiate YWJj==, basic", {"negotiate": {"ywjj": "="}, "basic": {}}),
         ('Basic realm="x"', {"basic": {"realm": "x"}}),
         ("basic", {"basic": {}}),
         (
@@ -378,3 +379,16 @@ def test_a_busy_token_service_is_no_refusal(
 )
 def test_challenges(text: str, found: dict[str, dict[str, str]]) -> None:
     assert parse_challenge(text) == found
+
+
+@pytest.mark.timeout(10)  # with a regular expression that backtracks each takes minutes
+@pytest.mark.parametrize("text", ["Bearer " + "a" * 60_000, '"' + '\\"' * 30_000, 'Basic a="' + "\\" * 60_000])
+def test_a_challenge_of_any_length_takes_no_time(
+    layout: Path, registries: Callable[..., Registries], text: str
+) -> None:
+    for length in (8 << 10, len(text)):
+        parse_challenge(text[:length])
+    with FaultServer(layout) as server:
+        server.add(Fault("manifests", status=401, headers={"WWW-Authenticate": text}))
+        with pytest.raises(RegistryDenied):
+            get(registries(), server)

@@ -11,6 +11,7 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from weakref import WeakValueDictionary
 
 from afs.core.digests import sha256_digest
 from afs.core.errors import (
@@ -30,11 +31,14 @@ from afs.layerstore.manifests import Image, image_key, resolve
 from afs.layerstore.peers import Peers
 from afs.layerstore.placement import ranked
 from afs.layerstore.pull import Puller
+from afs.layerstore.registrystop import Stop
 from afs.layerstore.source import Source
 from afs.layerstore.store import LayerStore
 
 log = logging.getLogger(__name__)
 _SOURCE_TIMEOUT_S = 60.0
+_THREADS = 16
+_MOST_OF_ONE = 4  # threads that ask one registry: one that is silent must not take them all
 
 
 class Images:
@@ -47,7 +51,8 @@ class Images:
         self._announcer = announcer
         self._ttl = ttl
         self._known: dict[str, Image] = {}
-        self._threads = ThreadPoolExecutor(16, thread_name_prefix="resolve")
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="resolve")
+        self._turns: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()  # by registry
         # Local sources: what the file looked like when it was read; a changed file is read again at once.
         self._fingerprints: dict[str, tuple[int, ...]] = {}
         self._resolving: SingleFlight[str, Image] = SingleFlight()
@@ -133,17 +138,22 @@ class Images:
             return await self._ask_source(ref, platform)
 
     async def _ask_source(self, ref: ImageRef, platform: Platform) -> Image:
-        work = functools.partial(self._read_source, ref, platform)
-        # Threads of their own: a registry that trickles must not hold up those that read and check chunks.
-        answer = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        stop = Stop(_SOURCE_TIMEOUT_S)
+        work = functools.partial(self._read_source, ref, platform, stop)
+        most = _THREADS if ref.is_local else _MOST_OF_ONE
+        turn = self._turns.setdefault("" if ref.is_local else ref.registry, asyncio.Semaphore(most))
         try:
-            return await asyncio.wait_for(answer, _SOURCE_TIMEOUT_S)
+            async with asyncio.timeout(_SOURCE_TIMEOUT_S), turn:
+                # Threads of their own: a registry that trickles must not hold up those that read and check chunks.
+                return await asyncio.get_running_loop().run_in_executor(self._threads, work)
         except TimeoutError:
             raise Unavailable(f"the source of image {ref} did not answer within {_SOURCE_TIMEOUT_S:.0f} s") from None
+        finally:
+            stop.set()  # the thread ends now, too
 
-    def _read_source(self, ref: ImageRef, platform: Platform) -> Image:
+    def _read_source(self, ref: ImageRef, platform: Platform, stop: Stop) -> Image:
         """What the source says now. Blocking; in a thread."""
-        source, now = self._puller.source(ref), int(time.time())
+        source, now = self._puller.source(ref, stop), int(time.time())
         known = self._known.get(image_key(str(ref), platform))
         if known is not None and ref.tag and _is_current(source, ref.tag, known):
             return replace(known, resolved_unix=now)

@@ -22,6 +22,7 @@ from afs.layerstore.manifests import Layer
 from afs.layerstore.pullworker import encode_options
 from afs.layerstore.quota import Reservation
 from afs.layerstore.registryoptions import RegistryOptions
+from afs.layerstore.registrystop import Stop
 from afs.layerstore.room import Room
 from afs.layerstore.source import Source
 from afs.layerstore.sources import Sources
@@ -44,9 +45,9 @@ class Puller:
         self._workers = Workers(parallel)
         self._pulls: SingleFlight[tuple[str, str, str], CompleteLayer] = SingleFlight()
 
-    def source(self, ref: ImageRef) -> Source:
-        """Where *ref* comes from, for manifests and configs."""
-        return self._sources.source(ref)
+    def source(self, ref: ImageRef, stop: Stop | None = None) -> Source:
+        """Where *ref* comes from, for manifests and configs; *stop* ends requests for them."""
+        return self._sources.source(ref, stop)
 
     async def start(self) -> None:
         """Have a process ready for the first pull."""

@@ -24,7 +24,7 @@ from afs.core.images import parse_image
 from afs.core.service import set_up_logging
 from afs.layerstore.afslyr.check import check_and_sync
 from afs.layerstore.afslyr.convert import Converted, convert
-from afs.layerstore.afslyr.errors import DigestMismatch
+from afs.layerstore.afslyr.errors import DigestMismatch, LayerLimit
 from afs.layerstore.manifests import Layer
 from afs.layerstore.registryoptions import RegistryOptions
 from afs.layerstore.registryproxies import Proxies
@@ -60,13 +60,13 @@ def _options(values: dict[str, Any]) -> RegistryOptions:
 
 
 def _convert(source: Source, layer: Layer, out: Path) -> Converted:
-    """Download and convert; again if a mirror sent something else than the layer."""
+    """Download and convert; again if a mirror sent something else than the layer, or what may be its bytes or not."""
     while True:
         try:
             with source.open_layer(layer) as read:
                 return convert(read, out, diff_id=layer.diff_id, blob_digest=layer.blob_digest)
-        except DigestMismatch as error:
-            if error.expected != layer.blob_digest or not source.distrust():
+        except (DigestMismatch, LayerLimit) as error:  # over a limit a blob's digest is not known yet
+            if (isinstance(error, DigestMismatch) and error.expected != layer.blob_digest) or not source.distrust():
                 raise
             log.warning("layer %s: %s; asking another host", layer.blob_digest, error.line)
 
@@ -84,6 +84,9 @@ class _Worker:
         except (AfsError, OSError) as error:
             line = error.line if isinstance(error, AfsError) else str(error)
             return {"error": line, "status": status_of(error).grpc, "errno": getattr(error, "errno", None)}
+        except Exception as error:  # a mistake of ours; the process is still good for the next job
+            log.exception("a job failed: %s", job.get("image") or job.get("check"))
+            return {"error": f"{type(error).__name__}: {error}", "status": status_of(error).grpc, "errno": None}
 
     def _pull(self, job: dict[str, Any]) -> dict[str, Any]:
         if self._sources is None:  # the options of one layerstore never change

@@ -7,6 +7,7 @@ A mirror that fails in any way is left with a line in the log.
 """
 
 import contextlib
+import itertools
 import logging
 import re
 import threading
@@ -25,7 +26,7 @@ from afs.layerstore.errors import (
     RegistryMisconfigured,
     RegistryUnreachable,
 )
-from afs.layerstore.manifests import INDEX_TYPES, MANIFEST_TYPES, MAX_MANIFEST, Layer
+from afs.layerstore.manifests import INDEX_TYPES, MANIFEST_TYPES, MAX_MANIFEST, Layer, parse_json
 from afs.layerstore.registryauth import AuthorizationFailed, Authorizer
 from afs.layerstore.registrycredentials import CredentialFile
 from afs.layerstore.registrydownload import reading
@@ -33,13 +34,15 @@ from afs.layerstore.registryfailures import RequestFailed, without_query
 from afs.layerstore.registryhosts import Host, hosts_of
 from afs.layerstore.registryhttp import TRIES, Answer, Http
 from afs.layerstore.registryoptions import RegistryOptions
+from afs.layerstore.registrystop import Stop
 from afs.layerstore.source import Read
 
 log = logging.getLogger(__name__)
 _ACCEPT = {"Accept": ", ".join(MANIFEST_TYPES + INDEX_TYPES)}
 _SMALL_TIMEOUT_S = 45.0  # for a manifest or config, beyond the first byte
 _MIRROR_TRIES = 2  # a connection that was kept may have gone stale; with all else, the next host does better
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_NO_RANGES = frozenset((400, 501))  # of servers that should ignore what they do not know, but refuse it
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
 T = TypeVar("T")
 
 
@@ -51,9 +54,9 @@ class Registries:
         self.http = Http(options)
         self.authorizer = Authorizer(self.http, CredentialFile(options.docker_config))
 
-    def source(self, ref: ImageRef) -> "RegistrySource":
-        """The source of one image. Raises RegistryMisconfigured."""
-        return RegistrySource(ref, self)
+    def source(self, ref: ImageRef, stop: Stop | None = None) -> "RegistrySource":
+        """The source of one image; *stop* ends its requests for manifests and configs. Raises RegistryMisconfigured."""
+        return RegistrySource(ref, self, stop or Stop())
 
     def close(self) -> None:
         """Close idle connections."""
@@ -71,10 +74,11 @@ class _HostFailed(Exception):
 class RegistrySource:
     """One image in a registry."""
 
-    def __init__(self, ref: ImageRef, registries: Registries) -> None:
+    def __init__(self, ref: ImageRef, registries: Registries, stop: Stop) -> None:
         self._name = str(ref)
         self._ref = ref
         self._registries = registries
+        self._stop = stop
         self._hosts = hosts_of(ref.registry, registries.options)
         self._served: list[Host] = []  # whose bytes the last layer was made of, in this order
         self._failed: set[Host] = set()  # who could not give it
@@ -92,7 +96,10 @@ class RegistrySource:
         """See :class:`afs.layerstore.source.Source`. A HEAD request: Docker Hub does not count them."""
 
         def ask(host: Host, tries: int) -> str:
-            with self._opened("HEAD", host, "manifests", reference, dict(_ACCEPT), tries) as answer:
+            target = self._target(host, "manifests", reference)
+            with contextlib.closing(self.send("HEAD", host, target, dict(_ACCEPT), tries)) as answer:
+                if answer.status == 429:  # a GET would only make it worse
+                    raise refusal(answer)
                 digest = answer.header("Docker-Content-Digest") if answer.status == 200 else ""
                 return digest if is_digest(digest) else ""  # a GET tells what is wrong
 
@@ -117,9 +124,11 @@ class RegistrySource:
 
     def distrust(self) -> bool:
         """See :class:`afs.layerstore.source.Source`."""
+        before = len(self._distrusted)
         # Of several, the last one gets a chance to show that it alone is good.
         self._distrusted.update(self._failed, self._served[:-1] if len(self._served) > 1 else self._served)
-        return any(host not in self._distrusted for host in self._able("pull"))
+        left = any(host not in self._distrusted for host in self._able("pull"))
+        return left and len(self._distrusted) > before  # nobody is asked for a layer of no bytes
 
     # Hosts
 
@@ -163,31 +172,44 @@ class RegistrySource:
 
     def _small(self, host: Host, kind: str, reference: str, limit: int, tries: int) -> bytes:
         """A manifest or a small blob, whose digest is checked if it has one."""
+        data, named = self._whole_body(host, kind, reference, limit, tries)
+        what = "manifest" if kind == "manifests" else "config"
+        if not is_digest(reference):  # a portal that wants a login says 200, too
+            try:
+                parse_json(self._name, what, data)
+            except CorruptImage as error:
+                cause = error.line.removeprefix(f"image {self._name} is corrupt: ")
+                raise _HostFailed(CorruptImage, cause) from None
+        wanted = reference if is_digest(reference) else named
+        if is_digest(wanted) and (actual := sha256_digest(data)) != wanted:
+            raise _HostFailed(CorruptImage, f"its {what} should be {wanted} but is {actual}")
+        return data
+
+    def _whole_body(self, host: Host, kind: str, reference: str, limit: int, tries: int) -> tuple[bytes, str]:
+        """As :meth:`_body`; the last host is asked again if a body breaks off."""
+        for attempt in itertools.count(1):
+            try:
+                return self._body(host, kind, reference, limit, tries)
+            except RequestFailed as error:
+                if not error.again or attempt == tries or tries < TRIES or self._stop.wait(self.http.backoff(attempt)):
+                    raise _HostFailed(RegistryUnreachable, error.cause) from None
+        raise AssertionError  # counting has no end
+
+    def _body(self, host: Host, kind: str, reference: str, limit: int, tries: int) -> tuple[bytes, str]:
+        """The body of one answer, and the digest that it names or ""; raises RequestFailed if it breaks off."""
         headers = dict(_ACCEPT) if kind == "manifests" else {}
         end = time.monotonic() + _SMALL_TIMEOUT_S
-        with self._opened("GET", host, kind, reference, headers, tries) as answer:
+        target = self._target(host, kind, reference)
+        with contextlib.closing(self.send("GET", host, target, headers, tries)) as answer:
             if answer.status != 200:
                 raise refusal(answer)
             try:
                 data = answer.read_all(limit, end)
             except RequestFailed as error:
-                raise _HostFailed(RegistryUnreachable, f"{without_query(answer.url)}: {error.cause}") from None
+                raise RequestFailed(f"{without_query(answer.url)}: {error.cause}", again=error.again) from None
             if data is None:
                 raise _HostFailed(CorruptImage, f"{without_query(answer.url)} is larger than {limit} bytes")
-        if is_digest(reference) and (actual := sha256_digest(data)) != reference:
-            what = "manifest" if kind == "manifests" else "config"
-            raise _HostFailed(CorruptImage, f"its {what} should be {reference} but is {actual}")
-        return data
-
-    @contextlib.contextmanager
-    def _opened(
-        self, method: str, host: Host, kind: str, reference: str, headers: dict[str, str], tries: int
-    ) -> Iterator[Answer]:
-        answer = self.send(method, host, self._target(host, kind, reference), headers, tries)
-        try:
-            yield answer
-        finally:
-            answer.close()
+            return data, answer.header("Docker-Content-Digest")
 
     def _target(self, host: Host, kind: str, reference: str) -> str:
         # A mirror may stand in for several registries: containerd tells it which one is meant, and so do we.
@@ -205,9 +227,10 @@ class RegistrySource:
         target: str,
         headers: dict[str, str],
         tries: int,
-        stop: threading.Event | None = None,
+        stop: Stop | None = None,
     ) -> Answer:
         """An answer of any status but a 401 that credentials help against. Raises _HostFailed, RegistryMisconfigured."""
+        stop = stop or self._stop
         http, authorizer, repository = self._registries.http, self._registries.authorizer, self._ref.repository
         known = authorizer.known(host, repository)
         try:
@@ -219,7 +242,7 @@ class RegistrySource:
                 return answer
             challenge = answer.header("WWW-Authenticate")
             try:
-                renewed = authorizer.renew(host, repository, known, challenge)
+                renewed = authorizer.renew(host, repository, known, challenge, stop)
             except BaseException:
                 answer.discard()
                 raise
@@ -250,12 +273,8 @@ class RegistrySource:
 
 def refusal(answer: Answer) -> _HostFailed:
     """What an answer means that is not the wanted one; reads its body."""
-    detail = answer.detail()
-    if answer.status == 404:
-        return _HostFailed(ImageNotFound, detail)
-    if answer.status in (401, 403):
-        return _HostFailed(RegistryDenied, detail)
-    return _HostFailed(RegistryUnreachable, detail)
+    kinds: dict[int, type[AfsError]] = {404: ImageNotFound, 401: RegistryDenied, 403: RegistryDenied}
+    return _HostFailed(kinds.get(answer.status, RegistryUnreachable), answer.detail())
 
 
 class _LayerBlob:
@@ -274,7 +293,7 @@ class _LayerBlob:
         self._failures: list[tuple[Host, _HostFailed]] = []
         self._direct: dict[int, str] = {}
 
-    def open(self, start: int, end: int, stop: threading.Event) -> tuple[int, Answer]:
+    def open(self, start: int, end: int, stop: Stop) -> tuple[int, Answer]:
         """As the protocol says."""
         while True:
             with self._lock:
@@ -283,6 +302,8 @@ class _LayerBlob:
             try:
                 answer = self._ask(number, host, start, end, stop)
             except _HostFailed as failure:
+                if stop.is_set():  # the reader went away: no fault of the host
+                    raise RequestFailed(failure.cause, again=False) from None
                 self._leave(number, failure)
                 continue
             with self._lock:
@@ -310,13 +331,12 @@ class _LayerBlob:
             self._number += 1
         self._source.log_failure(self._hosts[number], f"layer {self._layer.blob_digest}", failure.cause)
 
-    def _ask(self, number: int, host: Host, start: int, end: int, stop: threading.Event) -> Answer:
+    def _ask(self, number: int, host: Host, start: int, end: int, stop: Stop) -> Answer:
         headers = {} if (start, end) == (0, self.size) else {"Range": f"bytes={start}-{end - 1}"}
-        answer = self._ask_directly(number, host, headers, stop)
-        if answer is None:
-            target = self._source.layer_target(host, self._layer)
-            tries = TRIES if host is self._hosts[-1] else _MIRROR_TRIES
-            answer = self._source.send("GET", host, target, headers, tries, stop)
+        answer = self._get(number, host, headers, stop)
+        if headers and answer.status in _NO_RANGES:
+            answer.discard()
+            answer = self._get(number, host, {}, stop)
         try:
             self._check(answer, start)
         except BaseException:
@@ -327,7 +347,15 @@ class _LayerBlob:
                 self._direct[number] = answer.url
         return answer
 
-    def _ask_directly(self, number: int, host: Host, headers: dict[str, str], stop: threading.Event) -> Answer | None:
+    def _get(self, number: int, host: Host, headers: dict[str, str], stop: Stop) -> Answer:
+        answer = self._ask_directly(number, host, headers, stop)
+        if answer is not None:
+            return answer
+        target = self._source.layer_target(host, self._layer)
+        tries = TRIES if host is self._hosts[-1] else _MIRROR_TRIES
+        return self._source.send("GET", host, target, headers, tries, stop)
+
+    def _ask_directly(self, number: int, host: Host, headers: dict[str, str], stop: Stop) -> Answer | None:
         """The answer of the store that *host* redirected to before: it need not be asked for each piece.
 
         None if it redirected nowhere, or if that URL is no good any more: such URLs expire.
@@ -355,7 +383,7 @@ class _LayerBlob:
         if answer.status == 206:
             found = _CONTENT_RANGE.fullmatch(answer.header("Content-Range").strip())
             length = answer.header("Content-Length")
-            if found is None or int(found[1]) != start or (length and int(length) != int(found[2]) + 1 - start):
+            if found is None or int(found[1]) != start or length not in ("", str(int(found[2]) + 1 - start)):
                 raise _HostFailed(RegistryUnreachable, "it answers with another range than it was asked for")
             total = found[3]
         elif answer.status == 200:

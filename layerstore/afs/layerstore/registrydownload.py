@@ -21,6 +21,7 @@ from typing import Protocol
 
 from afs.layerstore.registryfailures import RequestFailed
 from afs.layerstore.registryhttp import Answer
+from afs.layerstore.registrystop import Stop
 from afs.layerstore.source import Read
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class Blob(Protocol):
 
     size: int
 
-    def open(self, start: int, end: int, stop: threading.Event) -> tuple[int, Answer]:
+    def open(self, start: int, end: int, stop: Stop) -> tuple[int, Answer]:
         """A body with bytes *start* to *end* (206), or one with all of them (200); raises AfsError if nobody has it."""
         ...
 
@@ -55,7 +56,7 @@ class Blob(Protocol):
 @contextlib.contextmanager
 def reading(blob: Blob, connections: int, parallel_from: int) -> Iterator[Read]:
     """*blob* as a ``read(n)``, through *connections* at once if it has *parallel_from* bytes or more."""
-    stop = threading.Event()
+    stop = Stop()
     if connections < 2 or blob.size < max(parallel_from, PIECE + 1):
         stream = _Stream(blob, 0, blob.size, stop)
         try:
@@ -73,7 +74,7 @@ def reading(blob: Blob, connections: int, parallel_from: int) -> Iterator[Read]:
 class _Probed:
     """All through one request if that is fast; if its first bytes were slow, the rest in pieces."""
 
-    def __init__(self, blob: Blob, connections: int, stop: threading.Event) -> None:
+    def __init__(self, blob: Blob, connections: int, stop: Stop) -> None:
         self._blob = blob
         self._connections = connections
         self._stop = stop
@@ -89,9 +90,15 @@ class _Probed:
             self._divisible = False
             if self._waited > self._seen / _FAST:
                 self._reader.close()
-                self._reader = _Pieces(self._blob, self._seen, self._connections, self._stop)
+                self._reader = _Pieces(self._blob, self._seen, self._connections)
         started = time.monotonic()
-        data = self._reader.read(count)
+        try:
+            data = self._reader.read(count)
+        except _NotDivisible:
+            self._reader.close()
+            log.info("ranges are not honoured any more: going on from byte %d as one stream", self._seen)
+            self._reader = _Stream(self._blob, self._seen, self._blob.size, Stop())
+            data = self._reader.read(count)
         self._waited += time.monotonic() - started  # the converter's time does not count
         self._seen += len(data)
         return data
@@ -101,21 +108,33 @@ class _Probed:
         self._reader.close()
 
 
+class _NotDivisible(Exception):
+    """A piece was asked for, and all of the blob comes: skipping to each piece would read the blob once for each."""
+
+
 class _Stream:
     """Bytes *start* to *end* of a blob."""
 
     def __init__(
-        self, blob: Blob, start: int, end: int, stop: threading.Event, first: tuple[int, Answer] | None = None
+        self,
+        blob: Blob,
+        start: int,
+        end: int,
+        stop: Stop,
+        first: tuple[int, Answer] | None = None,
+        *,
+        piece: bool = False,
     ) -> None:
         self._blob = blob
         self._at, self._end = start, end
         self._stop = stop
         self._number = first[0] if first else 0
         self._body: Answer | None = first[1] if first else None
+        self._piece = piece
         self._fruitless = 0
 
     def read(self, count: int) -> bytes:
-        """The next bytes, at most *count*; b"" at the end. Raises what the blob does."""
+        """The next bytes, at most *count*; b"" at the end. Raises what the blob does; of a piece, _NotDivisible."""
         while self._at < self._end:
             try:
                 body = self._body or self._open()
@@ -136,6 +155,8 @@ class _Stream:
         self._body = body
         if self._stop.is_set():  # interrupt() may have come too early
             raise RequestFailed("it was given up", again=False)
+        if body.status == 200 and self._piece:
+            raise _NotDivisible
         left = self._at if body.status == 200 else 0
         while left:
             skipped = body.read(min(left, _READ))
@@ -149,6 +170,7 @@ class _Stream:
         if self._stop.is_set():
             raise _Stopped
         if self._body is not None:
+            self._body.exchange.release()
             self._body.response.close()  # no use to read on
             self._body = None
         self._fruitless += 1
@@ -188,10 +210,10 @@ class _Piece:
 class _Pieces:
     """Threads that fetch pieces side by side."""
 
-    def __init__(self, blob: Blob, start: int, connections: int, stop: threading.Event) -> None:
+    def __init__(self, blob: Blob, start: int, connections: int) -> None:
         self._blob = blob
         self._start = start
-        self._stop = stop
+        self._stop = Stop()
         self._count = -(-(blob.size - start) // PIECE)
         self._window = connections
         self._changed = threading.Condition()
@@ -199,12 +221,15 @@ class _Pieces:
         self._streams: set[_Stream] = set()
         self._head = self._next = 0  # the piece that is handed on, and the first that nobody fetches
         self._error: BaseException | None = None
-        self._threads = [
-            threading.Thread(target=self._work, name=f"download-{number}", daemon=True)
-            for number in range(min(connections, self._count))
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        try:
+            for number in range(min(connections, self._count)):
+                thread = threading.Thread(target=self._work, name=f"download-{number}", daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        except BaseException:  # there may be no more threads to be had
+            self.close()
+            raise
 
     def read(self, count: int) -> bytes:
         """The next bytes, at most *count*; b"" at the end. Raises what the blob does."""
@@ -257,7 +282,7 @@ class _Pieces:
             self._next += 1
             self._pieces[index] = _Piece()
             start = self._start + index * PIECE
-            stream = _Stream(self._blob, start, min(start + PIECE, self._blob.size), self._stop)
+            stream = _Stream(self._blob, start, min(start + PIECE, self._blob.size), self._stop, piece=True)
             self._streams.add(stream)
             return index, stream
 
@@ -273,7 +298,7 @@ class _Pieces:
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """End the threads. One that waits for an answer's first byte does so until its time-out."""
+        """End the threads, at once: all but connecting, that is, which has a time-out of its own."""
         self._stop.set()
         with self._changed:
             streams = list(self._streams)

@@ -1,5 +1,6 @@
 """What goes wrong with a request, in one line for an operator and without secrets."""
 
+import re
 import ssl
 from typing import cast
 from urllib.parse import urlsplit
@@ -23,8 +24,8 @@ class NoTls(RequestFailed):
 
 
 def without_query(url: str) -> str:
-    """*url* for people: queries of redirects hold signatures."""
-    return url.partition("?")[0]
+    """*url* for people: queries of redirects hold signatures, and there may be a password before the host."""
+    return re.sub(r"//[^/]*@", "//", url.partition("?")[0])
 
 
 def shown(proxy: str) -> str:

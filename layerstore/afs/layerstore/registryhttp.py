@@ -28,9 +28,12 @@ from urllib3.exceptions import HTTPError, InsecureRequestWarning, InvalidHeader
 from urllib3.util import Retry, Timeout, make_headers
 
 from afs.layerstore.errors import RegistryMisconfigured
+from afs.layerstore.registryconnections import POOLS, Exchange
 from afs.layerstore.registryfailures import NoTls, RequestFailed, failure, innermost, shown, without_query
 from afs.layerstore.registryhosts import Host, Tls
 from afs.layerstore.registryoptions import RegistryOptions
+from afs.layerstore.registrystop import Stop
+from afs.layerstore.registryurls import joined, origin
 
 log = logging.getLogger(__name__)
 TRIES = 4
@@ -40,7 +43,9 @@ _MOST_REDIRECTS = 10
 _MOST_PAUSE_S = 30.0  # between two tries, whatever Retry-After says
 _MOST_BACKOFF_S = 5.0
 _PATIENCE_S = 45.0  # for all pauses of one request
+_HEAD_TIMEOUT_S = 45.0  # from a request to the end of its answer's head, with connecting and redirects
 _SMALL_BODY = 64 << 10  # worth reading to keep the connection
+_ASIDE_S = 5.0  # for a body that only says more, or nothing
 _MOST_POOLS = 64
 
 
@@ -51,6 +56,7 @@ class Answer:
     response: urllib3.BaseHTTPResponse
     url: str
     crossed: bool
+    exchange: Exchange
 
     @property
     def status(self) -> int:
@@ -62,32 +68,41 @@ class Answer:
         return str(self.response.headers.get(name, ""))
 
     def read(self, count: int) -> bytes:
-        """The next bytes of the body as they were sent, b"" at its end. Raises RequestFailed."""
+        """The next bytes of the body as they were sent, those that are there, b"" at its end. Raises RequestFailed."""
         try:
-            return self.response.read(count, decode_content=False)
+            # Not read(): given a chunk of length -1, http.client reads all that comes into memory.
+            data = self.response.read1(count, decode_content=False)
         except (HTTPError, OSError) as error:
             raise RequestFailed(innermost(error)) from None
+        if len(data) > count:  # that of such a chunk, too
+            raise RequestFailed("its chunks make no sense")
+        return data
 
     def read_all(self, limit: int, end: float) -> bytes | None:
         """The whole body, None if it is longer than *limit* bytes; *end* is on the monotonic clock. Raises RequestFailed."""
         data = bytearray()
         try:
-            while chunk := self.response.read1(1 << 16, decode_content=True):  # what is there: a trickle meets the end
-                data += chunk
-                if len(data) > limit:
-                    return None
-                if time.monotonic() > end:
-                    raise RequestFailed("it comes too slowly")
+            with self.exchange.until(end):
+                while chunk := self.response.read1(1 << 16, decode_content=True):  # what is there
+                    data += chunk
+                    if len(data) > limit:
+                        return None
+                    if time.monotonic() > end:
+                        break
         except (HTTPError, OSError) as error:
-            raise RequestFailed(f"reading it failed: {innermost(error)}") from None
+            if time.monotonic() < end:
+                raise RequestFailed(f"reading it failed: {innermost(error)}") from None
+        if time.monotonic() >= end:
+            raise RequestFailed("it comes too slowly", again=False)
         return bytes(data)
 
     def detail(self) -> str:
         """The registry's own words, ``errors[0]`` of the distribution spec, else the HTTP reason; then the status."""
         try:
-            first = json.loads(self.response.read(_SMALL_BODY, decode_content=True))["errors"][0]
+            data = self.read_all(_SMALL_BODY, time.monotonic() + _ASIDE_S)
+            first = json.loads(data or b"")["errors"][0]
             said = " ".join(f"{first.get('code', '')} {first.get('message', '')}".split())[:500]
-        except (HTTPError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except (RequestFailed, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             said = ""
         said = said or self.response.reason or _reason(self.status)
         return f"{said} (HTTP {self.status} for {without_query(self.url)})"
@@ -95,12 +110,13 @@ class Answer:
     def discard(self) -> None:
         """Read a body that is not wanted if it is small, to keep the connection, and close."""
         if 0 < (self._left() or 0) <= _SMALL_BODY:
-            with contextlib.suppress(HTTPError, OSError):  # then close() closes the connection
-                self.response.read(decode_content=False)
+            with contextlib.suppress(RequestFailed):  # then close() closes the connection
+                self.read_all(_SMALL_BODY, time.monotonic() + _ASIDE_S)
         self.close()
 
     def close(self) -> None:
         """Give the connection back if the body was read to its end; close it otherwise, without waiting for anything."""
+        self.exchange.release()
         if not self.response.closed and self._left() == 0:
             with contextlib.suppress(HTTPError, OSError):
                 self.response.read(decode_content=False)  # waits for nothing; http.client has to see the end
@@ -115,8 +131,7 @@ class Answer:
 
     def interrupt(self) -> None:
         """Wake the thread that reads the body: it gets an error."""
-        with contextlib.suppress(ValueError, RuntimeError, OSError):  # it ended in this moment
-            self.response.shutdown()
+        self.exchange.wake()
 
 
 class Http:
@@ -126,9 +141,11 @@ class Http:
         self._options = options
         agent = f"{options.user_agent} ({options.node_id})" if options.node_id else options.user_agent
         self._headers = {"User-Agent": agent}
+        # It logs URLs, and the queries of redirects hold signatures. What goes wrong is in our errors.
+        logging.getLogger("urllib3").setLevel(logging.ERROR)
         self._lock = threading.Lock()
         self._pools: dict[tuple[object, ...], urllib3.PoolManager] = {}
-        self._plain: set[str] = set()  # of those whose scheme is "either": who spoke no TLS
+        self._plain: set[str] = set()  # of those whose scheme is "either": who speaks http
 
     def close(self) -> None:
         """Close idle connections."""
@@ -146,20 +163,22 @@ class Http:
         secrets: Mapping[str, str],
         *,
         tries: int = TRIES,
-        stop: threading.Event | None = None,
+        stop: Stop | None = None,
         body: bytes | None = None,
     ) -> Answer:
         """Ask *host* for *target*: a path with its query, or a whole URL. A final answer may have any status.
 
         *secrets* are headers that only the server in *target* may see, whatever it redirects to. Broken connections
-        get up to *tries* requests, with pauses that *stop* ends; busy servers, too, if that is ``TRIES``, else
-        somebody else is to be asked. Raises RequestFailed, RegistryMisconfigured.
+        get up to *tries* requests; busy servers, too, if that is ``TRIES``, else somebody else is to be asked. *stop*
+        ends all of it, waiting for an answer's head too. Raises RequestFailed, RegistryMisconfigured.
         """
-        stop = stop or threading.Event()
+        stop = stop or Stop()
         waited = 0.0
         for attempt in range(1, tries + 1):
+            if stop.is_set():
+                raise _given_up()
             try:
-                answer = self._follow(method, host, target, headers, secrets, body)
+                answer = self._follow(method, host, target, headers, secrets, body, stop)
                 if answer.status not in _BUSY or attempt == tries or tries < TRIES:
                     return answer
                 cause, pause = f"HTTP {answer.status}", self._pause(attempt, answer.header("Retry-After"))
@@ -167,19 +186,24 @@ class Http:
                     return answer
                 answer.discard()
             except RequestFailed as error:
+                if stop.is_set():
+                    raise _given_up() from None
                 if not error.again or attempt == tries:
                     raise
                 cause, pause = error.cause, self._pause(attempt)
             log.info("%s %s: %s; trying again in %.1f s", method, host.netloc, cause, pause)
             waited += pause
             if stop.wait(pause):
-                raise RequestFailed("it was given up", again=False)
+                raise _given_up()
         raise AssertionError  # the last try returned or raised
 
     def _pause(self, attempt: int, retry_after: str = "") -> float:
         """Seconds until the next try: what the server asks for, else longer each time and not in step with others."""
         if retry_after:
-            with contextlib.suppress(InvalidHeader):  # seconds or an HTTP date (RFC 9110, 10.2.3); nonsense is ignored
+            # Python makes no number of 5000 digits, and no date of the year 99999.
+            with contextlib.suppress(
+                InvalidHeader, ValueError, OverflowError
+            ):  # seconds or an HTTP date (RFC 9110, 10.2.3); nonsense is ignored
                 return float(min(Retry().parse_retry_after(retry_after), _MOST_PAUSE_S))
         return self.backoff(attempt)
 
@@ -203,54 +227,72 @@ class Http:
         headers: Mapping[str, str],
         secrets: Mapping[str, str],
         body: bytes | None,
+        stop: Stop,
     ) -> Answer:
         """One request and the redirects that it leads to."""
         url = urljoin(self.base(host), target)
         sent, crossed = _merged(self._headers, secrets, headers), False
+        end = time.monotonic() + _HEAD_TIMEOUT_S
         for _ in range(_MOST_REDIRECTS + 1):
             try:
-                response = self._send(method, host, url, sent, body)
+                answer = self._send(method, host, url, sent, body, Exchange(stop, end))
             except NoTls:
-                if host.scheme != "either" or not same_origin(url, f"https://{host.netloc}"):
+                if host.scheme != "either" or origin(url) != origin(f"https://{host.netloc}"):
                     raise
                 log.warning("registry %s speaks no TLS: using http", host.netloc)
-                self._plain.add(host.netloc)
-                url = urljoin(self.base(host), target)
+                url = urljoin(f"http://{host.netloc}", target)
+                sent.pop("authorization", None)  # that was granted to https
                 continue
-            location = response.headers.get("Location", "") if response.status in _REDIRECTS else ""
+            except RequestFailed:
+                self._speaks_plain(host, url, answers=False)
+                raise
+            self._speaks_plain(host, url, answers=answer.status not in _REDIRECTS)
+            answer.crossed = crossed
+            location = answer.header("Location") if answer.status in _REDIRECTS else ""
             if not location or body is not None:
-                return Answer(response, url, crossed)
-            Answer(response, url, crossed).discard()
+                return answer
+            answer.discard()
             url, before = _redirected(url, location, host), url
-            if _origin(url) != _origin(before):  # another port or scheme is another server, too
+            if origin(url) != origin(before):  # another port or scheme is another server, too
                 sent, crossed = _merged(self._headers, headers), True
         raise RequestFailed(f"more than {_MOST_REDIRECTS} redirects", again=False)
 
+    def _speaks_plain(self, host: Host, url: str, *, answers: bool) -> None:
+        """If *url* is by http because TLS failed: go on so as long as it *answers* there."""
+        if host.scheme == "either" and origin(url) == origin(f"http://{host.netloc}"):
+            with self._lock:
+                (self._plain.add if answers else self._plain.discard)(host.netloc)
+
     def _send(
-        self, method: str, host: Host, url: str, headers: Mapping[str, str], body: bytes | None
-    ) -> urllib3.BaseHTTPResponse:
-        parts = urlsplit(url)
-        scheme, name, port = parts.scheme, parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+        self, method: str, host: Host, url: str, headers: Mapping[str, str], body: bytes | None, exchange: Exchange
+    ) -> Answer:
+        scheme, name, port = origin(url)
         proxy = host.proxy or self._options.proxies.choose(scheme, name, port)
         try:
             pool = self._pool(host, proxy, tls=scheme == "https")
-            # The read time-out is for each piece that comes: a body as a whole may take its time.
-            response = pool.urlopen(
-                method,
-                url,
-                headers=dict(headers),
-                body=body,
-                retries=False,
-                redirect=False,
-                preload_content=False,
-                timeout=Timeout(connect=host.dial_timeout, read=self._options.stall_s),
-            )
+            with exchange.requesting():
+                # The read time-out is for each piece that comes: a body as a whole may take its time.
+                response = pool.urlopen(
+                    method,
+                    url,
+                    headers=dict(headers),
+                    body=body,
+                    retries=False,
+                    redirect=False,
+                    preload_content=False,
+                    timeout=Timeout(connect=host.dial_timeout, read=self._options.stall_s),
+                )
         except (HTTPError, OSError, ssl.SSLError) as error:
+            if exchange.woken:
+                raise _late() from None
             raise failure(error, host.netloc, host.scheme, url, proxy) from None
+        if exchange.woken:
+            response.close()
+            raise _late()
         if response.status == 407:
             response.close()
             raise RequestFailed(f"proxy {shown(proxy)} wants credentials (HTTP 407)", again=False)
-        return response
+        return Answer(response, url, False, exchange)
 
     def _pool(self, host: Host, proxy: str, *, tls: bool) -> urllib3.PoolManager:
         """Connections with the host's TLS settings through *proxy*; the files' identity is part of the key."""
@@ -275,11 +317,13 @@ class Http:
         context = make_context(host.netloc, host.tls) if tls else None
         size = max(16, self._options.connections)  # the threads that resolve images are 16
         if not proxy:
-            return urllib3.PoolManager(num_pools=20, maxsize=size, ssl_context=context)
+            manager = urllib3.PoolManager(num_pools=20, maxsize=size, ssl_context=context)
+            manager.pool_classes_by_scheme = POOLS
+            return manager
         parts = urlsplit(proxy)
         user = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}" if parts.username else None
         try:
-            return urllib3.ProxyManager(
+            manager = urllib3.ProxyManager(
                 shown(proxy), num_pools=20, maxsize=size, ssl_context=context,
                 proxy_headers=make_headers(proxy_basic_auth=user),
             )  # fmt: skip
@@ -287,6 +331,8 @@ class Http:
             raise RegistryMisconfigured(
                 host.netloc, f"{shown(proxy)} is not the URL of an http or https proxy"
             ) from None
+        manager.pool_classes_by_scheme = POOLS
+        return manager
 
 
 def make_context(netloc: str, tls: Tls) -> ssl.SSLContext:
@@ -322,26 +368,20 @@ def _stamp(path: Path) -> tuple[int, ...]:
 
 def _redirected(url: str, location: str, host: Host) -> str:
     try:
-        target = urljoin(url, location)
-        parts = urlsplit(target)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        target = joined(url, location)
     except ValueError:
-        valid, target = False, ""
-    if not valid:
-        raise RequestFailed("it redirects to something that is not an http URL", again=False)
-    if url.startswith("https:") and target.startswith("http:") and not host.tls.skip_verify:
+        raise RequestFailed("it redirects to something that is not an http URL", again=False) from None
+    if origin(url).scheme == "https" and origin(target).scheme == "http" and not host.tls.skip_verify:
         raise RequestFailed(f"it redirects from https to {without_query(target)}, in the clear", again=False)
     return target
 
 
-def _origin(url: str) -> tuple[str, str | None, int]:
-    parts = urlsplit(url)
-    return parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+def _given_up() -> RequestFailed:
+    return RequestFailed("it was given up", again=False)
 
 
-def same_origin(one: str, other: str) -> bool:
-    """Whether two URLs lead to one server: scheme, host and port."""
-    return _origin(one) == _origin(other)
+def _late() -> RequestFailed:
+    return RequestFailed(f"no answer within {_HEAD_TIMEOUT_S:.0f} s", again=False)
 
 
 def _reason(status: int) -> str:

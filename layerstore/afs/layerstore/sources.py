@@ -4,6 +4,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from afs.core.images import ImageRef
+from afs.layerstore.registrystop import Stop
 from afs.layerstore.source import Source, local_source
 
 if TYPE_CHECKING:
@@ -30,9 +31,9 @@ class Sources:
                 self._registries = Registries(self._options)
             return self._registries
 
-    def source(self, ref: ImageRef) -> Source:
-        """Where *ref* comes from. Reads files; raises RegistryMisconfigured."""
-        return local_source(ref) if ref.is_local else self._shared().source(ref)
+    def source(self, ref: ImageRef, stop: Stop | None = None) -> Source:
+        """Where *ref* comes from; *stop* ends its requests. Reads files; raises RegistryMisconfigured."""
+        return local_source(ref) if ref.is_local else self._shared().source(ref, stop)
 
     def grants(self, ref: ImageRef) -> Grants:
         """What registries granted for *ref*'s repository, so that another process need not ask again."""
