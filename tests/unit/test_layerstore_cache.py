@@ -406,16 +406,16 @@ async def test_a_damaged_layer_is_not_opened_until_it_is_whole(world: World) -> 
     node = await world.node("n1")
     complete = await pull(world, node, 0)
     flip(complete.path, MIB)
-    node.leases.lease(world.diff_id)  # mounted, say: it cannot go
     world.server.add(Fault("", status=404))
-    with pytest.raises(DamagedLayer):
-        await node.layers.read_chunk(world.diff_id, 1)
-    await settled(node)
-    assert node.layers.repairs.count == 1
-    for opening in (node.layers.open(world.origin, local=True), node.layers.ensure(world.origin)):
-        with pytest.raises(DamagedLayer, match=f"^layer {world.diff_id}: a chunk is damaged on disk"):
-            await opening
-    world.server.clear()
+    with node.leases.pinned([world.diff_id]):  # mounted, say: it cannot go
+        with pytest.raises(DamagedLayer):
+            await node.layers.read_chunk(world.diff_id, 1)
+        await settled(node)
+        assert node.layers.repairs.count == 1
+        for opening in (node.layers.open(world.origin, local=True), node.layers.ensure(world.origin)):
+            with pytest.raises(DamagedLayer, match=f"^layer {world.diff_id}: a chunk is damaged on disk"):
+                await opening
+        world.server.clear()
     await node.layers.open(world.origin, local=True)
     verified(complete.path)
     assert node.layers.repairs.count == 0
@@ -434,6 +434,81 @@ async def test_a_damaged_layer_that_nobody_needs_goes_if_it_cannot_be_repaired(w
         await node.layers.read_chunk(world.diff_id, 1)
     world.server.clear()
     await pull(world, node, 0)
+
+
+@pytest.fixture
+def unwritable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk with a bad sector in every complete layer: no chunk can be repaired in place."""
+
+    def write_chunk(self: CompleteLayer, index: int, data: bytes) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(CompleteLayer, "write_chunk", write_chunk)
+
+
+@pytest.mark.usefixtures("unwritable")
+async def test_a_damaged_layer_that_cannot_be_repaired_comes_anew(world: World) -> None:
+    node = await world.node("n1")
+    for number, bring in enumerate(("open", "open image", "ensure", "read")):
+        flip((await pull(world, node, 0)).path, MIB)
+        node.layers.repairs.suspect(complete_of(node, world))
+        if bring == "open":
+            opened = [node.layers.open(world.origin, local=True) for _ in range(3)]
+            assert len(set(map(id, await asyncio.gather(*opened)))) == 1
+        elif bring == "open image":
+            name = pb.ImageName(image=str(world.origin.ref), os="linux", architecture="amd64")
+            async with channel(node.address) as opened_channel:
+                request = pb.OpenImageRequest(name=name, number=1, force_local_fetch=True)
+                await LayerstoreNodeStub(opened_channel).OpenImage(request)
+            node.leases._handovers.clear()
+        elif bring == "ensure":
+            assert (await node.layers.ensure(world.origin))[1]
+        else:
+            with pytest.raises(DamagedLayer):  # which leases the layer, for the peer will read on
+                await node.layers.read_chunk(world.diff_id, 1)
+            await settled(node)
+            assert here(node, world) == []
+            await pull(world, node, 0)
+        verified(complete_of(node, world).path)
+        assert node.layers.repairs.count == 0
+        assert world.reads == 1 + 2 * (number + 1), "once for the repair, which failed, and once anew"
+        world.clock.now += LEASE_S
+
+
+@pytest.mark.usefixtures("unwritable")
+async def test_an_owner_with_a_damaged_layer_is_stood_in_for(world: World) -> None:
+    one, two = await world.node("n1", capacity=1 << 60), await world.node("n2", capacity=1)
+    flip((await pull(world, one, 0)).path, MIB)
+    with one.leases.pinned([world.diff_id]):  # mounted, say
+        one.layers.repairs.suspect(complete_of(one, world))
+        await one.announcer.flush()
+        assert isinstance(await two.layers.open(world.origin, local=False), CompleteLayer)
+
+
+async def test_damage_behind_a_running_check_is_repaired_too(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = await world.node("n1")
+    complete = await pull(world, node, 0)
+    loop, real, passed = asyncio.get_running_loop(), CompleteLayer.read_chunk, asyncio.Event()
+
+    def read_chunk(self: CompleteLayer, index: int, *, from_disk: bool = False) -> bytes | None:
+        if from_disk and index == 4 and not passed.is_set():
+            flip(complete.path, MIB)
+            asyncio.run_coroutine_threadsafe(find_it(), loop).result()
+        return real(self, index, from_disk=from_disk)
+
+    async def find_it() -> None:
+        with pytest.raises(DamagedLayer):
+            await node.layers.read_chunk(world.diff_id, 1)
+        passed.set()
+
+    monkeypatch.setattr(CompleteLayer, "read_chunk", read_chunk)
+    checking = asyncio.create_task(node.layers.repairs.check(complete))
+    await passed.wait()
+    await node.layers.open(world.origin, local=True)
+    verified(complete.path)
+    assert await checking
+    assert node.layers.repairs.count == 0
+    assert node.announcer._held[world.diff_id][1]
 
 
 async def test_a_damaged_chunk_of_a_partial_layer_is_fetched_again(world: World) -> None:

@@ -32,6 +32,7 @@ from afs.layerstore.supply import Origin, Supply
 
 log = logging.getLogger(__name__)
 OpenLayer = CompleteLayer | PartialLayer
+_TRIES = 2  # to open a layer: the second after the first one found it damaged, and it was repaired or dropped
 
 
 class Layers:
@@ -143,21 +144,25 @@ class Layers:
         return self._store.detach(diff_id)
 
     async def open(self, origin: Origin, *, local: bool) -> OpenLayer:
-        """Make the layer mountable: complete, or partial with its metadata here. *local*: pull it on this node."""
-        diff_id = origin.layer.diff_id
-        with self._pinned([diff_id]):
-            self._supply.know(origin)
-            found = self.find(diff_id)
-            if found is None:
-                found = await self._opening.run(diff_id, lambda: self._open(origin, local=local))
-            await self._sound(found)
-            return found
+        """Make the layer mountable: complete, or partial with its metadata here. *local*: pull it on this node.
 
-    async def _sound(self, layer: OpenLayer) -> None:
-        """Raise DamagedLayer if *layer* is damaged and cannot be repaired."""
-        if not isinstance(layer, CompleteLayer) or not self.repairs.is_damaged(layer.diff_id):
-            return
-        if not await self.repairs.check(layer):
+        Nothing holds it on return: the caller pins or leases it before the next await.
+        """
+        diff_id = origin.layer.diff_id
+        for _ in range(_TRIES):
+            with self._pinned([diff_id]):
+                self._supply.know(origin)
+                found = self.find(diff_id)
+                if found is None:
+                    found = await self._opening.run(diff_id, lambda: self._open(origin, local=local))
+                if not isinstance(found, CompleteLayer) or not self.repairs.is_damaged(diff_id):
+                    return found
+            await self._mend(found)
+        raise DamagedLayer(diff_id, "a chunk")
+
+    async def _mend(self, layer: CompleteLayer) -> None:
+        """Repair a damaged layer or drop it; DamagedLayer if neither can be. The caller must not pin it."""
+        if not await self.repairs.check(layer) and self._store.complete(layer.diff_id) is layer:
             raise DamagedLayer(layer.diff_id, "a chunk")
 
     async def _open(self, origin: Origin, *, local: bool) -> OpenLayer:
@@ -279,18 +284,20 @@ class Layers:
         task.add_done_callback(self._background.discard)
 
     async def ensure(self, origin: Origin) -> tuple[CompleteLayer, bool]:
-        """The layer, complete on this node, and whether it was read from its source for that."""
-        diff_id = origin.layer.diff_id
-        with self._pinned([diff_id]):
-            self._supply.know(origin)
-            pulled = False
-            if self._store.complete(diff_id) is None:
-                pulled = await self._ensuring.run(diff_id, lambda: self._ensure(origin))
-            complete = self._store.complete(diff_id)
-            if complete is None:
-                raise DataLoss(f"layer {diff_id} was damaged on disk as soon as it was complete")
-            await self._sound(complete)
-            return complete, pulled
+        """The layer, complete on this node, and whether it was read from its source for that. As :meth:`open`."""
+        diff_id, pulled = origin.layer.diff_id, False
+        for _ in range(_TRIES):
+            with self._pinned([diff_id]):
+                self._supply.know(origin)
+                if self._store.complete(diff_id) is None:
+                    pulled = await self._ensuring.run(diff_id, lambda: self._ensure(origin))
+                complete = self._store.complete(diff_id)
+                if complete is None:
+                    raise DataLoss(f"layer {diff_id} was damaged on disk as soon as it was complete")
+                if not self.repairs.is_damaged(diff_id):
+                    return complete, pulled
+            await self._mend(complete)
+        raise DamagedLayer(diff_id, "a chunk")
 
     def _is_ensured(self, diff_id: str) -> bool:
         return diff_id in self._ensuring

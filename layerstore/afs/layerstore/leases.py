@@ -75,7 +75,7 @@ class Leases:
                 self.lease(diff_id)
 
     def forget(self, diff_id: str) -> None:
-        """The layer was evicted."""
+        """What peers asked for earlier keeps the layer no more: it was evicted, or is damaged for good."""
         self._timed.pop(diff_id, None)
 
     # What the snapshotter says

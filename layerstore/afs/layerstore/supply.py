@@ -99,7 +99,7 @@ class Supply:
         return [peer for peer in located.layers.get(diff_id, []) if peer.node_id not in avoided]
 
     async def place(self, origin: Origin, *, local: bool) -> CompleteLayer | Peer:
-        """Have the layer pulled by its owner, or here if the owner does not answer or served bad chunks; the holder."""
+        """Have the layer pulled by its owner, or here if the owner cannot or served bad chunks; the holder."""
         me, diff_id = self._announcer.me, origin.layer.diff_id
         owner = me if local else ranked(diff_id, self._announcer.peers)[0]
         if owner.node_id in self._avoided.get(diff_id, ()):
@@ -107,12 +107,8 @@ class Supply:
         if owner.node_id != me.node_id:
             try:
                 await self._peers.ensure_layer(owner, origin.ref, origin.platform, origin.layer)
-            except (
-                Unavailable,
-                DeadlineExceeded,
-                ResourceExhausted,
-                Internal,
-            ) as error:  # its trouble need not be ours
+            except (Unavailable, DeadlineExceeded, ResourceExhausted, Internal, DataLoss) as error:
+                # Its trouble need not be ours: its disk may be what damages the layer.
                 log.warning("owner %s of layer %s: %s; pulling it here", owner.node_id, diff_id, error.line)
             else:
                 return owner
