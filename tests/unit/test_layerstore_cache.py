@@ -106,7 +106,7 @@ async def test_a_blob_that_becomes_far_more_than_it_promised_is_stopped_on_the_w
         node = await world.node("n1", quota=MIB)
         ended = asyncio.Event()
 
-        async def inflate(self: Workers, job: dict[str, Any]) -> dict[str, Any]:
+        async def inflate(self: Workers, job: dict[str, Any], limit: float) -> dict[str, Any]:
             Path(job["out"]).write_bytes(bytes(2 * MIB))
             try:
                 return await asyncio.Future()  # it would go on for ever

@@ -137,7 +137,8 @@ class Images:
         # Threads of their own: a registry that trickles must not hold up those that read and check chunks.
         answer = asyncio.get_running_loop().run_in_executor(self._threads, work)
         try:
-            return await asyncio.wait_for(answer, _SOURCE_TIMEOUT_S)
+            async with asyncio.timeout(_SOURCE_TIMEOUT_S):
+                return await answer
         except TimeoutError:
             raise Unavailable(f"the source of image {ref} did not answer within {_SOURCE_TIMEOUT_S:.0f} s") from None
 

@@ -160,7 +160,8 @@ class Leases:
     async def known(self) -> None:
         """Wait until the snapshotter has reported for the first time, or its time for that is over."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._first.wait(), max(self._until - self._now(), 0))
+            async with asyncio.timeout(max(self._until - self._now(), 0)):
+                await self._first.wait()
 
     async def release(self, diff_ids: Collection[str], timeout: float) -> None:
         """Ask the snapshotter to unmount idle layers; returns when all are or it said no, at the latest after *timeout*."""

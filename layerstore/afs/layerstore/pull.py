@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ class Puller:
             layer.diff_id, layer.blob_size, compressed=compressed, path=temporary
         ) as reservation:
             try:
-                answer = await self._within(ref, layer, self._watched(job, reservation))
+                answer = await self._watched(job, reservation, ref, layer)
                 if "error" in answer:
                     self._fail(ref, layer, answer)
                 await self._room.correct(reservation, temporary.stat().st_blocks * 512)
@@ -106,13 +106,21 @@ class Puller:
             finally:  # the worker removes it when it fails, unless it was killed
                 temporary.unlink(missing_ok=True)
 
-    async def _watched(self, job: dict[str, Any], reservation: Reservation) -> dict[str, Any]:
-        """The answer to *job*, cancelled when what it writes has no room: a blob may become a thousand times its size."""
-        task = asyncio.create_task(self._workers.run(job))
+    async def _watched(
+        self, job: dict[str, Any], reservation: Reservation, ref: ImageRef, layer: Layer
+    ) -> dict[str, Any]:
+        """The answer to *job*, cancelled when what it writes has no room: a blob may become a thousand times its size.
+
+        Unavailable if the source is so slow that it only takes up a worker that others wait for.
+        """
+        limit = _PATIENCE_S + layer.blob_size / _LEAST_RATE
+        task = asyncio.create_task(self._workers.run(job, limit))
         try:
             while not (await asyncio.wait([task], timeout=_LOOK_S))[0]:
                 await self._room.grow(reservation)
             return task.result()
+        except TimeoutError:
+            raise Unavailable(f"image {ref}: layer {layer.blob_digest} did not come within {limit:.0f} s") from None
         finally:
             task.cancel()
             await asyncio.wait([task])
@@ -127,14 +135,6 @@ class Puller:
             if answer["errno"] in NO_SPACE:
                 raise DiskFull(diff_id, self._store.root)
             raise error_for_grpc(answer["status"])(answer["error"])
-
-    async def _within(self, ref: ImageRef, layer: Layer, work: Awaitable[dict[str, Any]]) -> dict[str, Any]:
-        """*work*, unless the source is so slow that it only takes up a worker that others wait for."""
-        limit = _PATIENCE_S + layer.blob_size / _LEAST_RATE
-        try:
-            return await asyncio.wait_for(work, limit)
-        except TimeoutError:
-            raise Unavailable(f"image {ref}: layer {layer.blob_digest} did not come within {limit:.0f} s") from None
 
     def _fail(self, ref: ImageRef, layer: Layer, answer: dict[str, Any]) -> None:
         if answer["errno"] in NO_SPACE:

@@ -232,7 +232,8 @@ class Room:
         """Keep below the high-water mark, for ever; cancel it to stop."""
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._look.wait(), LOOK_S)
+                async with asyncio.timeout(LOOK_S):
+                    await self._look.wait()
             self._look.clear()
             try:
                 await self.tidy()

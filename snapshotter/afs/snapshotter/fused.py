@@ -91,7 +91,7 @@ def _answered(handler: Handler) -> Handler:
             log.exception("%s", handler)
             raise pyfuse3.FUSEError(errno.EIO) from error
 
-    return cast(Handler, answered)
+    return cast("Handler", answered)
 
 
 class LayerFiles(pyfuse3.Operations):

@@ -75,7 +75,8 @@ class Roots:
         with self._mounts.opening() as number:
             # gRPC fails calls at once between two tries to connect, and a layerstore that restarts is back before the next.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._channel.channel_ready(), CONNECT_S)
+                async with asyncio.timeout(CONNECT_S):
+                    await self._channel.channel_ready()
             request = pb.OpenImageRequest(name=name, force_local_fetch=force_local, number=number)
             with calling(self._layerstore):
                 answer = await self._stub.OpenImage(request)
