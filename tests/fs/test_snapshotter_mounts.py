@@ -116,9 +116,12 @@ async def test_leases_are_what_is_mounted(tmp_path: Path, layers: dict[str, str]
             assert first < second
             update = mounts.leases()
             assert (update.last_opened, list(update.opening)) == (second, [first, second])
-        assert mounts.changed.is_set()
+            mounts.opened(first, [two, three])
+            mounts.opened(second, [one, two])
+            assert leased(mounts) == (sorted(layers), []), "not mounted yet, but about to be"
         update = mounts.leases()
         assert (update.last_opened, list(update.opening)) == (second, [])
+        assert leased(mounts) == ([], [one])
     assert leased(mounts) == ([], [])
 
 
@@ -165,7 +168,11 @@ async def test_reports_and_releases_over_restarts_of_the_layerstore(tmp_path: Pa
     address = f"unix:{tmp_path}/s"
     one, two, _ = layers
     async with mounting(tmp_path, 3) as mounts, mounts.using(one, layers[one]):
-        reporting = asyncio.create_task(report_mounts(address, mounts))  # nobody is there yet
+        async with mounts.using(two, layers[two]):
+            reporting = asyncio.create_task(report_mounts(address, mounts))  # nobody is there yet
+            for _ in range(50):  # in which it could make its report, were it not for the connection
+                await asyncio.sleep(0)
+        await mounts.release([two])
         for _ in range(2):
             store = Layerstore()
 

@@ -80,6 +80,7 @@ class Roots:
             request = pb.OpenImageRequest(name=name, force_local_fetch=force_local, number=number)
             with calling(self._layerstore):
                 answer = await self._stub.OpenImage(request)
+            self._mounts.opened(number, [layer.diff_id for layer in answer.layers])
             return answer.image, await self._mount_layers(stack, answer.layers)
 
     async def _mount_layers(
