@@ -143,6 +143,10 @@ class PartialLayer:
         first, last = self.layout.meta_offset // size, (self.layout.erofs_end - 1) // size
         return sorted({0, *range(first, last + 1)})
 
+    def is_mountable(self) -> bool:
+        """Whether a mount finds at once what it reads at once."""
+        return all(self.has(index) for index in self.metadata_chunks())
+
     def read(self, index: int) -> bytes:
         """The bytes of chunk *index*. Blocking; only meaningful if :meth:`has` it."""
         offset, length = self.table.chunk_range(index, self.layout)

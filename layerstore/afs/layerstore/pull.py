@@ -32,6 +32,13 @@ log = logging.getLogger(__name__)
 _LOOK_S = 1.0  # a converter writes some 500 MiB in that time, less than the disk's headroom
 _PATIENCE_S, _LEAST_RATE = 120.0, 64 << 10  # seconds, and bytes per second, that a source may take for a layer
 
+OriginKey = tuple[str, str, str]
+
+
+def origin_key(ref: ImageRef, layer: Layer) -> OriginKey:
+    """(diff_id, digest of the blob, place): what one pull is for. Images with the same give the same layer."""
+    return layer.diff_id, layer.blob_digest, ref.location
+
 
 class Puller:
     """Pulls layers into *store*, as far as there is *room*, at most *parallel* at a time."""
@@ -42,7 +49,7 @@ class Puller:
         self._options = encode_options(options)
         self._sources = Sources(options)
         self._workers = Workers(parallel)
-        self._pulls: SingleFlight[tuple[str, str, str], CompleteLayer] = SingleFlight()
+        self._pulls: SingleFlight[OriginKey, CompleteLayer] = SingleFlight()
 
     def source(self, ref: ImageRef) -> Source:
         """Where *ref* comes from, for manifests and configs."""
@@ -58,10 +65,9 @@ class Puller:
         # come here when a pull that ran meanwhile has just ended.
         if (complete := self._store.complete(layer.diff_id)) is not None:
             return complete
-        # Not by diff_id alone: a config can claim any, and another image's bad blob must not be this one's error. Two
-        # pulls of one layer from two places end in a rename each, of equal bytes.
-        key = (layer.diff_id, layer.blob_digest, ref.location)
-        return await self._pulls.run(key, lambda: self._pull(ref, layer))
+        # Not by diff_id alone: a config can claim any, and another image's bad blob must not be this one's error. Of two
+        # pulls of one layer from two places the second finds the layer there, of equal bytes.
+        return await self._pulls.run(origin_key(ref, layer), lambda: self._pull(ref, layer))
 
     async def _pull(self, ref: ImageRef, layer: Layer) -> CompleteLayer:
         started = time.monotonic()
