@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from afs.core.errors import NotFound, ResourceExhausted
+from afs.core.errors import Internal, NotFound, ResourceExhausted
 from afs.core.rpc import calling, channel
 from afs.layerstore import pull as pulling
+from afs.layerstore import scrub
+from afs.layerstore import store as storing
 from afs.layerstore.afslyr.check import check_and_sync
 from afs.layerstore.afslyr.layout import pack_header
 from afs.layerstore.afslyr.reader import verify_layer
@@ -615,6 +617,76 @@ async def test_a_layer_whose_header_is_gone_does_not_keep_the_scrubber_busy(worl
     assert scrubber.due() == (100.0, None)
     now = 100.0
     assert scrubber.due() == (100.0, None)
+
+
+async def test_a_disk_that_fails_ends_neither_scrubbing_nor_evicting(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = await world.node("n1")
+    await pull(world, node, 0)
+    errors: list[Exception] = [OSError(errno.EIO, "Input/output error"), Internal("rm failed")]
+    again = asyncio.Event()
+
+    def work(*_: object) -> None:
+        if errors:
+            raise errors.pop()
+        again.set()
+
+    async def tidy() -> None:
+        if errors:
+            node.room._look.set()
+        work()
+
+    monkeypatch.setattr(scrub, "LOOK_S", 0.001)
+    scrubber = Scrubber(node.store, node.layers.repairs.check, 1e9)
+    monkeypatch.setattr(scrubber, "due", lambda: (work(), (1e9, None))[1])
+    monkeypatch.setattr(node.room, "tidy", tidy)
+    for endless in (scrubber.run, node.room.run):
+        node.room._look.set()
+        running = asyncio.create_task(endless())
+        await asyncio.wait([running, asyncio.create_task(again.wait())], return_when=asyncio.FIRST_COMPLETED)
+        assert not running.done()
+        running.cancel()
+        await asyncio.wait([running])
+        errors += [OSError(errno.EIO, "Input/output error"), Internal("rm failed")]
+        again.clear()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), Internal("rm failed")], ids=repr)
+async def test_files_that_cannot_be_deleted_are_no_error_of_a_pull(
+    world: World, monkeypatch: pytest.MonkeyPatch, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    node = await world.node("n1", quota=2 * LAYER_SIZE + MIB)
+    for number in (0, 1):
+        await pull(world, node, number)
+
+    def delete(path: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(storing, "delete", delete)
+    await pull(world, node, 2)
+    assert here(node, world) == [1, 2]
+    assert len(list((node.store.root / "tmp").iterdir())) == 1, "it goes at the next start"
+    assert f"cannot remove {node.store.root}/tmp/" in caplog.text
+
+
+async def test_a_partial_layer_that_cannot_be_read_is_pulled_instead(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = await world.node("n1"), await world.node("n2")
+    await pull(world, one, 0)
+    real = Workers.run
+
+    async def run(self: Workers, job: dict[str, Any], limit: float | None = None) -> dict[str, Any]:
+        if "check" in job:
+            return {"error": "[Errno 5] Input/output error", "status": "INTERNAL", "errno": errno.EIO}
+        return await real(self, job, limit)
+
+    monkeypatch.setattr(Workers, "run", run)
+    complete, pulled = await two.layers.ensure(world.origin)
+    assert pulled
+    verified(complete.path)
+    assert two.store.partial_ids() == []
 
 
 # Full disks

@@ -20,6 +20,7 @@ from afs.layerstore.errors import LayerUnavailable
 from afs.layerstore.fillserver import serving_fills
 from afs.layerstore.fillwire import FillClient, FillError, decode, encode
 from afs.layerstore.partial import PartialLayer
+from afs.layerstore.scrub import Scrubber
 from afs.layerstore.store import CompleteLayer, LayerStore
 from afs.layerstore.supply import Origin
 from tests.testbed import mounts
@@ -347,6 +348,56 @@ async def test_a_damaged_partial_layer_is_dropped(world: World, caplog: pytest.L
 
 
 # The fill socket
+
+
+async def test_too_many_open_files_say_nothing_about_a_partial_layer(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = await world.node("n1")
+    await one.layers.open(world.origin, local=True)
+    outer = world.stack
+    async with contextlib.AsyncExitStack() as world.stack:
+        await open_partial(world, await world.node("n2"))
+
+        def fail(*_: object) -> PartialLayer:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        monkeypatch.setattr(PartialLayer, "open", fail)
+        with pytest.raises(OSError, match="Too many open files"):
+            (await world.node("n2b")).layers._restore_partial(world.diff_id)
+    monkeypatch.undo()
+    world.stack = outer
+    assert isinstance((await world.node("n2")).layers.find(world.diff_id), PartialLayer)
+
+
+@pytest.mark.parametrize(
+    "what", ["image is a directory", "image is a loop", "dot file", "partial is a file", "layer is a directory",
+             "scrubbed is a directory", "link in tmp"],
+)  # fmt: skip
+async def test_files_that_somebody_left_do_not_stop_it(world: World, what: str) -> None:
+    root, name = world.tmp_path / "n1", hex_of(world.diff_id)
+    for directory in ("layers", "partial", "images", "tmp"):
+        (root / directory).mkdir(parents=True)
+    match what:
+        case "image is a directory":
+            (root / "images" / "x.json").mkdir()
+        case "image is a loop":
+            (root / "images" / "x.json").symlink_to("x.json")
+        case "dot file":
+            (root / "partial" / ".nfs1").touch()
+        case "partial is a file":
+            (root / "partial" / name).touch()
+        case "layer is a directory":
+            (root / "layers" / f"{name}.afslyr" / "x").mkdir(parents=True)
+        case "scrubbed is a directory":
+            (root / "scrubbed.json").mkdir()
+        case _:
+            (root / "tmp" / "link").symlink_to(world.tmp_path)
+    node = await world.node("n1")
+    assert node.store.default_capacity() > 0
+    Scrubber(node.store, node.layers.repairs.check, 1.0).due()
+    await node.layers.open(world.origin, local=True)
+    assert world.tmp_path.exists()
 
 
 async def test_fills_over_the_socket(world: World) -> None:

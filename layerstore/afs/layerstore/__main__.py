@@ -76,6 +76,7 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
     from afs.core.errors import InvalidArgument
     from afs.core.files import locked
     from afs.core.rpc import serving
+    from afs.core.service import raise_file_limit
     from afs.discovery.client import Announcer, Peer
     from afs.layerstore.fillserver import serving_fills
     from afs.layerstore.images import Images
@@ -94,6 +95,7 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         raise InvalidArgument(
             f"--listen {config.listen} is no address that peers could use: give --advertise HOST:PORT"
         )
+    raise_file_limit()  # a partial layer takes two
     node_id = config.node_id or socket.gethostname()
     config.run_dir.mkdir(parents=True, exist_ok=True)
     async with contextlib.AsyncExitStack() as stack:

@@ -17,6 +17,7 @@ State and locks (one event loop):
 
 import asyncio
 import contextlib
+import errno
 import functools
 import logging
 import time
@@ -98,6 +99,8 @@ class Layers:
         try:
             partial = PartialLayer.open(diff_id, self._store.partial_dir(diff_id))
         except (AfsError, OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                raise  # which says nothing about the layer
             log.warning("dropping the partial layer %s: %s", diff_id, error)
             self._store.drop_partial(diff_id)
             return

@@ -61,10 +61,14 @@ class PartialLayer:
         self.directory = directory
         self.layout = layout
         self.table = table
-        self._data = os.open(self.data_path, os.O_RDWR | os.O_CLOEXEC)
         fd = os.open(self.map_path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            self._chunks = mmap.mmap(fd, table.count)
+            self._data = os.open(self.data_path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                self._chunks = mmap.mmap(fd, table.count)
+            except BaseException:
+                os.close(self._data)
+                raise
         finally:
             os.close(fd)
         self._filling: dict[int, asyncio.Task[None]] = {}

@@ -7,13 +7,14 @@ run, can use. A layer under way has a reservation in the cache and is pinned unt
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import logging
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from afs.core.errors import Unavailable, error_for_grpc
+from afs.core.errors import DataLoss, Unavailable, error_for_grpc
 from afs.core.images import ImageRef
 from afs.core.singleflight import SingleFlight
 from afs.core.units import format_size
@@ -132,7 +133,7 @@ class Puller:
             await asyncio.wait([task])
 
     async def check(self, path: Path, diff_id: str) -> None:
-        """Check all of a layer's file, its index too, and put it on disk. Raises CorruptLayer's kind, DataLoss.
+        """Check all of a layer's file, its index too, and put it on disk. Raises DataLoss.
 
         In one of the processes, for it takes as long as half a conversion, and its memory.
         """
@@ -140,6 +141,8 @@ class Puller:
         if "error" in answer:
             if answer["errno"] in NO_SPACE:
                 raise DiskFull(diff_id, self._store.root)
+            if answer["errno"] == errno.EIO:  # a sector that cannot be read is damage like any other
+                raise DataLoss(f"layer {diff_id}: {answer['error']}")
             raise error_for_grpc(answer["status"])(answer["error"])
 
     def _fail(self, ref: ImageRef, layer: Layer, answer: dict[str, Any]) -> None:

@@ -19,11 +19,12 @@ from collections.abc import AsyncIterator, Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
+from afs.core.errors import AfsError
 from afs.core.units import format_size
 from afs.layerstore.errors import CacheFull
 from afs.layerstore.leases import Leases
 from afs.layerstore.quota import Quota, Reservation
-from afs.layerstore.store import LayerStore, delete
+from afs.layerstore.store import LayerStore, delete_all
 
 log = logging.getLogger(__name__)
 HIGH, LOW = 0.95, 0.90  # of the capacity: above the one, run() evicts down to the other
@@ -213,7 +214,7 @@ class Room:
         return paths
 
     async def _delete(self, paths: list[Path]) -> None:
-        await asyncio.shield(asyncio.to_thread(_delete_all, paths))
+        await asyncio.shield(asyncio.to_thread(delete_all, paths))
 
     async def drop(self, diff_id: str) -> bool:
         """Evict this layer if nobody needs it; whether it is gone."""
@@ -237,7 +238,7 @@ class Room:
             self._look.clear()
             try:
                 await self.tidy()
-            except OSError as error:  # a disk that fails now may be mended when we look again
+            except (AfsError, OSError) as error:  # a disk that fails now may be mended when we look again
                 log.error("cannot evict: %s", error)
 
     async def tidy(self) -> None:
@@ -252,8 +253,3 @@ def _allocated(path: Path) -> int:
         return path.stat().st_blocks * 512
     except FileNotFoundError:  # nothing was written yet
         return 0
-
-
-def _delete_all(paths: list[Path]) -> None:
-    for path in paths:
-        delete(path)

@@ -25,6 +25,7 @@ import click
 import pyfuse3
 from typing_extensions import override
 
+from afs.core.service import raise_file_limit
 from afs.layerstore.fillwire import FillClient, FillError
 
 log = logging.getLogger(__name__)
@@ -284,6 +285,7 @@ def main(mountpoint: str, fill_socket: str, faults: str, deadline: float, ready_
 
     import pyfuse3.asyncio
 
+    raise_file_limit()  # an open layer takes two
     logging.basicConfig(level=log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     pyfuse3.asyncio.enable()
 
