@@ -548,6 +548,7 @@ async def test_a_damaged_layer_beside_a_partial_one_is_an_error_at_the_deadline(
     with pytest.raises(LayerUnavailable):
         await two.layers.fill(world.diff_id, 1, 1)
     assert not partial.has(1)
+    assert not two.announcer._held.get(world.diff_id, (0, False))[1], "others do not come for it"
 
 
 async def test_what_nobody_can_repair_is_an_error_to_the_reader(world: World) -> None:
@@ -639,7 +640,12 @@ async def test_a_disk_that_fails_ends_neither_scrubbing_nor_evicting(
 
     monkeypatch.setattr(scrub, "LOOK_S", 0.001)
     scrubber = Scrubber(node.store, node.layers.repairs.check, 1e9)
-    monkeypatch.setattr(scrubber, "due", lambda: (work(), (1e9, None))[1])
+
+    def due() -> tuple[float, None]:
+        work()
+        return 1e9, None
+
+    monkeypatch.setattr(scrubber, "due", due)
     monkeypatch.setattr(node.room, "tidy", tidy)
     for endless in (scrubber.run, node.room.run):
         node.room._look.set()
@@ -650,6 +656,18 @@ async def test_a_disk_that_fails_ends_neither_scrubbing_nor_evicting(
         await asyncio.wait([running])
         errors += [OSError(errno.EIO, "Input/output error"), Internal("rm failed")]
         again.clear()
+
+
+async def test_a_read_only_disk_still_serves(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = await world.node("n1")
+    complete = await pull(world, node, 0)
+
+    def utime(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "utime", utime)
+    node.room._persisted.clear()
+    assert await node.layers.read_chunk(world.diff_id, 0) == complete.read_chunk(0)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), Internal("rm failed")], ids=repr)

@@ -126,9 +126,9 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
             pb_grpc.add_LayerstoreNodeServicer_to_server(node_service, server)
             to_peers(server)
 
+        leases.serve()  # before anybody can be told anything
         await stack.enter_async_context(serving_fills(config.run_dir / "fill.sock", layers))
         await stack.enter_async_context(serving([f"unix:{config.run_dir}/layerstore.sock"], to_node))
-        leases.serve()
         bound = await stack.enter_async_context(serving([config.listen], to_peers, insecure=config.insecure))
         announcer.serve_at(config.advertise or bound[0])
         await announcer.flush()

@@ -68,6 +68,7 @@ class Room:
         self._making = asyncio.Lock()
         self._look = asyncio.Event()
         self._evicted = 0
+        self._stampable = True  # as far as is known: it is logged once if not
         # Takes a layer out of every map and gives the files to delete; Layers puts its own in place.
         self.detach: Callable[[str], list[Path]] = store.detach
         leases.changed = self._look.set
@@ -87,7 +88,12 @@ class Room:
         self._quota.touch(diff_id, now)
         if now - self._persisted.get(diff_id, 0.0) >= PERSIST_S:
             self._persisted[diff_id] = now
-            self._store.stamp(diff_id, now)
+            try:
+                self._store.stamp(diff_id, now)
+            except OSError as error:  # known all the same, until a restart
+                if self._stampable:
+                    log.warning("cannot remember on disk when layers were used: %s", error)
+                self._stampable = False
 
     def restore(self, diff_ids: Collection[str]) -> None:
         """Count what an earlier process left, in the order of its last use. Blocking, at start."""
@@ -119,8 +125,12 @@ class Room:
         """Bytes to evict until use and promises are within *level* of the capacity and the headroom is there."""
         promised = self._quota.likely if likely else self._quota.least
         over = self._quota.used + promised - int(level * self._quota.capacity)
-        written = sum(_allocated(path) for path in self._paths.values())
-        return max(over, self._headroom + max(promised - written, 0) - self._store.free())
+        missing = 0  # of each by itself: what one wrote beyond its promise is not room for another
+        for reservation in self._quota.reservations():
+            path = self._paths.get(reservation)
+            size = reservation.likely if likely else reservation.least
+            missing += max(size - (_allocated(path) if path is not None else 0), 0)
+        return max(over, self._headroom + missing - self._store.free())
 
     # Reservations
 

@@ -145,8 +145,9 @@ class Supply:
                 self._failed(origin)
                 raise
             self._proved(origin)
-        self._announcer.hold(complete.diff_id, complete.layout.file_size, complete=True)
-        await self._announcer.flush()
+        if not self.repairs.is_damaged(complete.diff_id):
+            self._announcer.hold(complete.diff_id, complete.layout.file_size, complete=True)
+            await self._announcer.flush()
         return complete
 
     async def _chunk_from_peers(self, layer: CompleteLayer, index: int) -> bytes | None:

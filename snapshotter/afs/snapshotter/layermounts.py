@@ -155,9 +155,11 @@ class LayerMounts:
         """A task of its own, begun at once: the layer has left the map already, so no cancelled caller may stop it."""
 
         async def unmount_it() -> None:
-            await asyncio.to_thread(_unmount_layer, layer.path)
-            del self._all[layer.path]
-            self.changed.set()
+            try:
+                await asyncio.to_thread(_unmount_layer, layer.path)
+                del self._all[layer.path]
+            finally:
+                self.changed.set()
 
         task = asyncio.create_task(unmount_it(), name=f"unmount {layer.path}")
         self._going.add(task)
