@@ -17,6 +17,7 @@ from afs.core.errors import Internal
 from afs.core.mounts import list_mounts, unmount, unmount_below
 from afs.core.rpc import serving
 from afs.layerstore.afslyr.convert import convert
+from afs.layerstore.fillwire import decode, encode
 from afs.proto.v1 import layerstore_pb2 as pb
 from afs.proto.v1 import layerstore_pb2_grpc as pb_grpc
 from afs.snapshotter.fusedprocess import FusedProcess
@@ -115,9 +116,12 @@ async def test_leases_are_what_is_mounted(tmp_path: Path, layers: dict[str, str]
             assert first < second
             update = mounts.leases()
             assert (update.last_opened, list(update.opening)) == (second, [first, second])
-        assert mounts.changed.is_set()
+            mounts.opened(first, [two, three])
+            mounts.opened(second, [one, two])
+            assert leased(mounts) == (sorted(layers), []), "not mounted yet, but about to be"
         update = mounts.leases()
         assert (update.last_opened, list(update.opening)) == (second, [])
+        assert leased(mounts) == ([], [one])
     assert leased(mounts) == ([], [])
 
 
@@ -164,7 +168,11 @@ async def test_reports_and_releases_over_restarts_of_the_layerstore(tmp_path: Pa
     address = f"unix:{tmp_path}/s"
     one, two, _ = layers
     async with mounting(tmp_path, 3) as mounts, mounts.using(one, layers[one]):
-        reporting = asyncio.create_task(report_mounts(address, mounts))  # nobody is there yet
+        async with mounts.using(two, layers[two]):
+            reporting = asyncio.create_task(report_mounts(address, mounts))  # nobody is there yet
+            for _ in range(50):  # in which it could make its report, were it not for the connection
+                await asyncio.sleep(0)
+        await mounts.release([two])
         for _ in range(2):
             store = Layerstore()
 
@@ -198,6 +206,38 @@ async def test_what_cannot_be_mounted_leaves_nothing(tmp_path: Path, layers: dic
         assert list((tmp_path / "l").iterdir()) == []
         async with mounts.using(diff_id, layers[diff_id]):
             pass
+
+
+@pytest.mark.parametrize("faults", ["faults", "nothing"])
+async def test_a_partial_layer_that_the_disk_cannot_read_is_an_error_to_the_reader(tmp_path: Path, faults: str) -> None:
+    """With a directory in place of the file every read(2) of it fails; and faults cannot be noted where nothing is."""
+    (tmp_path / "faults").mkdir()
+    writers = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        while line := await reader.readline():
+            number = decode(line)["id"]
+            writer.write(encode({"id": number, "size": 1, "chunk_size": 1 << 20, "data": str(tmp_path), "chunks": ""}))
+
+    server = await asyncio.start_unix_server(answer, tmp_path / "fill.sock")
+    fused = FusedProcess(tmp_path / "f", tmp_path / faults, tmp_path / "fill.sock", 1.0)
+    try:
+        file = await fused.directory() / ("a" * 64)
+        reader = await asyncio.create_subprocess_exec("cat", file, stderr=asyncio.subprocess.PIPE)
+        try:
+            async with asyncio.timeout(20):
+                _, message = await reader.communicate()
+            assert b"Input/output error" in message
+            assert bool(fused.faults("sha256:" + "a" * 64)) == (faults == "faults")
+        finally:
+            if reader.returncode is None:
+                reader.kill()
+    finally:
+        await fused.close()
+        server.close()
+        for writer in writers:
+            writer.close()
 
 
 @contextlib.asynccontextmanager

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from afs.core.cluster import start_process
 from afs.core.errors import Internal, NotFound
 from afs.core.run import PIPE, CommandFailed, popen, run, stop, wait
-from afs.core.service import notify, run_service
+from afs.core.service import notify, raise_file_limit, run_service
 
 # Running
 
@@ -185,3 +186,13 @@ async def test_a_process_tells_its_address(tmp_path: Path) -> None:
     finally:
         assert await stop(process.popen, 10) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["logs"]
+
+
+def test_the_file_limit_is_raised_as_far_as_may_be() -> None:
+    before = soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, hard - 1), hard))
+    try:
+        raise_file_limit()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

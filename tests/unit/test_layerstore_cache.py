@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from afs.core.errors import NotFound, ResourceExhausted
+from afs.core.errors import Internal, NotFound, ResourceExhausted
 from afs.core.rpc import calling, channel
 from afs.layerstore import pull as pulling
+from afs.layerstore import scrub
+from afs.layerstore import store as storing
 from afs.layerstore.afslyr.check import check_and_sync
 from afs.layerstore.afslyr.layout import pack_header
 from afs.layerstore.afslyr.reader import verify_layer
@@ -106,7 +108,7 @@ async def test_a_blob_that_becomes_far_more_than_it_promised_is_stopped_on_the_w
         node = await world.node("n1", quota=MIB)
         ended = asyncio.Event()
 
-        async def inflate(self: Workers, job: dict[str, Any]) -> dict[str, Any]:
+        async def inflate(self: Workers, job: dict[str, Any], limit: float) -> dict[str, Any]:
             Path(job["out"]).write_bytes(bytes(2 * MIB))
             try:
                 return await asyncio.Future()  # it would go on for ever
@@ -406,16 +408,16 @@ async def test_a_damaged_layer_is_not_opened_until_it_is_whole(world: World) -> 
     node = await world.node("n1")
     complete = await pull(world, node, 0)
     flip(complete.path, MIB)
-    node.leases.lease(world.diff_id)  # mounted, say: it cannot go
     world.server.add(Fault("", status=404))
-    with pytest.raises(DamagedLayer):
-        await node.layers.read_chunk(world.diff_id, 1)
-    await settled(node)
-    assert node.layers.repairs.count == 1
-    for opening in (node.layers.open(world.origin, local=True), node.layers.ensure(world.origin)):
-        with pytest.raises(DamagedLayer, match=f"^layer {world.diff_id}: a chunk is damaged on disk"):
-            await opening
-    world.server.clear()
+    with node.leases.pinned([world.diff_id]):  # mounted, say: it cannot go
+        with pytest.raises(DamagedLayer):
+            await node.layers.read_chunk(world.diff_id, 1)
+        await settled(node)
+        assert node.layers.repairs.count == 1
+        for opening in (node.layers.open(world.origin, local=True), node.layers.ensure(world.origin)):
+            with pytest.raises(DamagedLayer, match=f"^layer {world.diff_id}: a chunk is damaged on disk"):
+                await opening
+        world.server.clear()
     await node.layers.open(world.origin, local=True)
     verified(complete.path)
     assert node.layers.repairs.count == 0
@@ -434,6 +436,81 @@ async def test_a_damaged_layer_that_nobody_needs_goes_if_it_cannot_be_repaired(w
         await node.layers.read_chunk(world.diff_id, 1)
     world.server.clear()
     await pull(world, node, 0)
+
+
+@pytest.fixture
+def unwritable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk with a bad sector in every complete layer: no chunk can be repaired in place."""
+
+    def write_chunk(self: CompleteLayer, index: int, data: bytes) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(CompleteLayer, "write_chunk", write_chunk)
+
+
+@pytest.mark.usefixtures("unwritable")
+async def test_a_damaged_layer_that_cannot_be_repaired_comes_anew(world: World) -> None:
+    node = await world.node("n1")
+    for number, bring in enumerate(("open", "open image", "ensure", "read")):
+        flip((await pull(world, node, 0)).path, MIB)
+        node.layers.repairs.suspect(complete_of(node, world))
+        if bring == "open":
+            opened = [node.layers.open(world.origin, local=True) for _ in range(3)]
+            assert len(set(map(id, await asyncio.gather(*opened)))) == 1
+        elif bring == "open image":
+            name = pb.ImageName(image=str(world.origin.ref), os="linux", architecture="amd64")
+            async with channel(node.address) as opened_channel:
+                request = pb.OpenImageRequest(name=name, number=1, force_local_fetch=True)
+                await LayerstoreNodeStub(opened_channel).OpenImage(request)
+            node.leases._handovers.clear()
+        elif bring == "ensure":
+            assert (await node.layers.ensure(world.origin))[1]
+        else:
+            with pytest.raises(DamagedLayer):  # which leases the layer, for the peer will read on
+                await node.layers.read_chunk(world.diff_id, 1)
+            await settled(node)
+            assert here(node, world) == []
+            await pull(world, node, 0)
+        verified(complete_of(node, world).path)
+        assert node.layers.repairs.count == 0
+        assert world.reads == 1 + 2 * (number + 1), "once for the repair, which failed, and once anew"
+        world.clock.now += LEASE_S
+
+
+@pytest.mark.usefixtures("unwritable")
+async def test_an_owner_with_a_damaged_layer_is_stood_in_for(world: World) -> None:
+    one, two = await world.node("n1", capacity=1 << 60), await world.node("n2", capacity=1)
+    flip((await pull(world, one, 0)).path, MIB)
+    with one.leases.pinned([world.diff_id]):  # mounted, say
+        one.layers.repairs.suspect(complete_of(one, world))
+        await one.announcer.flush()
+        assert isinstance(await two.layers.open(world.origin, local=False), CompleteLayer)
+
+
+async def test_damage_behind_a_running_check_is_repaired_too(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = await world.node("n1")
+    complete = await pull(world, node, 0)
+    loop, real, passed = asyncio.get_running_loop(), CompleteLayer.read_chunk, asyncio.Event()
+
+    def read_chunk(self: CompleteLayer, index: int, *, from_disk: bool = False) -> bytes | None:
+        if from_disk and index == 4 and not passed.is_set():
+            flip(complete.path, MIB)
+            asyncio.run_coroutine_threadsafe(find_it(), loop).result()
+        return real(self, index, from_disk=from_disk)
+
+    async def find_it() -> None:
+        with pytest.raises(DamagedLayer):
+            await node.layers.read_chunk(world.diff_id, 1)
+        passed.set()
+
+    monkeypatch.setattr(CompleteLayer, "read_chunk", read_chunk)
+    checking = asyncio.create_task(node.layers.repairs.check(complete))
+    await passed.wait()
+    await node.layers.open(world.origin, local=True)
+    verified(complete.path)
+    assert await checking
+    assert node.layers.repairs.count == 0
+    assert node.announcer._held[world.diff_id][1]
 
 
 async def test_a_damaged_chunk_of_a_partial_layer_is_fetched_again(world: World) -> None:
@@ -471,6 +548,7 @@ async def test_a_damaged_layer_beside_a_partial_one_is_an_error_at_the_deadline(
     with pytest.raises(LayerUnavailable):
         await two.layers.fill(world.diff_id, 1, 1)
     assert not partial.has(1)
+    assert not two.announcer._held.get(world.diff_id, (0, False))[1], "others do not come for it"
 
 
 async def test_what_nobody_can_repair_is_an_error_to_the_reader(world: World) -> None:
@@ -540,6 +618,93 @@ async def test_a_layer_whose_header_is_gone_does_not_keep_the_scrubber_busy(worl
     assert scrubber.due() == (100.0, None)
     now = 100.0
     assert scrubber.due() == (100.0, None)
+
+
+async def test_a_disk_that_fails_ends_neither_scrubbing_nor_evicting(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = await world.node("n1")
+    await pull(world, node, 0)
+    errors: list[Exception] = [OSError(errno.EIO, "Input/output error"), Internal("rm failed")]
+    again = asyncio.Event()
+
+    def work(*_: object) -> None:
+        if errors:
+            raise errors.pop()
+        again.set()
+
+    async def tidy() -> None:
+        if errors:
+            node.room._look.set()
+        work()
+
+    monkeypatch.setattr(scrub, "LOOK_S", 0.001)
+    scrubber = Scrubber(node.store, node.layers.repairs.check, 1e9)
+
+    def due() -> tuple[float, None]:
+        work()
+        return 1e9, None
+
+    monkeypatch.setattr(scrubber, "due", due)
+    monkeypatch.setattr(node.room, "tidy", tidy)
+    for endless in (scrubber.run, node.room.run):
+        node.room._look.set()
+        running = asyncio.create_task(endless())
+        await asyncio.wait([running, asyncio.create_task(again.wait())], return_when=asyncio.FIRST_COMPLETED)
+        assert not running.done()
+        running.cancel()
+        await asyncio.wait([running])
+        errors += [OSError(errno.EIO, "Input/output error"), Internal("rm failed")]
+        again.clear()
+
+
+async def test_a_read_only_disk_still_serves(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = await world.node("n1")
+    complete = await pull(world, node, 0)
+
+    def utime(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "utime", utime)
+    node.room._persisted.clear()
+    assert await node.layers.read_chunk(world.diff_id, 0) == complete.read_chunk(0)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), Internal("rm failed")], ids=repr)
+async def test_files_that_cannot_be_deleted_are_no_error_of_a_pull(
+    world: World, monkeypatch: pytest.MonkeyPatch, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    node = await world.node("n1", quota=2 * LAYER_SIZE + MIB)
+    for number in (0, 1):
+        await pull(world, node, number)
+
+    def delete(path: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(storing, "delete", delete)
+    await pull(world, node, 2)
+    assert here(node, world) == [1, 2]
+    assert len(list((node.store.root / "tmp").iterdir())) == 1, "it goes at the next start"
+    assert f"cannot remove {node.store.root}/tmp/" in caplog.text
+
+
+async def test_a_partial_layer_that_cannot_be_read_is_pulled_instead(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = await world.node("n1"), await world.node("n2")
+    await pull(world, one, 0)
+    real = Workers.run
+
+    async def run(self: Workers, job: dict[str, Any], limit: float | None = None) -> dict[str, Any]:
+        if "check" in job:
+            return {"error": "[Errno 5] Input/output error", "status": "INTERNAL", "errno": errno.EIO}
+        return await real(self, job, limit)
+
+    monkeypatch.setattr(Workers, "run", run)
+    complete, pulled = await two.layers.ensure(world.origin)
+    assert pulled
+    verified(complete.path)
+    assert two.store.partial_ids() == []
 
 
 # Full disks

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import io
 import os
@@ -19,7 +20,9 @@ from afs.layerstore.errors import LayerUnavailable
 from afs.layerstore.fillserver import serving_fills
 from afs.layerstore.fillwire import FillClient, FillError, decode, encode
 from afs.layerstore.partial import PartialLayer
+from afs.layerstore.scrub import Scrubber
 from afs.layerstore.store import CompleteLayer, LayerStore
+from afs.layerstore.supply import Origin
 from tests.testbed import mounts
 from tests.testbed.faults import Fault
 from tests.testbed.forged import Forged
@@ -164,10 +167,73 @@ async def test_a_lost_layer_is_pulled_once_and_read_locally(world: World) -> Non
     await one.stop_serving()
     world.directory.leave("n1", one.announcer._incarnation)
     await two.announcer.flush()
-    for index in (1, 2, 3):
-        await two.layers.fill(world.diff_id, index, 1)
-        assert partial.read(index) == complete_of(two, world).read_chunk(index)
+    for _ in range(2):
+        await two.layers.fill(world.diff_id, 1, 2)
+        assert [partial.read(index) for index in (1, 2)] == [complete_of(two, world).read_chunk(n) for n in (1, 2)]
     assert world.reads == 2  # once by n1, once by n2
+    await asyncio.gather(*two.layers._background)
+    assert two.store.partial_ids() == [], "the complete one is there for whoever reads on"
+    await two.layers.fill(world.diff_id, 3, 1)
+    assert two.announcer._held[world.diff_id][1]
+
+
+@pytest.mark.parametrize("how", ["open", "ensure"])
+async def test_another_image_that_claims_a_layer_neither_delays_nor_fails_it(world: World, how: str) -> None:
+    """An image's configuration can claim any diff_id; its blob shows only when it comes."""
+    node, gate = await world.node("n1"), threading.Event()
+    other = world.origins[1]
+    claim = dataclasses.replace(other, layer=dataclasses.replace(other.layer, diff_id=world.diff_id))
+    world.server.add(Fault(f"blobs/{other.layer.blob_digest}", gate=gate))
+
+    def bring(origin: Origin) -> asyncio.Task[object]:
+        async def run() -> object:
+            return await (node.layers.open(origin, local=True) if how == "open" else node.layers.ensure(origin))
+
+        return asyncio.create_task(run())
+
+    bad = bring(claim)
+    await bring(world.origin)
+    gate.set()
+    with pytest.raises(DataLoss):
+        await bad
+    await bring(claim)  # it is there
+    path = complete_of(node, world).path
+    with path.open("r+b") as file:
+        file.write(b"damage")
+    with path.open("r+b") as file:
+        file.seek(1 << 20)
+        file.write(b"damage")
+    assert await node.layers.repairs.check(complete_of(node, world)), "from the place that gave it"
+    for task in (bring(claim), bring(world.origin)):
+        await task
+
+
+async def test_a_layer_comes_from_another_place_when_one_fails(world: World) -> None:
+    one, two = await world.node("n1"), await world.node("n2")
+    await one.layers.open(world.origin, local=True)
+    other = world.origins[1]
+    claim = dataclasses.replace(other, layer=dataclasses.replace(other.layer, diff_id=world.diff_id))
+    assert isinstance(await two.layers.open(claim, local=False), PartialLayer)
+    partial = await open_partial(world, two)
+    await one.stop_serving()
+    world.directory.leave("n1", one.announcer._incarnation)
+    await two.announcer.flush()
+    await two.layers.fill(world.diff_id, 1, 1)
+    assert partial.read(1) == complete_of(two, world).read_chunk(1)
+
+
+async def test_a_partial_layer_without_metadata_is_not_opened(world: World) -> None:
+    one, two = await world.node("n1"), await world.node("n2", deadline=0.2)
+    await one.layers.open(world.origin, local=True)
+    one.service.spoil = True
+    world.server.add(Fault("", status=404))
+    for _ in range(2):
+        with pytest.raises((LayerUnavailable, NotFound)):
+            await two.layers.open(world.origin, local=False)
+    one.service.spoil = False
+    two.layers._supply._avoided.clear()
+    partial = await open_partial(world, two)
+    assert set(partial.metadata_chunks()).isdisjoint(partial.missing())
 
 
 async def test_ensure_completes_from_peers_and_promotes(world: World) -> None:
@@ -282,6 +348,56 @@ async def test_a_damaged_partial_layer_is_dropped(world: World, caplog: pytest.L
 
 
 # The fill socket
+
+
+async def test_too_many_open_files_say_nothing_about_a_partial_layer(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = await world.node("n1")
+    await one.layers.open(world.origin, local=True)
+    outer = world.stack
+    async with contextlib.AsyncExitStack() as world.stack:
+        await open_partial(world, await world.node("n2"))
+
+        def fail(*_: object) -> PartialLayer:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        monkeypatch.setattr(PartialLayer, "open", fail)
+        with pytest.raises(OSError, match="Too many open files"):
+            (await world.node("n2b")).layers._restore_partial(world.diff_id)
+    monkeypatch.undo()
+    world.stack = outer
+    assert isinstance((await world.node("n2")).layers.find(world.diff_id), PartialLayer)
+
+
+@pytest.mark.parametrize(
+    "what", ["image is a directory", "image is a loop", "dot file", "partial is a file", "layer is a directory",
+             "scrubbed is a directory", "link in tmp"],
+)  # fmt: skip
+async def test_files_that_somebody_left_do_not_stop_it(world: World, what: str) -> None:
+    root, name = world.tmp_path / "n1", hex_of(world.diff_id)
+    for directory in ("layers", "partial", "images", "tmp"):
+        (root / directory).mkdir(parents=True)
+    match what:
+        case "image is a directory":
+            (root / "images" / "x.json").mkdir()
+        case "image is a loop":
+            (root / "images" / "x.json").symlink_to("x.json")
+        case "dot file":
+            (root / "partial" / ".nfs1").touch()
+        case "partial is a file":
+            (root / "partial" / name).touch()
+        case "layer is a directory":
+            (root / "layers" / f"{name}.afslyr" / "x").mkdir(parents=True)
+        case "scrubbed is a directory":
+            (root / "scrubbed.json").mkdir()
+        case _:
+            (root / "tmp" / "link").symlink_to(world.tmp_path)
+    node = await world.node("n1")
+    assert node.store.default_capacity() > 0
+    Scrubber(node.store, node.layers.repairs.check, 1.0).due()
+    await node.layers.open(world.origin, local=True)
+    assert world.tmp_path.exists()
 
 
 async def test_fills_over_the_socket(world: World) -> None:

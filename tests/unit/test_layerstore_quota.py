@@ -503,6 +503,35 @@ async def test_the_background_task_follows_what_grows(world: World) -> None:
     await asyncio.wait([running])
 
 
+def test_what_one_wrote_beyond_its_promise_is_no_room_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, quota = LayerStore(tmp_path), Quota(1 << 40)
+    room = Room(store, quota, Leases(0.0), headroom=0)
+    monkeypatch.setattr(store, "free", lambda: 100 * KIB)
+    (tmp_path / "a").write_bytes(bytes(128 * KIB))
+    room._paths[quota.reserve(A, 64 * KIB, 64 * KIB)] = tmp_path / "a"
+    quota.reserve(B, 128 * KIB, 128 * KIB)
+    assert room._short_of(1.0) == 28 * KIB
+    store.close()
+
+
+@pytest.mark.parametrize("steps", range(6))
+async def test_the_background_task_ends_when_it_is_cancelled(tmp_path: Path, steps: int) -> None:
+    """At any moment after it was woken up; asyncio.wait_for of Python 3.11 takes a cancellation for a result at one."""
+    room = Room(LayerStore(tmp_path), Quota(1 << 40), Leases(0.0), headroom=0)
+    running = asyncio.create_task(room.run())
+    for _ in range(5):
+        await asyncio.sleep(0)
+    room._look.set()
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    running.cancel()
+    ended, _ = await asyncio.wait([running], timeout=5)
+    running.cancel()
+    assert ended
+
+
 async def test_on_a_full_disk_something_goes_whatever_the_sums_say(world: World) -> None:
     assert not await world.room.on_full_disk(1)
     world.put(A)

@@ -101,6 +101,40 @@ async def test_cancelling_a_job_kills_its_process(tmp_path: Path) -> None:
         assert "done" in await running.run(job(tmp_path)[0])
 
 
+async def _steps(count: int) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def test_the_limit_is_for_the_job_not_for_the_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, ahead = asyncio.get_running_loop(), 0.0
+    real = loop.time
+    monkeypatch.setattr(loop, "time", lambda: real() + ahead, raising=False)
+    async with workers(1) as running:
+        (child,) = running._all
+        child.send_signal(signal.SIGSTOP)
+        wanted = job(tmp_path)[0]
+        first = asyncio.create_task(running.run(wanted, 10_000.0))
+        second = asyncio.create_task(running.run({**wanted, "out": str(tmp_path / "out2")}, 1000.0))
+        await _steps(20)
+        ahead = 5000.0
+        await _steps(20)  # for a timer to end it
+        assert not second.done(), "the only process has another job"
+        child.send_signal(signal.SIGCONT)
+        assert "done" in await first
+        assert "done" in await second
+        (child,) = running._all
+        child.send_signal(signal.SIGSTOP)
+        running._used.clear()
+        third = asyncio.create_task(running.run(wanted, 1000.0))
+        await _steps(20)
+        assert running._used
+        ahead = 10_000.0
+        with pytest.raises(TimeoutError):
+            await third
+        assert child.returncode is not None
+
+
 async def test_a_check_vouches_for_a_file(tmp_path: Path) -> None:
     async with workers(1) as running:
         wanted, _ = job(tmp_path)

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -18,6 +19,12 @@ FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 def set_up_logging(level: str = "INFO") -> None:
     """Log to stderr; the service manager adds the rest."""
     logging.basicConfig(level=level.upper(), format=FORMAT, stream=sys.stderr)
+
+
+def raise_file_limit() -> None:
+    """Let this process open as many files as it may: the soft limit is 1024 by custom, for the sake of select(2)."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def notify(state: str) -> None:

@@ -6,7 +6,7 @@ others, and :meth:`SingleFlight.close` ends what nobody waits for.
 
 import asyncio
 import functools
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Generic, TypeVar
 
 K = TypeVar("K")
@@ -22,6 +22,10 @@ class SingleFlight(Generic[K, V]):
     def __contains__(self, key: K) -> bool:
         """Whether work for *key* is under way."""
         return key in self._tasks
+
+    def __iter__(self) -> Iterator[K]:
+        """The keys for which work is under way."""
+        return iter(self._tasks)
 
     async def run(self, key: K, work: Callable[[], Awaitable[V]]) -> V:
         """The result of ``work()``, or of the run of it that is already under way for *key*."""

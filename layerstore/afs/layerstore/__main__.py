@@ -76,6 +76,7 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
     from afs.core.errors import InvalidArgument
     from afs.core.files import locked
     from afs.core.rpc import serving
+    from afs.core.service import raise_file_limit
     from afs.discovery.client import Announcer, Peer
     from afs.layerstore.fillserver import serving_fills
     from afs.layerstore.images import Images
@@ -94,6 +95,7 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         raise InvalidArgument(
             f"--listen {config.listen} is no address that peers could use: give --advertise HOST:PORT"
         )
+    raise_file_limit()  # a partial layer takes two
     node_id = config.node_id or socket.gethostname()
     config.run_dir.mkdir(parents=True, exist_ok=True)
     async with contextlib.AsyncExitStack() as stack:
@@ -124,9 +126,9 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
             pb_grpc.add_LayerstoreNodeServicer_to_server(node_service, server)
             to_peers(server)
 
+        leases.serve()  # before anybody can be told anything
         await stack.enter_async_context(serving_fills(config.run_dir / "fill.sock", layers))
         await stack.enter_async_context(serving([f"unix:{config.run_dir}/layerstore.sock"], to_node))
-        leases.serve()
         bound = await stack.enter_async_context(serving([config.listen], to_peers, insecure=config.insecure))
         announcer.serve_at(config.advertise or bound[0])
         await announcer.flush()

@@ -3,15 +3,21 @@
 State and locks (one event loop):
 
 - ``_partials`` holds every open partial layer. An entry appears in :meth:`_describe_now` after its files exist and leaves in
-  :meth:`_promote` after the complete file was committed; in between a layer may be read from either, the bytes are equal.
-- ``_opening`` and ``_ensuring`` are single flight by diff_id: at most one task changes the state of a layer each.
-  Both may want a partial layer made: ``_describing`` is single flight for that and waits for neither.
+  :meth:`_drop` after the complete file was committed; in between a layer may be read from either, the bytes are equal.
+- ``_opening`` and ``_ensuring`` are single flight by diff_id and origin, for an image can claim any diff_id: a layer must
+  not wait for another image's slow source, nor share its failure. What they do to one layer's state is one task's each:
+  ``_describing`` makes the partial layer and ``_completing`` turns it into a complete one, single flight by diff_id; they
+  know no origin, and who joined one that failed tries again. A pulled layer is committed in one step, and the first stays.
+- A partial layer beside a complete one is dropped by ``_completing`` or, while that does not run, by whoever finds it. It does
+  not start on a layer that is complete, so it never has its files closed below it.
 - A layer leaves every map at once, in :meth:`_detach`, when :class:`~afs.layerstore.room.Room` evicts it. That happens at
   any await, but never to a layer that is leased: whoever looks one up leases or pins it before the next await, and so it
   is there as long as it is needed.
 """
 
 import asyncio
+import contextlib
+import errno
 import functools
 import logging
 import time
@@ -24,7 +30,7 @@ from afs.discovery.client import Announcer, Peer
 from afs.layerstore.errors import DamagedLayer, DiskFull, LayerUnavailable
 from afs.layerstore.partial import AT_ONCE, PartialLayer
 from afs.layerstore.peers import Peers
-from afs.layerstore.pull import Puller
+from afs.layerstore.pull import OriginKey, Puller
 from afs.layerstore.repair import Repairs
 from afs.layerstore.room import Room
 from afs.layerstore.store import NO_SPACE, CompleteLayer, LayerStore
@@ -32,6 +38,7 @@ from afs.layerstore.supply import Origin, Supply
 
 log = logging.getLogger(__name__)
 OpenLayer = CompleteLayer | PartialLayer
+_TRIES = 2  # to open a layer: the second after the first one found it damaged, and it was repaired or dropped
 
 
 class Layers:
@@ -53,8 +60,9 @@ class Layers:
         self._announcer = announcer
         self._read_deadline = read_deadline
         self._partials: dict[str, PartialLayer] = {}
-        self._opening: SingleFlight[str, OpenLayer] = SingleFlight()
-        self._ensuring: SingleFlight[str, bool] = SingleFlight()
+        self._opening: SingleFlight[OriginKey, OpenLayer] = SingleFlight()
+        self._ensuring: SingleFlight[OriginKey, bool] = SingleFlight()
+        self._completing: SingleFlight[str, bool | None] = SingleFlight()
         self._describing: SingleFlight[str, PartialLayer | None] = SingleFlight()
         self._puller = puller
         self._supply = Supply(store, room, puller, peers, announcer, read_deadline, self._is_ensured)
@@ -91,6 +99,8 @@ class Layers:
         try:
             partial = PartialLayer.open(diff_id, self._store.partial_dir(diff_id))
         except (AfsError, OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                raise  # which says nothing about the layer
             log.warning("dropping the partial layer %s: %s", diff_id, error)
             self._store.drop_partial(diff_id)
             return
@@ -109,6 +119,7 @@ class Layers:
         await asyncio.gather(*self._background, return_exceptions=True)
         await self.repairs.close()
         await self._ensuring.close(cancel=True)
+        await self._completing.close(cancel=True)
         await self._opening.close(cancel=True)
         await self._describing.close(cancel=True)
         for partial in self._partials.values():
@@ -143,21 +154,25 @@ class Layers:
         return self._store.detach(diff_id)
 
     async def open(self, origin: Origin, *, local: bool) -> OpenLayer:
-        """Make the layer mountable: complete, or partial with its metadata here. *local*: pull it on this node."""
-        diff_id = origin.layer.diff_id
-        with self._pinned([diff_id]):
-            self._supply.know(origin)
-            found = self.find(diff_id)
-            if found is None:
-                found = await self._opening.run(diff_id, lambda: self._open(origin, local=local))
-            await self._sound(found)
-            return found
+        """Make the layer mountable: complete, or partial with its metadata here. *local*: pull it on this node.
 
-    async def _sound(self, layer: OpenLayer) -> None:
-        """Raise DamagedLayer if *layer* is damaged and cannot be repaired."""
-        if not isinstance(layer, CompleteLayer) or not self.repairs.is_damaged(layer.diff_id):
-            return
-        if not await self.repairs.check(layer):
+        Nothing holds it on return: the caller pins or leases it before the next await.
+        """
+        diff_id = origin.layer.diff_id
+        for _ in range(_TRIES):
+            with self._pinned([diff_id]):
+                self._supply.know(origin)
+                found = self.find(diff_id)
+                if found is None or (isinstance(found, PartialLayer) and not found.is_mountable()):
+                    found = await self._opening.run(origin.key, lambda: self._open(origin, local=local))
+                if not isinstance(found, CompleteLayer) or not self.repairs.is_damaged(diff_id):
+                    return found
+            await self._mend(found)
+        raise DamagedLayer(diff_id, "a chunk")
+
+    async def _mend(self, layer: CompleteLayer) -> None:
+        """Repair a damaged layer or drop it; DamagedLayer if neither can be. The caller must not pin it."""
+        if not await self.repairs.check(layer) and self._store.complete(layer.diff_id) is layer:
             raise DamagedLayer(layer.diff_id, "a chunk")
 
     async def _open(self, origin: Origin, *, local: bool) -> OpenLayer:
@@ -177,10 +192,21 @@ class Layers:
 
     async def _describe(self, diff_id: str, holders: list[Peer]) -> PartialLayer | None:
         """A partial layer as one of *holders* describes it, its metadata read; None if nobody can."""
+        joined = diff_id in self._describing
+        with contextlib.ExitStack() as stack:
+            if joined:  # what others were told need not be so for us
+                stack.enter_context(contextlib.suppress(LayerUnavailable, DataLoss))
+            partial = await self._describing.run(diff_id, lambda: self._describe_now(diff_id, holders))
+            if partial is not None or not joined:
+                return partial
         return await self._describing.run(diff_id, lambda: self._describe_now(diff_id, holders))
 
     async def _describe_now(self, diff_id: str, holders: list[Peer]) -> PartialLayer | None:
         if (known := self._partials.get(diff_id)) is not None:
+            if not known.is_mountable():
+                if not holders:
+                    return None
+                await self._fill_metadata(known, holders)
             return known
         for peer in holders:
             try:
@@ -199,7 +225,7 @@ class Layers:
         return None
 
     async def _fill_metadata(self, partial: PartialLayer, holders: list[Peer]) -> None:
-        """Take a new partial layer in and have its metadata here. Raises CacheFull, and then it is gone."""
+        """Take a partial layer in and have its metadata here. Raises CacheFull, and then a new one is gone."""
         chunks, diff_id = partial.metadata_chunks(), partial.diff_id
         try:
             # Only of this room can a container be sure; what it reads later may push others out.
@@ -214,7 +240,8 @@ class Layers:
                 partial.close()
                 self._store.drop_partial(diff_id)
             raise
-        self._announcer.hold(diff_id, partial.layout.file_size, complete=False)
+        if self._store.complete(diff_id) is None:
+            self._announcer.hold(diff_id, partial.layout.file_size, complete=False)
 
     async def fill(self, diff_id: str, first: int, count: int) -> None:
         """Have chunks *first* to *first + count - 1* in the partial layer's file; NotFound if the layer is not here."""
@@ -225,6 +252,8 @@ class Layers:
                 last = min(first + count, partial.table.count)
                 await partial.fill(range(max(first, 0), last), self._supply.fetch)
                 self._room.note(diff_id)
+                if self._store.complete(diff_id) is not None:  # the asker has the file open, or opens the complete one
+                    self._in_background(functools.partial(self._drop_beside, diff_id))
 
     async def _on_full(self, partial: PartialLayer, wanted: int, since: float) -> None:
         """Make room for a chunk on a full disk, or wait for somebody to let go of something; DiskFull at the deadline."""
@@ -272,49 +301,58 @@ class Layers:
             try:
                 await work()
             except (AfsError, OSError) as error:
-                log.error("repair: %s", error)
+                log.error("layers: %s", error)
 
         task = asyncio.create_task(run())
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
     async def ensure(self, origin: Origin) -> tuple[CompleteLayer, bool]:
-        """The layer, complete on this node, and whether it was read from its source for that."""
-        diff_id = origin.layer.diff_id
-        with self._pinned([diff_id]):
-            self._supply.know(origin)
-            pulled = False
-            if self._store.complete(diff_id) is None:
-                pulled = await self._ensuring.run(diff_id, lambda: self._ensure(origin))
-            complete = self._store.complete(diff_id)
-            if complete is None:
-                raise DataLoss(f"layer {diff_id} was damaged on disk as soon as it was complete")
-            await self._sound(complete)
-            return complete, pulled
+        """The layer, complete on this node, and whether it was read from its source for that. As :meth:`open`."""
+        diff_id, pulled = origin.layer.diff_id, False
+        for _ in range(_TRIES):
+            with self._pinned([diff_id]):
+                self._supply.know(origin)
+                if self._store.complete(diff_id) is None:
+                    pulled = await self._ensuring.run(origin.key, lambda: self._ensure(origin))
+                complete = self._store.complete(diff_id)
+                if complete is None:
+                    raise DataLoss(f"layer {diff_id} was damaged on disk as soon as it was complete")
+                if not self.repairs.is_damaged(diff_id):
+                    return complete, pulled
+            await self._mend(complete)
+        raise DamagedLayer(diff_id, "a chunk")
 
     def _is_ensured(self, diff_id: str) -> bool:
-        return diff_id in self._ensuring
+        return any(key[0] == diff_id for key in self._ensuring)
 
     async def _ensure(self, origin: Origin) -> bool:
-        with self._pinned([origin.layer.diff_id]):  # its callers may all go away
+        diff_id = origin.layer.diff_id
+        with self._pinned([diff_id]):  # its callers may all go away
             try:
-                if (done := await self._from_peers(origin.layer.diff_id)) is not None:
+                done = await self._completing.run(diff_id, lambda: self._from_peers(diff_id))
+                if done is not None:
                     return done
             except (LayerUnavailable, DataLoss) as error:
-                log.warning("layer %s cannot be completed from peers: %s; pulling it", origin.layer.diff_id, error.line)
+                log.warning("layer %s cannot be completed from peers: %s; pulling it", diff_id, error.line)
             await self._supply.pull(origin)
-            if (partial := self._partials.get(origin.layer.diff_id)) is not None:
-                await self._drop(partial)
+            await self._drop_beside(diff_id)
             return True
 
     async def _from_peers(self, diff_id: str) -> bool | None:
         """Complete the layer from other nodes: False. None if nobody has it, True if it was pulled after all."""
-        partial = self._partials.get(diff_id)
-        if partial is None:
-            partial = await self._describe(diff_id, await self._supply.holders(diff_id))
-        if partial is None:
-            return None
-        missing = partial.missing()
+        with self._pinned([diff_id]):
+            partial = self._partials.get(diff_id)
+            if partial is None:
+                partial = await self._describe(diff_id, await self._supply.holders(diff_id))
+            if self._store.complete(diff_id) is not None:
+                if partial is not None:
+                    await self._drop(partial)
+                return True
+            return None if partial is None else await self._complete(partial)
+
+    async def _complete(self, partial: PartialLayer) -> bool:
+        diff_id, missing = partial.diff_id, partial.missing()
         async with self._room.reserved(diff_id, len(missing) * partial.layout.chunk_size) as reservation:
             for start in range(0, len(missing), AT_ONCE):  # what a reader waits for gets in between
                 await partial.fill(missing[start : start + AT_ONCE], self._supply.fetch)
@@ -335,10 +373,18 @@ class Layers:
         self._announcer.hold(partial.diff_id, partial.layout.file_size, complete=True)
         await self._announcer.flush()
 
+    async def _drop_beside(self, diff_id: str) -> None:
+        """Drop the partial layer if the complete one is there; see the module."""
+        partial = self._partials.get(diff_id)
+        if partial is not None and self._store.complete(diff_id) is not None and diff_id not in self._completing:
+            await self._drop(partial)
+
     async def _drop(self, partial: PartialLayer) -> None:
         """Forget a partial layer whose complete file is there; afs_fused keeps what it has open."""
         await partial.idle()
-        self._partials.pop(partial.diff_id, None)
+        if self._partials.get(partial.diff_id) is not partial:
+            return  # somebody else has dropped it
+        del self._partials[partial.diff_id]
         partial.close()
         self._store.drop_partial(partial.diff_id)
         self._room.note(partial.diff_id)

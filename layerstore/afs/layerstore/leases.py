@@ -75,7 +75,7 @@ class Leases:
                 self.lease(diff_id)
 
     def forget(self, diff_id: str) -> None:
-        """The layer was evicted."""
+        """What peers asked for earlier keeps the layer no more: it was evicted, or is damaged for good."""
         self._timed.pop(diff_id, None)
 
     # What the snapshotter says
@@ -160,7 +160,8 @@ class Leases:
     async def known(self) -> None:
         """Wait until the snapshotter has reported for the first time, or its time for that is over."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._first.wait(), max(self._until - self._now(), 0))
+            async with asyncio.timeout(max(self._until - self._now(), 0)):
+                await self._first.wait()
 
     async def release(self, diff_ids: Collection[str], timeout: float) -> None:
         """Ask the snapshotter to unmount idle layers; returns when all are or it said no, at the latest after *timeout*."""

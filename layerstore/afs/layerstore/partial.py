@@ -61,10 +61,14 @@ class PartialLayer:
         self.directory = directory
         self.layout = layout
         self.table = table
-        self._data = os.open(self.data_path, os.O_RDWR | os.O_CLOEXEC)
         fd = os.open(self.map_path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            self._chunks = mmap.mmap(fd, table.count)
+            self._data = os.open(self.data_path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                self._chunks = mmap.mmap(fd, table.count)
+            except BaseException:
+                os.close(self._data)
+                raise
         finally:
             os.close(fd)
         self._filling: dict[int, asyncio.Task[None]] = {}
@@ -142,6 +146,10 @@ class PartialLayer:
         size = self.layout.chunk_size
         first, last = self.layout.meta_offset // size, (self.layout.erofs_end - 1) // size
         return sorted({0, *range(first, last + 1)})
+
+    def is_mountable(self) -> bool:
+        """Whether a mount finds at once what it reads at once."""
+        return all(self.has(index) for index in self.metadata_chunks())
 
     def read(self, index: int) -> bytes:
         """The bytes of chunk *index*. Blocking; only meaningful if :meth:`has` it."""

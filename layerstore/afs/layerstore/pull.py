@@ -7,13 +7,14 @@ run, can use. A layer under way has a reservation in the cache and is pinned unt
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from afs.core.errors import Unavailable, error_for_grpc
+from afs.core.errors import DataLoss, Unavailable, error_for_grpc
 from afs.core.images import ImageRef
 from afs.core.singleflight import SingleFlight
 from afs.core.units import format_size
@@ -33,6 +34,13 @@ log = logging.getLogger(__name__)
 _LOOK_S = 1.0  # a converter writes some 500 MiB in that time, less than the disk's headroom
 _PATIENCE_S, _LEAST_RATE = 120.0, 64 << 10  # seconds, and bytes per second, that a source may take for a layer
 
+OriginKey = tuple[str, str, str]
+
+
+def origin_key(ref: ImageRef, layer: Layer) -> OriginKey:
+    """(diff_id, digest of the blob, place): what one pull is for. Images with the same give the same layer."""
+    return layer.diff_id, layer.blob_digest, ref.location
+
 
 class Puller:
     """Pulls layers into *store*, as far as there is *room*, at most *parallel* at a time."""
@@ -43,7 +51,7 @@ class Puller:
         self._options = encode_options(options)
         self._sources = Sources(options)
         self._workers = Workers(parallel)
-        self._pulls: SingleFlight[tuple[str, str, str], CompleteLayer] = SingleFlight()
+        self._pulls: SingleFlight[OriginKey, CompleteLayer] = SingleFlight()
 
     def source(self, ref: ImageRef, stop: Stop | None = None) -> Source:
         """Where *ref* comes from, for manifests and configs; *stop* ends requests for them."""
@@ -59,10 +67,9 @@ class Puller:
         # come here when a pull that ran meanwhile has just ended.
         if (complete := self._store.complete(layer.diff_id)) is not None:
             return complete
-        # Not by diff_id alone: a config can claim any, and another image's bad blob must not be this one's error. Two
-        # pulls of one layer from two places end in a rename each, of equal bytes.
-        key = (layer.diff_id, layer.blob_digest, ref.location)
-        return await self._pulls.run(key, lambda: self._pull(ref, layer))
+        # Not by diff_id alone: a config can claim any, and another image's bad blob must not be this one's error. Of two
+        # pulls of one layer from two places the second finds the layer there, of equal bytes.
+        return await self._pulls.run(origin_key(ref, layer), lambda: self._pull(ref, layer))
 
     async def _pull(self, ref: ImageRef, layer: Layer) -> CompleteLayer:
         started = time.monotonic()
@@ -95,7 +102,7 @@ class Puller:
             layer.diff_id, layer.blob_size, compressed=compressed, path=temporary
         ) as reservation:
             try:
-                answer = await self._within(ref, layer, self._watched(job, reservation))
+                answer = await self._watched(job, reservation, ref, layer)
                 if "error" in answer:
                     self._fail(ref, layer, answer)
                 await self._room.correct(reservation, temporary.stat().st_blocks * 512)
@@ -107,19 +114,27 @@ class Puller:
             finally:  # the worker removes it when it fails, unless it was killed
                 temporary.unlink(missing_ok=True)
 
-    async def _watched(self, job: dict[str, Any], reservation: Reservation) -> dict[str, Any]:
-        """The answer to *job*, cancelled when what it writes has no room: a blob may become a thousand times its size."""
-        task = asyncio.create_task(self._workers.run(job))
+    async def _watched(
+        self, job: dict[str, Any], reservation: Reservation, ref: ImageRef, layer: Layer
+    ) -> dict[str, Any]:
+        """The answer to *job*, cancelled when what it writes has no room: a blob may become a thousand times its size.
+
+        Unavailable if the source is so slow that it only takes up a worker that others wait for.
+        """
+        limit = _PATIENCE_S + layer.blob_size / _LEAST_RATE
+        task = asyncio.create_task(self._workers.run(job, limit))
         try:
             while not (await asyncio.wait([task], timeout=_LOOK_S))[0]:
                 await self._room.grow(reservation)
             return task.result()
+        except TimeoutError:
+            raise Unavailable(f"image {ref}: layer {layer.blob_digest} did not come within {limit:.0f} s") from None
         finally:
             task.cancel()
             await asyncio.wait([task])
 
     async def check(self, path: Path, diff_id: str) -> None:
-        """Check all of a layer's file, its index too, and put it on disk. Raises CorruptLayer's kind, DataLoss.
+        """Check all of a layer's file, its index too, and put it on disk. Raises DataLoss.
 
         In one of the processes, for it takes as long as half a conversion, and its memory.
         """
@@ -127,15 +142,9 @@ class Puller:
         if "error" in answer:
             if answer["errno"] in NO_SPACE:
                 raise DiskFull(diff_id, self._store.root)
+            if answer["errno"] == errno.EIO:  # a sector that cannot be read is damage like any other
+                raise DataLoss(f"layer {diff_id}: {answer['error']}")
             raise error_for_grpc(answer["status"])(answer["error"])
-
-    async def _within(self, ref: ImageRef, layer: Layer, work: Awaitable[dict[str, Any]]) -> dict[str, Any]:
-        """*work*, unless the source is so slow that it only takes up a worker that others wait for."""
-        limit = _PATIENCE_S + layer.blob_size / _LEAST_RATE
-        try:
-            return await asyncio.wait_for(work, limit)
-        except TimeoutError:
-            raise Unavailable(f"image {ref}: layer {layer.blob_digest} did not come within {limit:.0f} s") from None
 
     def _fail(self, ref: ImageRef, layer: Layer, answer: dict[str, Any]) -> None:
         if answer["errno"] in NO_SPACE:

@@ -3,9 +3,12 @@
 Where a chunk comes from: peers that have it, each answer checked against the table; else the whole layer from its source
 once more.
 
-State and locks (one event loop): ``_damaged`` holds what is known to be damaged and not yet repaired. It is not announced
-and not opened. ``_checking`` is single flight by diff_id, so a layer is repaired by one task at a time; it is pinned
-meanwhile. A layer that cannot be repaired goes, if nobody needs it, and is pulled anew when it is wanted.
+State and locks (one event loop): ``_damaged`` maps what is known to be damaged, and not yet repaired, to how often somebody
+has found that. It is not announced and not opened. ``_checking`` is single flight by diff_id, so a layer is repaired by one
+task at a time; it is pinned meanwhile. A check clears the mark only if nobody found damage while it ran, for that may lie
+behind its position; else the layer is checked again. A layer that cannot be repaired goes, if nobody needs it, and is
+pulled anew when it is wanted. Peers' timed leases do not keep it, for they get it elsewhere; those who join a check hold
+no pin of it either, or nobody could drop the layer.
 """
 
 import asyncio
@@ -42,7 +45,7 @@ class Repairs:
         self._announcer = announcer
         self._from_peers = from_peers
         self._copy_of = copy_of
-        self._damaged: set[str] = set()
+        self._damaged: dict[str, int] = {}
         self._checking: SingleFlight[str, bool] = SingleFlight()
 
     def is_damaged(self, diff_id: str) -> bool:
@@ -56,39 +59,51 @@ class Repairs:
 
     def forget(self, diff_id: str) -> None:
         """The layer is gone."""
-        self._damaged.discard(diff_id)
+        self._damaged.pop(diff_id, None)
 
     def suspect(self, layer: CompleteLayer) -> None:
         """A chunk of *layer* is damaged: others must not come for it until :meth:`check` has repaired it."""
-        self._damaged.add(layer.diff_id)
+        self._damaged[layer.diff_id] = self._damaged.get(layer.diff_id, 0) + 1
         self._announcer.drop(layer.diff_id)
 
     async def check(self, layer: CompleteLayer, pause: float = 0.0) -> bool:
-        """Verify *layer*, with *pause* seconds between two chunks, and repair it if need be; whether it is whole now."""
-        with self._room.leases.pinned([layer.diff_id]):
-            whole = await self._checking.run(layer.diff_id, lambda: self._check(layer, pause))
+        """Verify *layer* and repair it if need be; whether it is whole now. If not, it is dropped, unless somebody needs it.
+
+        There are *pause* seconds between two chunks, as long as no reader found damage: then somebody may wait.
+        """
+        while True:
+            whole = await self._checking.run(layer.diff_id, lambda: self._check_or_drop(layer, pause))
+            if not whole or not self.is_damaged(layer.diff_id):
+                return whole
+
+    async def _check_or_drop(self, layer: CompleteLayer, pause: float) -> bool:
+        whole = await self._check(layer, pause)
         if not whole and self.is_damaged(layer.diff_id):
+            self._room.leases.forget(layer.diff_id)
             await self._room.drop(layer.diff_id)
         return whole
 
     async def _check(self, layer: CompleteLayer, pause: float) -> bool:
         diff_id = layer.diff_id
         with self._room.leases.pinned([diff_id]):
+            found = self._damaged.get(diff_id, 0)
             try:
-                chunks = await damaged_chunks(layer, pause=pause)
+                chunks = await damaged_chunks(layer, pause=lambda: 0.0 if self.is_damaged(diff_id) else pause)
                 if chunks:
                     log.error("layer %s: chunks %s are damaged on disk", diff_id, chunks)
-                    self.suspect(layer)
+                    self._damaged.setdefault(diff_id, found)
+                    self._announcer.drop(diff_id)
                     await self._announcer.flush()
                 await repair(layer, chunks, self._from_peers, self._copy_of(diff_id))
             except FileNotFoundError:  # evicted before we came to it
+                self.forget(diff_id)
                 return True
             except (AfsError, OSError) as error:
                 log.error("layer %s cannot be repaired now: %s", diff_id, error)
                 return False
-            if diff_id in self._damaged:
+            if self._damaged.get(diff_id) == found:
                 log.info("layer %s is whole again", diff_id)
-                self._damaged.discard(diff_id)
+                del self._damaged[diff_id]
                 self._announcer.hold(diff_id, layer.layout.file_size, complete=True)
             return True
 
@@ -97,14 +112,14 @@ class Repairs:
         await self._checking.close(cancel=True)
 
 
-async def damaged_chunks(layer: CompleteLayer, *, pause: float = 0.0) -> list[int]:
-    """The chunks of *layer* that are not what its table says, read from the disk; *pause* seconds between two."""
+async def damaged_chunks(layer: CompleteLayer, *, pause: Callable[[], float] = lambda: 0.0) -> list[int]:
+    """The chunks of *layer* that are not what its table says, read from the disk; *pause()* seconds between two."""
     found = []
     for index in range(layer.table.count):
         if await asyncio.to_thread(layer.read_chunk, index, from_disk=True) is None:
             found.append(index)
-        if pause:
-            await asyncio.sleep(pause)
+        if seconds := pause():
+            await asyncio.sleep(seconds)
     return found
 
 

@@ -19,11 +19,12 @@ from collections.abc import AsyncIterator, Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
+from afs.core.errors import AfsError
 from afs.core.units import format_size
 from afs.layerstore.errors import CacheFull
 from afs.layerstore.leases import Leases
 from afs.layerstore.quota import Quota, Reservation
-from afs.layerstore.store import LayerStore, delete
+from afs.layerstore.store import LayerStore, delete_all
 
 log = logging.getLogger(__name__)
 HIGH, LOW = 0.95, 0.90  # of the capacity: above the one, run() evicts down to the other
@@ -67,6 +68,7 @@ class Room:
         self._making = asyncio.Lock()
         self._look = asyncio.Event()
         self._evicted = 0
+        self._stampable = True  # as far as is known: it is logged once if not
         # Takes a layer out of every map and gives the files to delete; Layers puts its own in place.
         self.detach: Callable[[str], list[Path]] = store.detach
         leases.changed = self._look.set
@@ -86,7 +88,12 @@ class Room:
         self._quota.touch(diff_id, now)
         if now - self._persisted.get(diff_id, 0.0) >= PERSIST_S:
             self._persisted[diff_id] = now
-            self._store.stamp(diff_id, now)
+            try:
+                self._store.stamp(diff_id, now)
+            except OSError as error:  # known all the same, until a restart
+                if self._stampable:
+                    log.warning("cannot remember on disk when layers were used: %s", error)
+                self._stampable = False
 
     def restore(self, diff_ids: Collection[str]) -> None:
         """Count what an earlier process left, in the order of its last use. Blocking, at start."""
@@ -118,8 +125,12 @@ class Room:
         """Bytes to evict until use and promises are within *level* of the capacity and the headroom is there."""
         promised = self._quota.likely if likely else self._quota.least
         over = self._quota.used + promised - int(level * self._quota.capacity)
-        written = sum(_allocated(path) for path in self._paths.values())
-        return max(over, self._headroom + max(promised - written, 0) - self._store.free())
+        missing = 0  # of each by itself: what one wrote beyond its promise is not room for another
+        for reservation in self._quota.reservations():
+            path = self._paths.get(reservation)
+            size = reservation.likely if likely else reservation.least
+            missing += max(size - (_allocated(path) if path is not None else 0), 0)
+        return max(over, self._headroom + missing - self._store.free())
 
     # Reservations
 
@@ -213,7 +224,7 @@ class Room:
         return paths
 
     async def _delete(self, paths: list[Path]) -> None:
-        await asyncio.shield(asyncio.to_thread(_delete_all, paths))
+        await asyncio.shield(asyncio.to_thread(delete_all, paths))
 
     async def drop(self, diff_id: str) -> bool:
         """Evict this layer if nobody needs it; whether it is gone."""
@@ -232,11 +243,12 @@ class Room:
         """Keep below the high-water mark, for ever; cancel it to stop."""
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._look.wait(), LOOK_S)
+                async with asyncio.timeout(LOOK_S):
+                    await self._look.wait()
             self._look.clear()
             try:
                 await self.tidy()
-            except OSError as error:  # a disk that fails now may be mended when we look again
+            except (AfsError, OSError) as error:  # a disk that fails now may be mended when we look again
                 log.error("cannot evict: %s", error)
 
     async def tidy(self) -> None:
@@ -251,8 +263,3 @@ def _allocated(path: Path) -> int:
         return path.stat().st_blocks * 512
     except FileNotFoundError:  # nothing was written yet
         return 0
-
-
-def _delete_all(paths: list[Path]) -> None:
-    for path in paths:
-        delete(path)

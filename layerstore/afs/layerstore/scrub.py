@@ -11,10 +11,12 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 
+from afs.core.errors import AfsError
 from afs.core.files import write_atomic
 from afs.layerstore.store import CompleteLayer, LayerStore
 
 log = logging.getLogger(__name__)
+LOOK_S = 3600.0  # between two looks at what is due, at most: the clock may be set, and a layer come from elsewhere
 RATE = 32.0  # MiB per second, at most; hashing that much is 2 % of a core
 
 # Verifies a layer with that many seconds between two chunks, and repairs it if need be; whether it is whole now.
@@ -41,7 +43,7 @@ class Scrubber:
             return {str(diff_id): float(when) for diff_id, when in found.items()}
         except FileNotFoundError:
             return {}
-        except (ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             log.error("%s is damaged, beginning anew: %s", self._path, error)
             return {}
 
@@ -77,8 +79,12 @@ class Scrubber:
     async def run(self) -> None:
         """Scrub for ever; cancel it to stop."""
         while True:
-            delay, layer = self.due()
+            try:
+                delay, layer = self.due()
+                if delay <= 0 and layer is not None:
+                    await self.scrub(layer)
+            except (AfsError, OSError) as error:  # a disk that fails now may be mended when we look again
+                log.error("cannot scrub: %s", error)
+                delay = LOOK_S
             if delay > 0:
-                await asyncio.sleep(delay)  # what comes meanwhile is due later
-            elif layer is not None:
-                await self.scrub(layer)
+                await asyncio.sleep(min(delay, LOOK_S))

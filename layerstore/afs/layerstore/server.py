@@ -1,6 +1,7 @@
 """The gRPC services of the layerstore: to peers, and to the node's own snapshotter."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Collection
 from typing import Any
 
@@ -95,10 +96,15 @@ class NodeService(pb_grpc.LayerstoreNodeServicer):
         ref, platform = _name(request.name)
         local = request.force_local_fetch
         image = await self._images.resolve(ref, platform, here=local)
-        # All of them until the last is here, which may take minutes; then until the snapshotter reports the mounts.
-        with self._leases.pinned(layer.diff_id for layer in image.layers):
-            origins = [Origin(ref, platform, layer) for layer in image.layers]
-            await asyncio.gather(*(self._layers.open(origin, local=local) for origin in origins))
+        # Each as soon as it is here, until the last is, which may take minutes; then until the snapshotter reports the
+        # mounts. Not before: a damaged one that cannot be repaired has to go and come anew.
+        with contextlib.ExitStack() as pins:
+
+            async def open_layer(layer: Layer) -> None:
+                await self._layers.open(Origin(ref, platform, layer), local=local)
+                pins.enter_context(self._leases.pinned([layer.diff_id]))
+
+            await asyncio.gather(*(open_layer(layer) for layer in image.layers))
             layers = [self._layers.look_up(layer.diff_id) for layer in image.layers]
             self._leases.hand_over(request.number, [layer.diff_id for layer in layers])
         return pb.OpenImageResponse(

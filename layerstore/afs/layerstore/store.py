@@ -26,7 +26,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,10 +112,19 @@ class CompleteLayer:
 
 def delete(path: Path) -> None:
     """Remove a file or a directory tree; a missing one is no error."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         remove_tree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def delete_all(paths: Iterable[Path]) -> None:
+    """:func:`delete` each. What cannot be is logged: below ``tmp/`` it is tried again at the next start."""
+    for path in paths:
+        try:
+            delete(path)
+        except (AfsError, OSError) as error:
+            log.error("cannot remove %s: %s", path, error)
 
 
 def write_all(fd: int, data: bytes, offset: int) -> None:
@@ -141,9 +150,10 @@ class LayerStore:
             raise StoreLocked(root) from None
         if not (root / "CACHEDIR.TAG").exists():
             write_atomic(root / "CACHEDIR.TAG", _TAG)
-        for leftover in (root / "tmp").iterdir():
-            log.info("removing %s, which a crash left", leftover)
-            delete(leftover)
+        leftovers = list((root / "tmp").iterdir())
+        if leftovers:
+            log.info("removing %d files from %s, which a crash left", len(leftovers), root / "tmp")
+        delete_all(leftovers)
         self._complete: dict[str, CompleteLayer] = {}
 
     def close(self) -> None:
@@ -185,6 +195,10 @@ class LayerStore:
             log.error("removing %s: %s", path, error.line)
             path.unlink()
             return None
+        except IsADirectoryError:  # somebody's hand; no layer could take its place
+            log.error("removing %s: it is a directory", path)
+            delete_all([path])
+            return None
         except OSError as error:  # a bad sector: not ours to judge, but no reason not to serve the others
             log.error("cannot read %s: %s", path, error)
             return None
@@ -213,7 +227,7 @@ class LayerStore:
 
     def drop_partial(self, diff_id: str) -> None:
         """Remove the partial layer's files; open descriptors keep working."""
-        remove_tree(self.partial_dir(diff_id))
+        delete(self.partial_dir(diff_id))
 
     def detach(self, diff_id: str) -> list[Path]:
         """Take the layer out of the directory, complete and partial; what is to be deleted. Renames only: it is quick."""
@@ -239,7 +253,7 @@ class LayerStore:
         used, last_use = 0, 0.0
         partial = self.partial_dir(diff_id)
         for path in (self.layer_path(diff_id), partial / "data", partial / "chunks"):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 status = path.stat()
                 used += status.st_blocks * 512  # partial layers are sparse
                 last_use = max(last_use, status.st_mtime)
@@ -248,7 +262,7 @@ class LayerStore:
     def stamp(self, diff_id: str, now: float) -> None:
         """Note on disk that the layer was used at *now*."""
         for path in (self.layer_path(diff_id), self.partial_dir(diff_id) / "data"):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 os.utime(path, (now, now))
 
     def default_capacity(self) -> int:
@@ -274,9 +288,7 @@ class LayerStore:
     def partial_ids(self) -> list[str]:
         """The diff_ids of all partial layers."""
         found = sorted((self.root / "partial").iterdir())
-        for path in found:
-            if path.name.startswith("."):  # was being made when the process died
-                remove_tree(path)
+        delete_all(path for path in found if path.name.startswith("."))  # was being made when the process died
         return [diff_id for path in found if is_digest(diff_id := f"sha256:{path.name}")]
 
     # Images
@@ -315,5 +327,6 @@ class LayerStore:
                 yield ref, platform, build_image(document["name"], platform, manifest, config, resolved, index)
             except (AfsError, ValueError, KeyError, TypeError, AttributeError) as error:
                 log.error("removing %s: %s", path, error)
-                with contextlib.suppress(FileNotFoundError):
-                    path.unlink()
+                delete_all([path])
+            except OSError as error:  # not ours to judge, but no reason not to serve the others
+                log.error("cannot read %s: %s", path, error)

@@ -2,14 +2,19 @@
 
 State (one event loop): ``_providers``, ``_avoided`` and ``_origins`` are hints; any await may find them changed, and a wrong
 one costs one failed call. They go with the layer when it is evicted.
+
+``_origins`` has for each layer where it may be pulled from. An image can claim any diff_id, so a new one goes last, behind
+what may be better; one that proved right goes first, and one that failed last.
 """
 
 import asyncio
+import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from afs.core.errors import (
     AfsError,
@@ -26,7 +31,7 @@ from afs.layerstore.manifests import Layer
 from afs.layerstore.partial import PartialLayer
 from afs.layerstore.peers import Peers
 from afs.layerstore.placement import ranked
-from afs.layerstore.pull import Puller
+from afs.layerstore.pull import OriginKey, Puller, origin_key
 from afs.layerstore.repair import Copy, Repairs
 from afs.layerstore.room import Room
 from afs.layerstore.store import CompleteLayer, LayerStore
@@ -41,6 +46,11 @@ class Origin:
     ref: ImageRef
     platform: Platform
     layer: Layer
+
+    @property
+    def key(self) -> OriginKey:
+        """See :func:`afs.layerstore.pull.origin_key`."""
+        return origin_key(self.ref, self.layer)
 
 
 class Supply:
@@ -66,17 +76,28 @@ class Supply:
         self._read_deadline = read_deadline
         self._told = told
         self._providers: dict[str, list[Peer]] = {}
-        self._origins: dict[str, Origin] = {}
+        self._origins: dict[str, dict[OriginKey, Origin]] = {}
         self._avoided: dict[str, set[str]] = {}  # ids of nodes that served a bad chunk of a layer, by diff_id
         self.repairs = Repairs(room, announcer, self._chunk_from_peers, self._copy_of)
 
     def know(self, origin: Origin) -> None:
         """Where a layer may be pulled from."""
-        self._origins[origin.layer.diff_id] = origin
+        self._origins.setdefault(origin.layer.diff_id, {}).setdefault(origin.key, origin)
 
     def origin(self, diff_id: str) -> Origin | None:
-        """Where the layer may be pulled from, if anybody told."""
-        return self._origins.get(diff_id)
+        """Where the layer is best pulled from, if anybody told."""
+        return next(iter(self._origins.get(diff_id, {}).values()), None)
+
+    def _proved(self, origin: Origin) -> None:
+        """The layer came from there."""
+        known = self._origins.get(origin.layer.diff_id, {})
+        self._origins[origin.layer.diff_id] = {origin.key: origin, **known}
+
+    def _failed(self, origin: Origin) -> None:
+        """The layer did not come from there."""
+        known = self._origins.get(origin.layer.diff_id, {})
+        if origin.key in known:
+            known[origin.key] = known.pop(origin.key)
 
     def provide(self, diff_id: str, holders: list[Peer]) -> None:
         """Ask these for chunks of the layer, in this order."""
@@ -99,7 +120,7 @@ class Supply:
         return [peer for peer in located.layers.get(diff_id, []) if peer.node_id not in avoided]
 
     async def place(self, origin: Origin, *, local: bool) -> CompleteLayer | Peer:
-        """Have the layer pulled by its owner, or here if the owner does not answer or served bad chunks; the holder."""
+        """Have the layer pulled by its owner, or here if the owner cannot or served bad chunks; the holder."""
         me, diff_id = self._announcer.me, origin.layer.diff_id
         owner = me if local else ranked(diff_id, self._announcer.peers)[0]
         if owner.node_id in self._avoided.get(diff_id, ()):
@@ -107,12 +128,8 @@ class Supply:
         if owner.node_id != me.node_id:
             try:
                 await self._peers.ensure_layer(owner, origin.ref, origin.platform, origin.layer)
-            except (
-                Unavailable,
-                DeadlineExceeded,
-                ResourceExhausted,
-                Internal,
-            ) as error:  # its trouble need not be ours
+            except (Unavailable, DeadlineExceeded, ResourceExhausted, Internal, DataLoss) as error:
+                # Its trouble need not be ours: its disk may be what damages the layer.
                 log.warning("owner %s of layer %s: %s; pulling it here", owner.node_id, diff_id, error.line)
             else:
                 return owner
@@ -120,9 +137,17 @@ class Supply:
 
     async def pull(self, origin: Origin) -> CompleteLayer:
         """The layer from its source, and announced."""
-        complete = self._store.complete(origin.layer.diff_id) or await self._puller.pull(origin.ref, origin.layer)
-        self._announcer.hold(complete.diff_id, complete.layout.file_size, complete=True)
-        await self._announcer.flush()
+        complete = self._store.complete(origin.layer.diff_id)
+        if complete is None:
+            try:
+                complete = await self._puller.pull(origin.ref, origin.layer)
+            except AfsError:
+                self._failed(origin)
+                raise
+            self._proved(origin)
+        if not self.repairs.is_damaged(complete.diff_id):
+            self._announcer.hold(complete.diff_id, complete.layout.file_size, complete=True)
+            await self._announcer.flush()
         return complete
 
     async def _chunk_from_peers(self, layer: CompleteLayer, index: int) -> bytes | None:
@@ -139,8 +164,27 @@ class Supply:
         return None
 
     def _copy_of(self, diff_id: str) -> Copy | None:
-        origin = self._origins.get(diff_id)
-        return functools.partial(self._puller.copy, origin.ref, origin.layer) if origin is not None else None
+        return functools.partial(self._copy, diff_id) if diff_id in self._origins else None
+
+    @contextlib.asynccontextmanager
+    async def _copy(self, diff_id: str) -> AsyncIterator[Path]:
+        """As :meth:`Puller.copy`, from the first origin that gives the layer."""
+        async with contextlib.AsyncExitStack() as stack:
+            yield await self._enter_copy(diff_id, stack)
+
+    async def _enter_copy(self, diff_id: str, stack: contextlib.AsyncExitStack) -> Path:
+        error: AfsError = LayerUnavailable(diff_id, "nobody said where it comes from")
+        for origin in list(self._origins.get(diff_id, {}).values()):
+            try:
+                path = await stack.enter_async_context(self._puller.copy(origin.ref, origin.layer))
+            except AfsError as failure:
+                log.warning("layer %s cannot be pulled from %s: %s", diff_id, origin.ref, failure.line)
+                self._failed(origin)
+                error = failure
+            else:
+                self._proved(origin)
+                return path
+        raise error
 
     async def fetch(self, partial: PartialLayer, index: int) -> bytes:
         """A verified chunk, from whoever has it; LayerUnavailable after the deadline."""
@@ -182,7 +226,7 @@ class Supply:
     async def _find_providers(self, diff_id: str) -> bool:
         """Refresh the providers; if nobody is left, have the layer pulled again. True if that was here."""
         holders = await self.holders(diff_id)
-        origin = self._origins.get(diff_id)
+        origin = self.origin(diff_id)
         if not holders and origin is not None:
             try:
                 # A node that was itself told to have the layer does not pass that on: two nodes that see different
@@ -190,6 +234,7 @@ class Supply:
                 placed = await self.place(origin, local=origin.ref.is_local or self._told(diff_id))
             except AfsError as error:
                 log.warning("layer %s cannot be pulled again: %s", diff_id, error.line)
+                self._failed(origin)
                 return False
             if isinstance(placed, CompleteLayer):
                 return True

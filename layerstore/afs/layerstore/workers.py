@@ -61,14 +61,18 @@ class Workers:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def run(self, job: dict[str, Any]) -> dict[str, Any]:
-        """The answer to *job*. Cancelling it kills the process, so that nothing of the job goes on."""
+    async def run(self, job: dict[str, Any], limit: float | None = None) -> dict[str, Any]:
+        """The answer to *job*. Cancelling it kills the process, so that nothing of the job goes on.
+
+        Raises TimeoutError *limit* seconds after a process took the job; waiting for one does not count.
+        """
         while (child := await self._take()).poll() is not None:  # killed while it was idle, by the OOM killer say
             log.warning("a process that pulls layers died with status %d; starting another one", child.returncode)
             await self._kill(child)
         self._used.add(child)
         try:
-            answer = await _ask(child, job)
+            async with asyncio.timeout(limit):
+                answer = await _ask(child, job)
         except BaseException:
             await self._kill(child)
             raise
@@ -78,7 +82,8 @@ class Workers:
 
     async def _take(self) -> Child:
         try:
-            return await asyncio.wait_for(self._free.get(), PATIENCE_S)
+            async with asyncio.timeout(PATIENCE_S):
+                return await self._free.get()
         except TimeoutError:
             if len(self._all) < self._most:
                 self._in_background(self._bring_up(self._spawn()))

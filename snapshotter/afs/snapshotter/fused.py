@@ -11,23 +11,27 @@ went; so its descriptors are closed with the last open file, or an evicted layer
 
 import contextlib
 import errno
+import functools
 import logging
 import mmap
 import os
 import stat
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar, cast
 
 import click
 import pyfuse3
 from typing_extensions import override
 
+from afs.core.service import raise_file_limit
 from afs.layerstore.fillwire import FillClient, FillError
 
 log = logging.getLogger(__name__)
 _REOPENS = 3
 _FOREVER_S = 86400.0  # layers never change, so the kernel may keep names and attributes
+Handler = TypeVar("Handler", bound=Callable[..., Any])
 
 
 @dataclass(slots=True)
@@ -71,6 +75,26 @@ def _fail(error: Exception) -> NoReturn:
     raise pyfuse3.FUSEError(errno.ENOENT if number == errno.ENOENT else errno.EIO) from error
 
 
+def _answered(handler: Handler) -> Handler:
+    """*handler* with every exception an I/O error to the reader.
+
+    pyfuse3's asyncio mode ends a task of the session at any other exception than FUSEError, without a word and without an
+    answer to the kernel: the reader would hang for ever, even when it is killed.
+    """
+
+    @functools.wraps(handler)
+    async def answered(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return await handler(*args, **kwargs)
+        except pyfuse3.FUSEError:
+            raise
+        except Exception as error:
+            log.exception("%s", handler)
+            raise pyfuse3.FUSEError(errno.EIO) from error
+
+    return cast("Handler", answered)
+
+
 class LayerFiles(pyfuse3.Operations):
     """The file system; *client* asks the layerstore, *faults* is a directory with a byte per failed read of a layer."""
 
@@ -101,10 +125,12 @@ class LayerFiles(pyfuse3.Operations):
         return entry
 
     @override
+    @_answered
     async def getattr(self, inode: int, ctx: Any = None) -> pyfuse3.EntryAttributes:
         return self._attributes(inode)
 
     @override
+    @_answered
     async def lookup(self, parent_inode: int, name: bytes, ctx: Any = None) -> pyfuse3.EntryAttributes:
         if name in (b".", b".."):
             return self._attributes(pyfuse3.ROOT_INODE)
@@ -148,6 +174,7 @@ class LayerFiles(pyfuse3.Operations):
             raise FillError(f"layer {layer.diff_id} has another size than before", errno.EIO)
 
     @override
+    @_answered
     async def open(self, inode: int, flags: int, ctx: Any) -> pyfuse3.FileInfo:
         if flags & os.O_ACCMODE != os.O_RDONLY:
             raise pyfuse3.FUSEError(errno.EROFS)
@@ -164,22 +191,26 @@ class LayerFiles(pyfuse3.Operations):
         return pyfuse3.FileInfo(fh=inode, keep_cache=True)
 
     @override
+    @_answered
     async def read(self, fh: int, off: int, size: int) -> bytes:
         layer = self._inodes[fh]
         end = min(off + size, layer.size)
-        if off < end and layer.missing(off, end) is not None:
-            try:
+        try:
+            if off < end and layer.missing(off, end) is not None:
                 await self._fill(layer, off, end)
-            except (FillError, OSError, ValueError) as error:
-                log.error("layer %s, bytes %d to %d: %s", layer.diff_id, off, end, error)
-                self._note_fault(layer)
-                _fail(error)
-        return os.pread(layer.data, size, off)
+            return os.pread(layer.data, size, off)
+        except (FillError, OSError, ValueError) as error:
+            log.error("layer %s, bytes %d to %d: %s", layer.diff_id, off, end, error)
+            self._note_fault(layer)
+            _fail(error)
 
     def _note_fault(self, layer: _Layer) -> None:
         """Leave a mark that outlives this process: whoever ran on the layer has to know that it was not all there."""
-        with open(os.path.join(self._faults, layer.diff_id.removeprefix("sha256:")), "ab") as marks:
-            marks.write(b".")
+        try:
+            with open(os.path.join(self._faults, layer.diff_id.removeprefix("sha256:")), "ab") as marks:
+                marks.write(b".")
+        except OSError as error:  # the reader gets its error all the same
+            log.error("cannot note that a read of layer %s failed: %s", layer.diff_id, error)
 
     async def _fill(self, layer: _Layer, off: int, end: int) -> None:
         """Have the chunks of [off, end) in the file that *layer* has open; what is not there must never be read.
@@ -199,6 +230,7 @@ class LayerFiles(pyfuse3.Operations):
         raise FillError(f"layer {layer.diff_id} was filled, but not where we can see it", errno.EIO)
 
     @override
+    @_answered
     async def release(self, fh: int) -> None:
         layer = self._inodes[fh]
         layer.opens -= 1
@@ -207,15 +239,21 @@ class LayerFiles(pyfuse3.Operations):
 
     @override
     async def forget(self, inode_list: Any) -> None:
-        for inode, count in inode_list:
-            layer = self._inodes.get(inode)
-            if layer is None:
-                continue
-            layer.lookups -= count
-            if layer.lookups <= 0:
-                del self._inodes[inode]
-                self._by_name = {name: number for name, number in self._by_name.items() if number != inode}
-                layer.close()
+        try:
+            for inode, count in inode_list:
+                self._forget(inode, count)
+        except Exception:  # has no answer, so not even a FUSEError may leave it
+            log.exception("forget failed")
+
+    def _forget(self, inode: int, count: int) -> None:
+        layer = self._inodes.get(inode)
+        if layer is None:
+            return
+        layer.lookups -= count
+        if layer.lookups <= 0:
+            del self._inodes[inode]
+            self._by_name = {name: number for name, number in self._by_name.items() if number != inode}
+            layer.close()
 
 
 async def _serve(mountpoint: str, fill_socket: str, faults: str, deadline: float, ready_fd: int) -> None:
@@ -247,6 +285,7 @@ def main(mountpoint: str, fill_socket: str, faults: str, deadline: float, ready_
 
     import pyfuse3.asyncio
 
+    raise_file_limit()  # an open layer takes two
     logging.basicConfig(level=log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     pyfuse3.asyncio.enable()
 

@@ -6,7 +6,8 @@ single flight by diff_id. ``users`` changes without an await between the look-up
 A mount whose afs_fused died leaves the map at the next look-up and is unmounted by its last user.
 
 ``_all`` holds every mount that exists, in the map or not, until it is unmounted: :meth:`LayerMounts.leases` tells the
-layerstore of them. ``_opening`` has the numbers of the OpenImage calls whose layers are on their way into it.
+layerstore of them. ``_opening`` has the numbers of the OpenImage calls whose layers are on their way into it, and the
+layers once they are known: a layerstore that starts anew in between knows nothing of its answer, so they count as in use.
 ``changed`` is set whenever either has changed.
 """
 
@@ -16,7 +17,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +57,7 @@ class LayerMounts:
         self._mounted: dict[str, MountedLayer] = {}
         self._all: dict[Path, MountedLayer] = {}
         self._mounting: SingleFlight[str, MountedLayer] = SingleFlight()
-        self._opening: set[int] = set()
+        self._opening: dict[int, frozenset[str]] = {}
         self._last_opened = time.time_ns()  # ascends over restarts
         self.changed = asyncio.Event()
         self._next = 0
@@ -117,19 +118,24 @@ class LayerMounts:
 
     @contextlib.contextmanager
     def opening(self) -> Iterator[int]:
-        """The number of an OpenImage call, whose layers are used within the block or not at all."""
+        """The number of an OpenImage call, whose layers are used within the block or not at all. See :meth:`opened`."""
         self._last_opened += 1
         number = self._last_opened
-        self._opening.add(number)
+        self._opening[number] = frozenset()
         try:
             yield number
         finally:
-            self._opening.discard(number)
+            del self._opening[number]
             self.changed.set()
+
+    def opened(self, number: int, diff_ids: Iterable[str]) -> None:
+        """OpenImage call *number* gave these layers; they are leased from now on, until :meth:`opening` ends."""
+        self._opening[number] = frozenset(diff_ids)
+        self.changed.set()
 
     def leases(self) -> pb.LeaseUpdate:
         """What is mounted and what is on its way, for the layerstore."""
-        in_use = {layer.diff_id for layer in self._all.values() if layer.users}
+        in_use = {layer.diff_id for layer in self._all.values() if layer.users}.union(*self._opening.values())
         idle = {layer.diff_id for layer in self._all.values()} - in_use
         return pb.LeaseUpdate(
             in_use=sorted(in_use), idle=sorted(idle), last_opened=self._last_opened, opening=sorted(self._opening)
@@ -149,9 +155,11 @@ class LayerMounts:
         """A task of its own, begun at once: the layer has left the map already, so no cancelled caller may stop it."""
 
         async def unmount_it() -> None:
-            await asyncio.to_thread(_unmount_layer, layer.path)
-            del self._all[layer.path]
-            self.changed.set()
+            try:
+                await asyncio.to_thread(_unmount_layer, layer.path)
+                del self._all[layer.path]
+            finally:
+                self.changed.set()
 
         task = asyncio.create_task(unmount_it(), name=f"unmount {layer.path}")
         self._going.add(task)

@@ -59,6 +59,7 @@ async def _stream(stub: "LayerstoreNodeAsyncStub", mounts: LayerMounts) -> None:
 async def _report(call: "grpc.aio.StreamStreamCall[pb.LeaseUpdate, pb.LeaseRequest]", mounts: LayerMounts) -> None:
     # A call that has ended refuses writes with errors of its own; whoever reads from it gets the status.
     with contextlib.suppress(grpc.aio.UsageError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        await call.wait_for_connection()  # which may take long, and the first report makes the layerstore believe it
         while True:
             mounts.changed.clear()
             await call.write(mounts.leases())

@@ -75,10 +75,12 @@ class Roots:
         with self._mounts.opening() as number:
             # gRPC fails calls at once between two tries to connect, and a layerstore that restarts is back before the next.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._channel.channel_ready(), CONNECT_S)
+                async with asyncio.timeout(CONNECT_S):
+                    await self._channel.channel_ready()
             request = pb.OpenImageRequest(name=name, force_local_fetch=force_local, number=number)
             with calling(self._layerstore):
                 answer = await self._stub.OpenImage(request)
+            self._mounts.opened(number, [layer.diff_id for layer in answer.layers])
             return answer.image, await self._mount_layers(stack, answer.layers)
 
     async def _mount_layers(
