@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import io
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from afs.layerstore.afslyr.convert import convert
 from afs.layerstore.fillwire import decode, encode
 from afs.proto.v1 import layerstore_pb2 as pb
 from afs.proto.v1 import layerstore_pb2_grpc as pb_grpc
+from afs.snapshotter import layermounts
 from afs.snapshotter.fusedprocess import FusedProcess
 from afs.snapshotter.layermounts import LayerMounts
 from afs.snapshotter.leases import report_mounts
@@ -90,16 +92,16 @@ async def test_what_is_used_stays(tmp_path: Path, layers: dict[str, str]) -> Non
         assert (held.path / "a").exists()
 
 
+def leased(mounts: LayerMounts) -> tuple[list[str], list[str]]:
+    """In use and idle; `changed` has to be set for every new answer."""
+    assert mounts.changed.is_set()
+    mounts.changed.clear()
+    update = mounts.leases()
+    return list(update.in_use), list(update.idle)
+
+
 async def test_leases_are_what_is_mounted(tmp_path: Path, layers: dict[str, str]) -> None:
     one, two, three = layers
-
-    def leased(mounts: LayerMounts) -> tuple[list[str], list[str]]:
-        """And `changed`, which has to be set for every new answer."""
-        assert mounts.changed.is_set()
-        mounts.changed.clear()
-        update = mounts.leases()
-        return list(update.in_use), list(update.idle)
-
     async with mounting(tmp_path, 2) as mounts:
         async with mounts.using(one, layers[one]):
             assert leased(mounts) == ([one], [])
@@ -303,3 +305,22 @@ def test_odd_names_mount(tmp_path: Path, name: str) -> None:
         assert (top / "upper" / "new").exists()
     finally:
         unmount(str(top / "merged"))
+
+
+async def test_an_unmount_that_failed_is_tried_again(
+    tmp_path: Path, layers: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> None:
+        raise OSError(errno.EBUSY, "busy", str(path))
+
+    one = next(iter(layers))
+    async with mounting(tmp_path, 1) as mounts:
+        async with mounts.using(one, layers[one]):
+            pass
+        with monkeypatch.context() as patched, pytest.raises(OSError, match="busy"):
+            patched.setattr(layermounts, "_unmount_layer", fail)
+            await mounts.release([one])
+        assert leased(mounts) == ([], [one]), "it is still there, and holds the file"
+        await mounts.release([one])
+        assert leased(mounts) == ([], [])
+        assert list_mounts(str(tmp_path)) == []

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from afs.core.errors import NotFound
 from afs.core.images import ImageRef, Platform, parse_image
 from afs.core.rpc import serving
 from afs.discovery.client import Announcer, Peer
@@ -29,8 +30,9 @@ AMD64 = Platform("linux", "amd64")
 class Node:
     """A node's images, and a clock."""
 
-    def __init__(self, images: Images, server: FaultServer, builder: oci.LayoutBuilder) -> None:
+    def __init__(self, images: Images, server: FaultServer, builder: oci.LayoutBuilder, store: LayerStore) -> None:
         self.images = images
+        self.store = store
         self.server = server
         self.builder = builder
         self.now = 1_000_000.0
@@ -75,9 +77,9 @@ async def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
         stack.push_async_callback(peers.close)
         announcer = Announcer(address, Peer("n1", "none", 1))
         stack.push_async_callback(announcer.leave)
-        images = Images(store, puller, peers, announcer, 300.0)
+        images = Images(store, puller, peers, announcer, 300.0, most=2)
         stack.push_async_callback(images.close)
-        made = Node(images, server, builder)
+        made = Node(images, server, builder, store)
         monkeypatch.setattr(time, "time", lambda: made.now)
         made.image("v1", b"one")
         made.image("v2", b"two", index=True)
@@ -145,3 +147,17 @@ async def test_a_digest_is_never_asked_for_again(node: Node) -> None:
     node.asked()
     assert await node.images.resolve(ref, AMD64) is first
     assert node.asked() == []
+
+
+async def test_the_images_that_were_used_least_recently_are_forgotten(node: Node) -> None:
+    node.image("v3", b"three")
+    await node.resolve("v1")
+    await node.resolve("v2")
+    await node.resolve("v1")
+    await node.resolve("v3")
+    with pytest.raises(NotFound, match="v2 is not known here"):
+        node.images.known(node.ref("v2"), AMD64)
+    assert sorted(ref.tag for ref, _, _ in node.store.load_names()) == ["v1", "v3"]
+    node.asked()
+    await node.resolve("v2")
+    assert node.asked()[0] == "GET v2"

@@ -75,6 +75,10 @@ class Announcer:
         """This node no longer has the layer."""
         self._held.pop(diff_id, None)
 
+    def forget_image(self, key: str) -> None:
+        """This node cannot tell about an image any more."""
+        self._images.discard(key)
+
     def know_image(self, key: str) -> None:
         """This node can tell what image *key* consists of."""
         self._images.add(key)

@@ -1,6 +1,6 @@
 """From an image's name to its manifest, config and diff_ids, asking the registry as seldom as can be.
 
-State: ``_known`` maps image keys to what was resolved, mirrored on disk by the store. Single flight by key: the awaits
+State: ``_known`` maps image keys to what was resolved, the least recently used first, mirrored on disk by the store. Single flight by key: the awaits
 of one resolution never interleave with another one of the same image.
 """
 
@@ -38,27 +38,41 @@ from afs.layerstore.store import LayerStore
 log = logging.getLogger(__name__)
 _SOURCE_TIMEOUT_S = 60.0
 _THREADS = 16
+_MOST_KNOWN = 2000  # images of 5 to 20 KB each, mostly their configs, in memory and on disk
 _MOST_OF_ONE = 4  # threads that ask one registry: one that is silent must not take them all
 
 
 class Images:
-    """The node's view of images. *ttl* in seconds: how long a tag is believed before its source is asked again."""
+    """The node's view of images. *ttl* in seconds: how long a tag is believed before its source is asked again.
 
-    def __init__(self, store: LayerStore, puller: Puller, peers: Peers, announcer: Announcer, ttl: float) -> None:
+    The *most* images that were used last are remembered.
+    """
+
+    def __init__(
+        self,
+        store: LayerStore,
+        puller: Puller,
+        peers: Peers,
+        announcer: Announcer,
+        ttl: float,
+        most: int = _MOST_KNOWN,
+    ) -> None:
         self._store = store
         self._puller = puller
         self._peers = peers
         self._announcer = announcer
         self._ttl = ttl
+        self._most = most
         self._known: dict[str, Image] = {}
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="resolve")
         self._turns: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()  # by registry
         # Local sources: what the file looked like when it was read; a changed file is read again at once.
         self._fingerprints: dict[str, tuple[int, ...]] = {}
         self._resolving: SingleFlight[str, Image] = SingleFlight()
-        for image in store.load_images():
+        for image in sorted(store.load_images(), key=lambda image: image.resolved_unix):
             self._known[image.key] = image
             announcer.know_image(image.key)
+        self._forget_some()
 
     async def close(self) -> None:
         """End what is under way."""
@@ -70,6 +84,7 @@ class Images:
         key = image_key(str(ref), platform)
         image = self._known.get(key)
         if image is not None and self._fresh(ref, image):
+            self._known[key] = self._known.pop(key)  # now the one used last
             return image
         return await self._resolving.run(key, lambda: self._resolve(ref, platform, here=here))
 
@@ -159,9 +174,22 @@ class Images:
             return replace(known, resolved_unix=now)
         return resolve(str(ref), ref.digest or ref.tag, platform, source.get_manifest, source.get_blob, now)
 
+    def _forget_some(self) -> None:
+        """Forget the images that were used least recently, as far as there are too many."""
+        while len(self._known) > self._most:
+            key = next(iter(self._known))
+            del self._known[key]
+            self._fingerprints.pop(key, None)
+            self._announcer.forget_image(key)
+            try:
+                self._store.forget_image(key)
+            except OSError as error:  # it is back after a restart, and forgotten again
+                log.warning("cannot forget image %s on disk: %s", key, error)
+
     async def _remember(self, ref: ImageRef, platform: Platform, image: Image) -> Image:
-        old = self._known.get(image.key)
+        old = self._known.pop(image.key, None)
         self._known[image.key] = image
+        self._forget_some()
         if old is None or (old.manifest, old.resolved_unix) != (image.manifest, image.resolved_unix):
             try:
                 await asyncio.to_thread(self._store.save_image, str(ref), platform, image)

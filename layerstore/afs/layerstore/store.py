@@ -305,6 +305,10 @@ class LayerStore:
         }
         write_atomic(self._image_path(image.key), json.dumps(document).encode(), durable=False)
 
+    def forget_image(self, key: str) -> None:
+        """Remove a remembered image."""
+        self._image_path(key).unlink(missing_ok=True)
+
     def _image_path(self, key: str) -> Path:
         import hashlib
 

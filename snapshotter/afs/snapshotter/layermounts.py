@@ -8,7 +8,8 @@ A mount whose afs_fused died leaves the map at the next look-up and is unmounted
 ``_all`` holds every mount that exists, in the map or not, until it is unmounted: :meth:`LayerMounts.leases` tells the
 layerstore of them. ``_opening`` has the numbers of the OpenImage calls whose layers are on their way into it, and the
 layers once they are known: a layerstore that starts anew in between knows nothing of its answer, so they count as in use.
-``changed`` is set whenever either has changed.
+``_stuck`` are those of ``_all`` that left the map and whose unmount failed; :meth:`LayerMounts.release` tries again.
+``changed`` is set whenever any of them has changed.
 """
 
 import asyncio
@@ -56,6 +57,7 @@ class LayerMounts:
         self._keep = keep
         self._mounted: dict[str, MountedLayer] = {}
         self._all: dict[Path, MountedLayer] = {}
+        self._stuck: set[Path] = set()  # those that an unmount failed for
         self._mounting: SingleFlight[str, MountedLayer] = SingleFlight()
         self._opening: dict[int, frozenset[str]] = {}
         self._last_opened = time.time_ns()  # ascends over restarts
@@ -143,10 +145,15 @@ class LayerMounts:
 
     async def release(self, diff_ids: Collection[str]) -> None:
         """Unmount those of *diff_ids* that nobody uses: the layerstore needs their space."""
-        await self._take_away(
-            [layer for layer in self._mounted.values() if layer.diff_id in diff_ids and not layer.users]
-        )
-        self.changed.set()  # an answer, even if nothing could go
+        stuck = [self._all[path] for path in self._stuck if self._all[path].diff_id in diff_ids]
+        self._stuck -= {layer.path for layer in stuck}
+        try:
+            await self._take_away(
+                [layer for layer in self._mounted.values() if layer.diff_id in diff_ids and not layer.users]
+            )
+            await asyncio.gather(*(asyncio.shield(task) for task in [self._start_unmount(layer) for layer in stuck]))
+        finally:
+            self.changed.set()  # an answer, even if nothing could go
 
     async def _unmount(self, layer: MountedLayer) -> None:
         await asyncio.shield(self._start_unmount(layer))
@@ -158,6 +165,9 @@ class LayerMounts:
             try:
                 await asyncio.to_thread(_unmount_layer, layer.path)
                 del self._all[layer.path]
+            except BaseException:
+                self._stuck.add(layer.path)
+                raise
             finally:
                 self.changed.set()
 
