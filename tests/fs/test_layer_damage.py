@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -24,7 +25,6 @@ from tests.testbed import capabilities, tars
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 pytestmark = pytest.mark.root
 
@@ -43,6 +43,18 @@ def mounted(source: Path, at: Path, *options: str) -> Iterator[Path]:
         yield at
     finally:
         subprocess.run(["umount", at], check=True)
+
+
+@contextmanager
+def layer_mounted(layer: Path, at: Path) -> Iterator[Path]:
+    """A layer through a loop device with direct I/O: with buffered I/O Linux 6.1 gives zeros for what it cannot read."""
+    command = ["losetup", "--find", "--show", "--read-only", "--direct-io=on", str(layer)]
+    device = Path(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip())
+    try:
+        with mounted(device, at, "-t", "erofs", "-o", "ro"):
+            yield at
+    finally:
+        subprocess.run(["losetup", "--detach", str(device)], check=True)
 
 
 def made(root: Path) -> tuple[LayerStore, CompleteLayer, bytes]:
@@ -147,9 +159,7 @@ def test_the_kernel_refuses_damaged_pages_of_a_sealed_layer(tmp_path: Path) -> N
         with image.open("rb") as file:  # the disk changes a byte
             at = file.read().index(MARK)
         overwrite(image, at, bytes([MARK[0] ^ 1]))
-        with mounted(layer.path, tmp_path / "old", "-t", "erofs", "-o", "ro,loop") as old:
-            with layer.path.open("rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        with layer_mounted(layer.path, tmp_path / "old") as old:
             with pytest.raises(OSError, match="Input/output error") as caught:
                 (old / "dir" / "data").read_bytes()
             assert caught.value.errno == errno.EIO
@@ -164,7 +174,7 @@ def test_the_kernel_refuses_damaged_pages_of_a_sealed_layer(tmp_path: Path) -> N
             asyncio.run(replace(store, layer, store.temporary(), from_peers, None))
             assert layer.path.read_bytes() == good
             assert asyncio.run(damaged_chunks(layer)) == []
-            with mounted(layer.path, tmp_path / "new", "-t", "erofs", "-o", "ro,loop") as new:
+            with layer_mounted(layer.path, tmp_path / "new") as new:
                 assert (new / "dir" / "data").read_bytes() == DATA
             with pytest.raises(OSError, match="Input/output error"):
                 (old / "dir" / "data").read_bytes()
