@@ -15,7 +15,8 @@ from afs.layerstore.afslyr.check import check_layer
 from afs.layerstore.afslyr.convert import convert
 from afs.layerstore.afslyr.errors import CorruptLayer
 from afs.layerstore.afslyr.index import IndexReader, read_index
-from afs.layerstore.afslyr.tarstream import HARD_LINK, ByteStream, entries
+from afs.layerstore.afslyr.tarheader import HARD_LINK
+from afs.layerstore.afslyr.tarstream import ByteStream, entries
 from tests.fuzz.effort import examples
 from tests.fuzz.model import Model, Operation, Refused, Tree
 from tests.testbed import tars

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
+import struct
 import subprocess
 import tempfile
 import uuid
@@ -100,6 +102,31 @@ def _erofs() -> None:
         mounts.umount(root)
 
 
+def _fsverity() -> None:
+    """A file of an ext4 on a loop device, sealed (FS_IOC_ENABLE_VERITY with struct fsverity_enable_arg)."""
+    with tempfile.TemporaryDirectory(prefix="afs-probe-") as name:
+        image, root = Path(name, "image"), Path(name, "root")
+        root.mkdir()
+        with image.open("wb") as file:
+            file.truncate(16 << 20)
+        for command in (
+            ["mkfs.ext4", "-q", "-O", "verity", "-b", "4096", str(image)],
+            ["mount", "-o", "loop", str(image), str(root)],
+        ):
+            done = subprocess.run(command, check=False, capture_output=True, text=True)
+            if done.returncode:
+                raise CapabilityMissing(f"{command[0]}: {done.stderr.strip()}")
+        try:
+            (root / "file").write_bytes(b"sealed")
+            fd = os.open(root / "file", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fcntl.ioctl(fd, 0x40806685, struct.pack("=IIII112x", 1, 1, 4096, 0))
+            finally:
+                os.close(fd)
+        finally:
+            mounts.umount(root)
+
+
 def _cgroup() -> None:
     tried = []
     for parent in MEMORY_CGROUPS:
@@ -139,6 +166,7 @@ PROBES: dict[str, Callable[[], None]] = {
     "fuse": _fuse,
     "overlay": _overlay,
     "erofs": _erofs,
+    "fsverity": _fsverity,
     "cgroup": _cgroup,
     "runc": _program("runc"),
     "containerd": _program("containerd", "ctr"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,10 @@ from afs.core.rpc import serving
 from afs.discovery.client import Announcer, Peer
 from afs.discovery.directory import Directory
 from afs.discovery.server import DiscoveryService
+from afs.layerstore.afslyr.reader import verify_layer
 from afs.layerstore.images import Images
 from afs.layerstore.layers import Layers
-from afs.layerstore.leases import Leases
+from afs.layerstore.leases import LEASE_S, Leases
 from afs.layerstore.manifests import Layer
 from afs.layerstore.partial import PartialLayer
 from afs.layerstore.peers import Peers
@@ -189,3 +191,24 @@ def complete_of(node: Node, world: World) -> CompleteLayer:
     found = node.store.complete(world.diff_id)
     assert found is not None
     return found
+
+
+async def pull(world: World, node: Node, number: int) -> CompleteLayer:
+    """Have layer *number* complete on the node, as if nobody needed it any more."""
+    layer = await node.layers.open(world.origins[number], local=True)
+    assert isinstance(layer, CompleteLayer)
+    world.clock.now += LEASE_S
+    return layer
+
+
+def flip(path: Path, offset: int) -> None:
+    """Change one byte on disk."""
+    with path.open("r+b") as file:
+        (byte,) = os.pread(file.fileno(), 1, offset)
+        os.pwrite(file.fileno(), bytes([byte ^ 1]), offset)
+
+
+def verified(path: Path) -> None:
+    """Every byte is right."""
+    with path.open("rb") as file:
+        verify_layer(file.fileno())

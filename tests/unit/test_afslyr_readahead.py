@@ -5,7 +5,9 @@ from collections.abc import Generator
 
 import pytest
 
+from afs.core.digests import sha256_digest
 from afs.layerstore.afslyr.readahead import ReadAhead
+from afs.layerstore.afslyr.sharedhash import SharedHash
 
 NAME = "afslyr-test"
 
@@ -51,3 +53,49 @@ def test_the_end_is_the_end_however_often_one_asks() -> None:
     with ReadAhead((block for block in [b"x"]), 2, NAME) as blocks:
         assert list(blocks) == [b"x"]
         assert list(blocks) == []
+
+
+def test_who_would_wait_does_other_work() -> None:
+    """The thread while the queue is full, the caller while it is empty."""
+    workers: list[str] = []
+    full, first = threading.Event(), threading.Event()
+
+    def spare() -> bool:
+        name = threading.current_thread().name
+        if name in workers:
+            return False
+        workers.append(name)
+        (full if name == "test" else first).set()
+        return True
+
+    def blocks() -> Generator[bytes]:
+        first.wait(10)
+        yield from (b"a", b"b", b"c")
+
+    with ReadAhead(blocks(), 1, "test", spare=spare) as found:
+        assert next(found) == b"a"
+        assert full.wait(10)
+        assert list(found) == [b"b", b"c"]
+    assert workers == [threading.current_thread().name, "test"]
+
+
+def test_a_shared_hash_is_that_of_the_pieces_in_order() -> None:
+    pieces = [bytes([number % 251]) * 10_000 for number in range(500)]
+    shared, added = SharedHash(80_000), threading.Event()
+
+    def work() -> None:
+        while not added.is_set():
+            shared.work()
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for piece in pieces:
+        shared.add(piece)
+        assert len(shared._pieces) <= 8
+    added.set()
+    for thread in threads:
+        thread.join()
+    assert shared.digest == sha256_digest(b"".join(pieces))
+    assert not shared.work()
+    assert shared.digest == sha256_digest(b"".join(pieces)), "it can be asked again"

@@ -11,8 +11,8 @@ import pytest
 from afs.layerstore.afslyr import pax
 from afs.layerstore.afslyr.errors import CorruptLayer, LayerLimit
 from afs.layerstore.afslyr.limits import Limits
-from afs.layerstore.afslyr.tarheader import number
-from afs.layerstore.afslyr.tarstream import MAX_RECORD, ByteStream, Entry, entries
+from afs.layerstore.afslyr.tarheader import Entry, number
+from afs.layerstore.afslyr.tarstream import MAX_RECORD, ByteStream, entries
 from tests.testbed import tars
 
 

@@ -9,7 +9,7 @@ from afs.layerstore.afslyr import xattrs
 from afs.layerstore.afslyr.errors import CorruptLayer, LayerLimit
 from afs.layerstore.afslyr.inodes import ROOT, Inodes
 from afs.layerstore.afslyr.limits import Limits
-from afs.layerstore.afslyr.tarstream import HARD_LINK, Entry
+from afs.layerstore.afslyr.tarheader import HARD_LINK, Entry
 from afs.layerstore.afslyr.tree import build, encode_device, split_path
 
 OPAQUE = {b"trusted.overlay.opaque": b"y"}

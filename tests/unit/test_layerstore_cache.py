@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,6 @@ from afs.layerstore import scrub
 from afs.layerstore import store as storing
 from afs.layerstore.afslyr.check import check_and_sync
 from afs.layerstore.afslyr.layout import pack_header
-from afs.layerstore.afslyr.reader import verify_layer
 from afs.layerstore.errors import CacheFull, DamagedLayer, DiskFull, LayerUnavailable
 from afs.layerstore.leases import LEASE_S
 from afs.layerstore.partial import PartialLayer
@@ -30,7 +28,17 @@ from afs.proto.v1 import layerstore_pb2 as pb
 from afs.proto.v1.layerstore_pb2_grpc import LayerstoreNodeStub
 from tests.testbed import mounts
 from tests.testbed.faults import Fault
-from tests.testbed.layernodes import LAYER_SIZE, Node, World, complete_of, open_partial, running_world
+from tests.testbed.layernodes import (
+    LAYER_SIZE,
+    Node,
+    World,
+    complete_of,
+    flip,
+    open_partial,
+    pull,
+    running_world,
+    verified,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -45,14 +53,6 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
     """A cluster without nodes."""
     async with running_world(tmp_path) as running:
         yield running
-
-
-async def pull(world: World, node: Node, number: int) -> CompleteLayer:
-    """Have layer *number* complete on the node, as if nobody needed it any more."""
-    layer = await node.layers.open(world.origins[number], local=True)
-    assert isinstance(layer, CompleteLayer)
-    world.clock.now += LEASE_S
-    return layer
 
 
 def here(node: Node, world: World) -> list[int]:
@@ -327,19 +327,6 @@ async def test_a_stream_that_ends_leaves_its_leases_for_the_grace_period(world: 
 # Damage
 
 
-def flip(path: Path, offset: int) -> None:
-    """Change one byte on disk."""
-    with path.open("r+b") as file:
-        (byte,) = os.pread(file.fileno(), 1, offset)
-        os.pwrite(file.fileno(), bytes([byte ^ 1]), offset)
-
-
-def verified(path: Path) -> None:
-    """Every byte is right."""
-    with path.open("rb") as file:
-        verify_layer(file.fileno())
-
-
 async def settled(node: Node) -> None:
     """Wait until what the node does in the background is done."""
     while node.layers._background:
@@ -563,61 +550,7 @@ async def test_what_nobody_can_repair_is_an_error_to_the_reader(world: World) ->
     assert not partial.has(1)
 
 
-# Scrubbing
-
-
-async def test_scrubbing_finds_and_repairs_and_goes_on_where_it_was(
-    world: World, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO")
-    node = await world.node("n1")
-    now = [1_000_000.0]
-
-    def scrubber() -> Scrubber:
-        return Scrubber(node.store, node.layers.repairs.check, 100.0, now=lambda: now[0], rate=1e9)
-
-    assert scrubber().due() == (100.0, None)
-    first = await pull(world, node, 0)
-    assert scrubber().due() == (100.0, first)
-    now[0] += 10
-    second = await pull(world, node, 1)
-    assert scrubber().due() == (90.0, first)
-    now[0] += 95
-    flip(first.path, 100)
-    assert scrubber().due() == (0.0, first)
-    await scrubber().scrub(first)
-    verified(first.path)
-    assert f"scrubbed layer {first.diff_id}: whole" in caplog.text
-    assert scrubber().due() == (5.0, second), "a restart does not begin anew"
-    now[0] += 5
-    scrubbed = asyncio.Event()
-
-    async def check(layer: CompleteLayer, pause: float) -> bool:
-        assert layer is second
-        scrubbed.set()
-        return True
-
-    running = asyncio.create_task(Scrubber(node.store, check, 100.0, now=lambda: now[0]).run())
-    await scrubbed.wait()
-    await asyncio.sleep(0)
-    running.cancel()
-    await asyncio.wait([running])
-    await node.room.drop(first.diff_id)
-    assert scrubber().due() == (100.0, second)
-    assert list(json.loads((node.store.root / "scrubbed.json").read_bytes())) == [second.diff_id]
-    for damage in (b"[]", b"{", b'{"x": null}'):
-        (node.store.root / "scrubbed.json").write_bytes(damage)
-        assert scrubber().due() == (100.0, second)
-
-
-async def test_a_layer_whose_header_is_gone_does_not_keep_the_scrubber_busy(world: World) -> None:
-    node = await world.node("n1")
-    node.store.layer_path(world.diff_id).write_bytes(b"x")
-    now = 0.0
-    scrubber = Scrubber(node.store, node.layers.repairs.check, 100.0, now=lambda: now)
-    assert scrubber.due() == (100.0, None)
-    now = 100.0
-    assert scrubber.due() == (100.0, None)
+# Disks
 
 
 async def test_a_disk_that_fails_ends_neither_scrubbing_nor_evicting(
@@ -639,7 +572,7 @@ async def test_a_disk_that_fails_ends_neither_scrubbing_nor_evicting(
         work()
 
     monkeypatch.setattr(scrub, "LOOK_S", 0.001)
-    scrubber = Scrubber(node.store, node.layers.repairs.check, 1e9)
+    scrubber = Scrubber(node.store, node.leases, node.layers.repairs.check, 1e9, boot="boot")
 
     def due() -> tuple[float, None]:
         work()

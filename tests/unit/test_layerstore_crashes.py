@@ -26,7 +26,7 @@ from afs.layerstore.leases import Leases
 from afs.layerstore.manifests import Image, build_image
 from afs.layerstore.partial import PartialLayer
 from afs.layerstore.quota import Quota
-from afs.layerstore.repair import damaged_chunks, repair
+from afs.layerstore.repair import Copy, FromPeers, Pause, damaged_chunks, repair, replace
 from afs.layerstore.room import Room
 from afs.layerstore.scrub import Scrubber
 from afs.layerstore.store import CompleteLayer, LayerStore
@@ -288,9 +288,21 @@ class Repair(CacheScenario):
                 temporary.unlink(missing_ok=True)
 
         async def run() -> None:
-            await repair(layer, await damaged_chunks(layer), from_peers, copy)
+            await self.mend(store, layer, from_peers, copy)
 
         asyncio.run(run())
+
+    async def mend(self, store: LayerStore, layer: CompleteLayer, from_peers: FromPeers, copy: Copy) -> None:
+        """What a node does."""
+        await repair(layer, await damaged_chunks(layer), from_peers, copy)
+
+
+class Replace(Repair):
+    """The same by a new file, as for one that the kernel lets nobody write."""
+
+    @override
+    async def mend(self, store: LayerStore, layer: CompleteLayer, from_peers: FromPeers, copy: Copy) -> None:
+        await replace(store, layer, store.temporary(), from_peers, copy)
 
 
 class Scrub(CacheScenario):
@@ -298,11 +310,11 @@ class Scrub(CacheScenario):
 
     @override
     def act(self, store: LayerStore) -> None:
-        async def whole(layer: CompleteLayer, pause: float) -> bool:
+        async def whole(layer: CompleteLayer, pause: Pause) -> bool:
             return True
 
         async def run() -> None:
-            scrubber = Scrubber(store, whole, 100.0, now=lambda: 5.0)
+            scrubber = Scrubber(store, Leases(0.0), whole, 100.0, boot="boot", now=lambda: 5.0)
             layer = store.complete(OLD_ID)
             assert layer is not None
             await scrubber.scrub(layer)
@@ -311,7 +323,9 @@ class Scrub(CacheScenario):
 
     @override
     def after(self, store: LayerStore) -> None:
-        assert json.loads((store.root / "scrubbed.json").read_bytes()) == {OLD_ID: 5.0}
+        assert json.loads((store.root / "scrubbed.json").read_bytes()) == {
+            OLD_ID: {"at": 5.0, "boot": "boot", "sealed": False}
+        }
 
 
 AMD64 = Platform("linux", "amd64")
@@ -334,7 +348,7 @@ def memory() -> Iterator[Path]:
         yield Path(directory)
 
 
-@pytest.mark.parametrize("scenario", [Pull, Create, Fill, Promote, Evict, SaveImage, Repair, Scrub])
+@pytest.mark.parametrize("scenario", [Pull, Create, Fill, Promote, Evict, SaveImage, Repair, Replace, Scrub])
 def test_at_every_call(memory: Path, scenario: type[Scenario]) -> None:
     killed, starved = crash_everywhere(scenario, memory)
     print(f"{scenario.__name__}: killed at {killed} calls, out of space at {starved}")

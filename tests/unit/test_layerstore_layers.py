@@ -395,7 +395,7 @@ async def test_files_that_somebody_left_do_not_stop_it(world: World, what: str) 
             (root / "tmp" / "link").symlink_to(world.tmp_path)
     node = await world.node("n1")
     assert node.store.default_capacity() > 0
-    Scrubber(node.store, node.layers.repairs.check, 1.0).due()
+    Scrubber(node.store, node.leases, node.layers.repairs.check, 1.0, boot="boot").due()
     await node.layers.open(world.origin, local=True)
     assert world.tmp_path.exists()
 

@@ -1,7 +1,11 @@
 """Linux system calls that Python's os module lacks. One thin wrapper each; OSError names the object."""
 
 import ctypes
+import errno
+import fcntl
 import os
+import struct
+import sys
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
@@ -24,6 +28,16 @@ RESOLVE_IN_ROOT = 0x10
 
 _PR_SET_PDEATHSIG = 1
 _SYNC_FILE_RANGE_WRITE = 2
+
+_FS_IOC_GETFLAGS = 0x80086601  # linux/fs.h
+_FS_VERITY_FL = 0x00100000
+_FS_IOC_ENABLE_VERITY = 0x40806685  # linux/fsverity.h
+# struct fsverity_enable_arg: version, hash algorithm, block size, salt size, salt, signature size, reserved, signature
+_VERITY_ARGS = struct.Struct("=IIIIQIIQ88x")
+_VERITY_SHA256 = 1
+_VERITY_BLOCK = 4096  # before kernel 6.3 it has to be the page size
+
+BLKFLSBUF = 0x1261  # linux/fs.h: drop what the page cache has of a block device
 
 
 class _OpenHow(ctypes.Structure):
@@ -74,3 +88,23 @@ def start_writeback(fd: int, offset: int, length: int) -> None:
     A hint before fsync(2), which alone makes data durable. OSError for what fsync would tell, too, such as EIO.
     """
     _check(_libc.sync_file_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE), f"descriptor {fd}")
+
+
+def enable_verity(fd: int) -> None:
+    """FS_IOC_ENABLE_VERITY with sha256: from now on the kernel checks what it reads of this file, and nobody can write it.
+
+    *fd* is open for reading, and nobody has the file open for writing (ETXTBSY). The kernel reads and hashes all of it first.
+    EOPNOTSUPP or ENOTTY if kernel or file system cannot do it; EEXIST if it is done.
+    """
+    fcntl.ioctl(fd, _FS_IOC_ENABLE_VERITY, _VERITY_ARGS.pack(1, _VERITY_SHA256, _VERITY_BLOCK, 0, 0, 0, 0, 0))
+
+
+def has_verity(fd: int) -> bool:
+    """Whether :func:`enable_verity` was done to the file."""
+    try:
+        flags = fcntl.ioctl(fd, _FS_IOC_GETFLAGS, bytes(struct.calcsize("l")))
+    except OSError as error:
+        if error.errno in (errno.ENOTTY, errno.EOPNOTSUPP):  # a file system without flags
+            return False
+        raise
+    return bool(int.from_bytes(flags[:4], sys.byteorder) & _FS_VERITY_FL)

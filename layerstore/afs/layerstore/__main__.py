@@ -44,8 +44,11 @@ class Config:
         parse_size,
     )
     scrub_interval: float = setting(
-        7 * 86400.0, "How often every complete layer is verified; never if 0.", parse_duration
+        7 * 86400.0,
+        "How often every complete layer is verified, besides once after each boot; neither, nor sealed, if 0.",
+        parse_duration,
     )
+    verity: bool = setting(True, "Seal complete layers with fs-verity where kernel and file system have it.")
     lease_grace: float = setting(
         30.0, "How long layers stay leased after the snapshotter went away, or this service started.", parse_duration
     )
@@ -87,6 +90,7 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
     from afs.layerstore.quota import Quota
     from afs.layerstore.room import Room
     from afs.layerstore.scrub import Scrubber
+    from afs.layerstore.sealing import Sealer, supported
     from afs.layerstore.server import NodeService, PeerService
     from afs.layerstore.store import LayerStore
     from afs.proto.v1 import layerstore_pb2_grpc as pb_grpc
@@ -102,6 +106,9 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         stack.enter_context(locked(config.run_dir / "layerstore.lock", "afs_layerstore_grpcd"))
         store = LayerStore(config.root)
         stack.callback(store.close)
+        sealer = Sealer() if config.verity and config.scrub_interval and supported(store.root / "tmp") else None
+        if sealer is not None:
+            stack.callback(sealer.close)
         capacity = config.capacity or store.default_capacity()
         leases, headroom = Leases(config.lease_grace), config.reserve or store.default_headroom()
         room = Room(store, Quota(capacity), leases, headroom=headroom, node=node_id)
@@ -113,6 +120,7 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         announcer = Announcer(config.discovery, Peer(node_id, config.advertise or config.listen, capacity))
         stack.push_async_callback(announcer.leave)
         layers = Layers(store, room, puller, peers, announcer, config.read_deadline)
+        layers.repairs.sealer = sealer
         await asyncio.to_thread(layers.restore)
         stack.push_async_callback(layers.close)
         images = Images(store, puller, peers, announcer, config.image_ttl)
@@ -135,9 +143,15 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         _in_background(stack, announcer.run())
         _in_background(stack, room.run())
         if config.scrub_interval:
-            _in_background(stack, Scrubber(store, layers.repairs.check, config.scrub_interval).run())
+            check, interval = layers.repairs.check, config.scrub_interval
+            _in_background(stack, Scrubber(store, leases, check, interval, boot=_boot(), sealer=sealer).run())
         notify(f"READY=1\nSTATUS=serving on {bound[0]}")
         await stop.wait()
+
+
+def _boot() -> str:
+    """Another one after each boot (random(4))."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def _registry_options(config: Config, node_id: str) -> "RegistryOptions":

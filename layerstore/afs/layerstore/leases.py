@@ -149,6 +149,10 @@ class Leases:
                 return True
         return False
 
+    def is_mounted(self, diff_id: str) -> bool:
+        """Whether the snapshotter has it mounted, as far as is known, or is about to."""
+        return diff_id in self._in_use or diff_id in self._idle or self._is_handed_over(diff_id)
+
     def is_idle_mount(self, diff_id: str) -> bool:
         """Whether it is mounted without users, so that :meth:`release` can set it free."""
         return self._stream is not None and diff_id in self._idle

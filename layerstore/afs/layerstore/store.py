@@ -7,7 +7,7 @@
     ROOT/layers/<hex>.afslyr      complete layers, by diff_id; appear by rename only
     ROOT/partial/<hex>/           header, table, footer, data (sparse), chunks (one byte per chunk, 1 = verified and written)
     ROOT/images/<hex>.json        resolved images, by sha256 of their key
-    ROOT/scrubbed.json            when each complete layer was verified last, by diff_id
+    ROOT/scrubbed.json            when and in which boot each complete layer was verified last, by diff_id
     ROOT/tmp/                     files under construction, and evicted ones; emptied at start
 
 The mtime of ``<hex>.afslyr`` and ``data`` is the layer's last use. Not the atime: that changes with any reader, a backup
@@ -84,22 +84,29 @@ class CompleteLayer:
         return data if self.table.verify(index, data) else None
 
     def write_chunk(self, index: int, data: bytes) -> None:
-        """Put a chunk right in place, so that whoever has the file open or mounted reads it; durable on return."""
+        """Put a chunk right in place, for whoever has the file open or mounted; durable on return.
+
+        PermissionError if the file is sealed.
+        """
         offset, _ = self.table.chunk_range(index, self.layout)
         self._write(data, offset)
 
-    def repair_tail(self) -> bool:
-        """Write table and footer, as they were when the file was opened, if they are no longer so; whether that was."""
-        root = bytes.fromhex(hex_of(self.table.root_digest))
-        tail = self.table.digests + pack_footer(self.layout, root)
+    def has_tail(self) -> bool:
+        """Whether table and footer are on the disk as they were when the file was opened."""
+        tail = self._tail()
         with self.path.open("rb") as file:
             try:
-                if os.pread(file.fileno(), len(tail), self.layout.table_offset) == tail:
-                    return False
+                return os.pread(file.fileno(), len(tail), self.layout.table_offset) == tail
             except OSError as error:
                 log.error("cannot read the chunk table of %s: %s", self.path, error)
-        self._write(tail, self.layout.table_offset)
-        return True
+                return False
+
+    def write_tail(self) -> None:
+        """Write table and footer, as they were when the file was opened; durable on return."""
+        self._write(self._tail(), self.layout.table_offset)
+
+    def _tail(self) -> bytes:
+        return self.table.digests + pack_footer(self.layout, bytes.fromhex(hex_of(self.table.root_digest)))
 
     def _write(self, data: bytes, offset: int) -> None:
         fd = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)

@@ -78,7 +78,7 @@ class Supply:
         self._providers: dict[str, list[Peer]] = {}
         self._origins: dict[str, dict[OriginKey, Origin]] = {}
         self._avoided: dict[str, set[str]] = {}  # ids of nodes that served a bad chunk of a layer, by diff_id
-        self.repairs = Repairs(room, announcer, self._chunk_from_peers, self._copy_of)
+        self.repairs = Repairs(store, room, announcer, self._chunk_from_peers, self._copy_of)
 
     def know(self, origin: Origin) -> None:
         """Where a layer may be pulled from."""

@@ -5,6 +5,7 @@ a symlink target that would gets a block of its own, while inodes and their xatt
 sorted as bytes, ``.`` and ``..`` among them; block addresses have 32 bits.
 """
 
+import bisect
 import stat
 import struct
 from array import array
@@ -140,7 +141,7 @@ class Index:
         """Number the *children* of *node* and write its blocks."""
         nids, links, modes = self._nids, self._links, self._inodes.mode
         here = nids[node]
-        found: list[Dirent] = [(b".", here, _DIRECTORY), (b"..", parents.pop(node), _DIRECTORY)]
+        found: list[Dirent] = []
         links[node] = 2
         for name in sorted(children):
             child = children[name]
@@ -154,7 +155,8 @@ class Index:
             else:
                 links[child] += 1
             found.append((name, nid, kind))
-        found.sort()
+        bisect.insort(found, (b".", here, _DIRECTORY))
+        bisect.insort(found, (b"..", parents.pop(node), _DIRECTORY))
         data = pack_directory(found)
         self._inodes.size[node] = len(data)
         self._inodes.addr[node] = self._add_blocks(data)

@@ -38,15 +38,15 @@ class Inodes:
     def __len__(self) -> int:
         return len(self.mode)
 
-    def add(self, mode: int) -> int:
-        """A new inode, all zeros but its mode; its number."""
+    def add(self, mode: int, uid: int = 0, gid: int = 0, seconds: int = 0, nanoseconds: int = 0) -> int:
+        """A new inode with these attributes, all others zero; its number."""
         number = len(self.mode)
         self.mode.append(mode)
-        self.uid.append(0)
-        self.gid.append(0)
+        self.uid.append(uid)
+        self.gid.append(gid)
+        self.seconds.append(seconds)
+        self.nanoseconds.append(nanoseconds)
         self.size.append(0)
-        self.seconds.append(0)
-        self.nanoseconds.append(0)
         self.addr.append(0)
         if stat.S_ISDIR(mode):
             self.children[number] = {}

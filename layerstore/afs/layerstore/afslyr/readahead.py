@@ -14,15 +14,23 @@ from typing import Self
 class ReadAhead:
     """Iterates over what the generator *blocks* yields, in a thread named *name* that is at most *depth* blocks ahead.
 
+    *spare* does a millisecond of other work and says whether there was any. Either thread calls it instead of waiting.
+
     What the generator raises comes where its next block would. Leaving the ``with`` block ends the thread; if that is not
     done yet, *wake* is called before, to end what the generator waits for.
     """
 
     def __init__(
-        self, blocks: Generator[bytes], depth: int, name: str, wake: Callable[[], None] = lambda: None
+        self,
+        blocks: Generator[bytes],
+        depth: int,
+        name: str,
+        wake: Callable[[], None] = lambda: None,
+        spare: Callable[[], bool] = lambda: False,
     ) -> None:
         self._blocks = blocks
         self._wake = wake
+        self._spare = spare
         self._depth = depth
         self._changed = threading.Condition()
         self._items: deque[bytes] = deque()
@@ -60,19 +68,28 @@ class ReadAhead:
 
     def _put(self, block: bytes) -> bool:
         with self._changed:
-            while len(self._items) >= self._depth and not self._stopped:
-                self._changed.wait()
+            self._wait_until(lambda: len(self._items) < self._depth or self._stopped)
             self._items.append(block)
             self._changed.notify_all()
             return not self._stopped
+
+    def _wait_until(self, ready: Callable[[], bool]) -> None:
+        """Called and left with ``_changed`` held, but not held while other work is done."""
+        while not ready():
+            self._changed.release()
+            try:
+                worked = self._spare()
+            finally:
+                self._changed.acquire()
+            if not worked and not ready():
+                self._changed.wait()
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> bytes:
         with self._changed:
-            while not self._items and not self._done:
-                self._changed.wait()
+            self._wait_until(lambda: bool(self._items) or self._done)
             if self._items:
                 self._changed.notify_all()
                 return self._items.popleft()

@@ -4,14 +4,21 @@ Written for speed where that costs no clarity: a layer has one header per file, 
 """
 
 import functools
+import stat
 import struct
 import zlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from afs.layerstore.afslyr.errors import CorruptLayer
 
+if TYPE_CHECKING:
+    from afs.layerstore.afslyr.sparse import SparseMap
+
 BLOCK = 512
 ZERO_BLOCK = bytes(BLOCK)
+HARD_LINK = 0  # Entry.type of hard links; all others are stat's S_IF numbers
+UNKNOWN = -1  # Entry.type of what is no file
 _FIELDS = struct.Struct("100s24s12s12s8sc100s6s")  # name, mode and owner, size, mtime, checksum, type, link, magic
 _DEVICE = struct.Struct("8s8s")
 _DEVICE_AT = 329
@@ -22,20 +29,44 @@ _ADLER_PRIME = 65521
 _CACHE = 4096  # owners, modes and times repeat: without a cache numbers were a third of the parser's time
 
 
+_NANO = 1_000_000_000
+_TYPES = {
+    b"0": stat.S_IFREG,
+    b"\0": stat.S_IFREG,
+    b"7": stat.S_IFREG,  # contiguous: regular everywhere but on RTU
+    b"S": stat.S_IFREG,
+    b"1": HARD_LINK,
+    b"2": stat.S_IFLNK,
+    b"3": stat.S_IFCHR,
+    b"4": stat.S_IFBLK,
+    b"5": stat.S_IFDIR,
+    b"D": stat.S_IFDIR,  # GNU incremental: a directory with a list of names as its data
+    b"6": stat.S_IFIFO,
+}
+
+
 @dataclass(slots=True)
-class Header:
-    """The fields of one header, numbers parsed; ``mtime`` in seconds, ``size`` in bytes, ``kind`` is the typeflag."""
+class Entry:
+    """One file of a tar: what its header says, and the headers in front of that.
+
+    ``type`` is an S_IF number, HARD_LINK or UNKNOWN, ``mode`` the low 12 bits, ``mtime_ns`` nanoseconds, ``size`` the file's
+    bytes, ``link`` the target of a hard or symbolic link, ``offset`` where the data starts in the tar. With ``sparse`` set
+    the tar holds only those pieces of the file.
+    """
 
     name: bytes
-    mode: int
-    uid: int
-    gid: int
-    size: int
-    mtime: int
-    kind: bytes
-    link: bytes
+    type: int
+    mode: int = 0o644
+    uid: int = 0
+    gid: int = 0
+    size: int = 0
+    mtime_ns: int = 0
+    link: bytes = b""
     devmajor: int = 0
     devminor: int = 0
+    offset: int = 0
+    xattrs: dict[bytes, bytes] | None = None
+    sparse: "SparseMap | None" = None
 
 
 def number(field: bytes) -> int:
@@ -58,7 +89,9 @@ def number(field: bytes) -> int:
     return int(digits, 8)
 
 
-_often = functools.lru_cache(_CACHE)(number)
+@functools.lru_cache(_CACHE)
+def _time_ns(field: bytes) -> int:
+    return number(field) * _NANO
 
 
 @functools.lru_cache(_CACHE)
@@ -87,31 +120,33 @@ def _check(block: bytes, field: bytes) -> None:
 
     Some historic tars summed signed chars; both count, as POSIX advises.
     """
-    try:
-        if zlib.adler32(block) & 0xFFFF == _adler_of(field):
-            return
-        stated = number(field)
-    except ValueError as error:
-        raise CorruptLayer("not a tar header: its checksum is no number") from error
     rest = block[: _CHECKSUM.start] + block[_CHECKSUM.stop :]
-    if stated != sum(rest) + 8 * 0x20 - 256 * sum(byte >> 7 for byte in rest):
+    if number(field) != sum(rest) + 8 * 0x20 - 256 * sum(byte >> 7 for byte in rest):
         raise CorruptLayer("not a tar header: bad checksum")
 
 
-def decode(block: bytes) -> Header:
-    """The header in *block* (512 bytes, not all zero). CorruptLayer for bad checksums and numbers."""
+def decode(block: bytes) -> tuple[bytes, Entry]:
+    """The typeflag and the fields of the header in *block* (512 bytes, not all zero).
+
+    CorruptLayer for bad checksums and numbers. Entry's size is that field's, whatever it says about data.
+    """
     name, owner, size, mtime, check, kind, link, magic = _FIELDS.unpack_from(block)
-    _check(block, check)
-    name = text(name)
+    try:
+        if zlib.adler32(block) & 0xFFFF != _adler_of(check):
+            _check(block, check)
+    except ValueError as error:
+        raise CorruptLayer("not a tar header: its checksum is no number") from error
+    name = name.partition(b"\0")[0]
     if block[_PREFIX.start] and magic == b"ustar\0":
         # star keeps times in the last 24 bytes of the prefix and says so at the end of the block.
         name = text(block[_STAR_PREFIX if block.endswith(b"tar\0") else _PREFIX]) + b"/" + name
     try:
         mode, uid, gid = _mode_and_owner(owner)
-        header = Header(name, mode, uid, gid, number(size), _often(mtime), kind, text(link) if link[0] else b"")
+        target = text(link) if link[0] else b""
+        entry = Entry(name, _TYPES.get(kind, UNKNOWN), mode, uid, gid, number(size), _time_ns(mtime), target)
         if kind in b"34":
             major, minor = _DEVICE.unpack_from(block, _DEVICE_AT)
-            header.devmajor, header.devminor = number(major), number(minor)
+            entry.devmajor, entry.devminor = number(major), number(minor)
     except ValueError as error:
         raise CorruptLayer(str(error), entry=name) from error
-    return header
+    return kind, entry

@@ -11,54 +11,16 @@ from dataclasses import dataclass, field
 from afs.layerstore.afslyr import pax, sparse, tarheader
 from afs.layerstore.afslyr.errors import CorruptLayer, LayerLimit
 from afs.layerstore.afslyr.limits import DEFAULT_LIMITS, Limits
-from afs.layerstore.afslyr.sparse import SparseMap
-from afs.layerstore.afslyr.tarheader import BLOCK, ZERO_BLOCK, Header
+from afs.layerstore.afslyr.tarheader import BLOCK, UNKNOWN, ZERO_BLOCK, Entry
 
-HARD_LINK = 0  # Entry.type of hard links; all others are stat's S_IF numbers
 # Global records in force, and their bytes. They are merged into every entry, so many would cost much time: 250 extended
 # attributes made each entry cost as much as 80 without.
 MAX_DEFAULTS = 16
 MAX_DEFAULT_BYTES = 64 << 10
 MAX_RECORD = 1 << 20  # bytes of a long name or extended header, as in Go's archive/tar
 
-_TYPES = {
-    b"0": stat.S_IFREG,
-    b"\0": stat.S_IFREG,
-    b"7": stat.S_IFREG,  # contiguous: regular everywhere but on RTU
-    b"S": stat.S_IFREG,
-    b"1": HARD_LINK,
-    b"2": stat.S_IFLNK,
-    b"3": stat.S_IFCHR,
-    b"4": stat.S_IFBLK,
-    b"5": stat.S_IFDIR,
-    b"D": stat.S_IFDIR,  # GNU incremental: a directory with a list of names as its data
-    b"6": stat.S_IFIFO,
-}
+_EXTENSIONS = b"xXgLK"
 _WITH_DATA = b"0\x007SDV"  # the size field of all others says nothing about data
-
-
-@dataclass(slots=True)
-class Entry:
-    """One file of a tar.
-
-    ``type`` is an S_IF number or HARD_LINK, ``mode`` the low 12 bits, ``mtime_ns`` nanoseconds, ``size`` the file's bytes,
-    ``link`` the target of a hard or symbolic link, ``offset`` where the data starts in the tar. With ``sparse`` set
-    the tar holds only those pieces of the file.
-    """
-
-    name: bytes
-    type: int
-    mode: int = 0o644
-    uid: int = 0
-    gid: int = 0
-    size: int = 0
-    mtime_ns: int = 0
-    link: bytes = b""
-    devmajor: int = 0
-    devminor: int = 0
-    offset: int = 0
-    xattrs: dict[bytes, bytes] | None = None
-    sparse: SparseMap | None = None
 
 
 class ByteStream:
@@ -140,47 +102,46 @@ def entries(stream: ByteStream, *, limits: Limits = DEFAULT_LIMITS) -> Iterator[
     defaults = _Defaults()
     extended: _Extended | None = None
     left = limits.max_headers
-    while (block := _header_block(stream)) is not None:
-        header = tarheader.decode(block)
-        kind = header.kind
+    while True:
+        block = stream.read(BLOCK)
+        if len(block) < BLOCK or block == ZERO_BLOCK:
+            _check_end(stream, block)
+            break
+        kind, entry = tarheader.decode(block)
         left -= 1
-        if kind in b"xXgLK":
+        if kind in _EXTENSIONS:
             if kind != b"g":
                 extended = extended or _Extended()
-            left -= _extend(stream, header, extended, defaults)
+            left -= _extend(stream, kind, entry, extended, defaults)
         if left < 0:
             raise LayerLimit("tar headers and PAX records", limits.max_headers)
-        if kind in b"xXgLK":
+        if kind in _EXTENSIONS:
             continue
         if kind == b"V":  # volume label
-            _skip_data(stream, header.size, header.name)
+            _skip_data(stream, entry.size, entry.name)
             continue
+        name = entry.name
         try:
-            entry, stored = _entry(stream, block, header, extended, defaults)
+            stored = _complete(stream, block, kind, entry, extended, defaults)
         except ValueError as error:
-            raise CorruptLayer(str(error), entry=header.name) from error
+            raise CorruptLayer(str(error), entry=name) from error
         extended = None
         yield entry
-        _skip_data(stream, stored, entry.name)
+        if stored:
+            _skip_data(stream, stored, entry.name)
     if extended is not None:
         raise CorruptLayer("tar ends between an extended header and its entry")
 
 
-def _header_block(stream: ByteStream) -> bytes | None:
-    """The next header, or None at the end."""
-    block = stream.read(BLOCK)
-    if not block:
-        return None
-    if len(block) < BLOCK:
+def _check_end(stream: ByteStream, block: bytes) -> None:
+    """CorruptLayer unless the tar may end with *block*, which stands where a header would."""
+    if block and len(block) < BLOCK:
         raise CorruptLayer(f"tar is truncated: {len(block)} bytes of a header at {stream.position - len(block)}")
-    if block != ZERO_BLOCK:
-        return block
-    if stream.read(BLOCK) not in {b"", ZERO_BLOCK}:
+    if block and stream.read(BLOCK) not in {b"", ZERO_BLOCK}:
         raise CorruptLayer(f"tar has a lone zero block at {stream.position - 2 * BLOCK}")
-    return None
 
 
-def _extend(stream: ByteStream, header: Header, extended: _Extended | None, defaults: _Defaults) -> int:
+def _extend(stream: ByteStream, kind: bytes, header: Entry, extended: _Extended | None, defaults: _Defaults) -> int:
     """Read an extended header ('x', 'X'; 'g' has no entry to extend) or a GNU long name ('L', 'K'); how many records."""
     size = header.size
     if not 0 <= size <= MAX_RECORD:
@@ -188,15 +149,15 @@ def _extend(stream: ByteStream, header: Header, extended: _Extended | None, defa
     data = stream.read(size)
     if len(data) < size or not stream.skip(-size % BLOCK):
         raise CorruptLayer("tar is truncated in an extended header", entry=header.name)
-    if extended is not None and header.kind == b"L":
+    if extended is not None and kind == b"L":
         extended.name = tarheader.text(data)
         return 0
-    if extended is not None and header.kind == b"K":
+    if extended is not None and kind == b"K":
         extended.link = tarheader.text(data)
         return 0
     try:
         records = pax.parse_records(data)
-        if extended is None or header.kind == b"g":
+        if extended is None or kind == b"g":
             defaults.update(records)
         else:
             extended.records = records
@@ -212,25 +173,12 @@ def _skip_data(stream: ByteStream, size: int, name: bytes) -> None:
         raise CorruptLayer("tar is truncated in the data", entry=name)
 
 
-def _entry(
-    stream: ByteStream, block: bytes, header: Header, extended: _Extended | None, defaults: _Defaults
-) -> tuple[Entry, int]:
-    """The entry of *header*, and how many bytes of data follow. ValueError if its fields make no sense."""
-    kind = _TYPES.get(header.kind)
-    if kind is None:
-        raise ValueError(f"unsupported tar entry type {header.kind!r}")
-    entry = Entry(
-        header.name,
-        kind,
-        header.mode,
-        header.uid,
-        header.gid,
-        header.size,
-        header.mtime * 1_000_000_000,
-        header.link,
-        header.devmajor,
-        header.devminor,
-    )
+def _complete(
+    stream: ByteStream, block: bytes, kind: bytes, entry: Entry, extended: _Extended | None, defaults: _Defaults
+) -> int:
+    """Complete what decode() made of *block*, and return how many bytes of data follow. ValueError if it makes no sense."""
+    if entry.type == UNKNOWN:
+        raise ValueError(f"unsupported tar entry type {kind!r}")
     records: dict[bytes, bytes] = {}
     if extended is not None or defaults.records:
         extended = extended or _Extended()
@@ -238,13 +186,13 @@ def _entry(
         records = {**defaults.records, **own}
         _apply(entry, extended, records)
         entry.xattrs = {**defaults.xattrs, **(pax.xattrs(own) or {})} or None
-    stored = entry.size if header.kind in _WITH_DATA else 0
+    stored = entry.size if kind in _WITH_DATA else 0
     if stored < 0:
         raise ValueError(f"negative size {stored}")
-    if kind == stat.S_IFREG:
-        if header.kind == b"S" or b"GNU.sparse.size" in records or b"GNU.sparse.realsize" in records:
-            stored = _make_sparse(entry, stream, block, header, extended or _Extended(), records)
-        elif header.kind == b"\0" and entry.name.endswith(b"/"):
+    if entry.type == stat.S_IFREG:
+        if kind == b"S" or b"GNU.sparse.size" in records or b"GNU.sparse.realsize" in records:
+            stored = _make_sparse(entry, stream, block, kind, extended or _Extended(), records)
+        elif kind == b"\0" and entry.name.endswith(b"/"):
             entry.type = stat.S_IFDIR  # v7 had no type for directories
     # A header's own fields end at their first NUL.
     if extended is not None and (b"\0" in entry.name or b"\0" in entry.link):
@@ -252,7 +200,7 @@ def _entry(
     entry.offset = stream.position
     if entry.type != stat.S_IFREG:
         entry.size = 0
-    return entry, stored
+    return stored
 
 
 def _apply(entry: Entry, extended: _Extended, records: dict[bytes, bytes]) -> None:
@@ -280,7 +228,7 @@ def _make_sparse(
     entry: Entry,
     stream: ByteStream,
     block: bytes,
-    header: Header,
+    kind: bytes,
     extended: _Extended,
     records: dict[bytes, bytes],
 ) -> int:
@@ -293,7 +241,7 @@ def _make_sparse(
         return data
 
     stored = entry.size
-    if header.kind == b"S":
+    if kind == b"S":
         pairs, entry.size = sparse.old_gnu(block, read_block)
     else:
         entry.name = records.get(b"GNU.sparse.name") or entry.name

@@ -13,7 +13,7 @@ from afs.layerstore.afslyr.errors import CorruptLayer, LayerLimit, printable
 from afs.layerstore.afslyr.inodes import ROOT, Inodes
 from afs.layerstore.afslyr.layout import BLOCK_BITS, BLOCK_SIZE, TAR_OFFSET
 from afs.layerstore.afslyr.limits import DEFAULT_LIMITS, Limits
-from afs.layerstore.afslyr.tarstream import HARD_LINK, Entry
+from afs.layerstore.afslyr.tarheader import HARD_LINK, Entry
 
 if TYPE_CHECKING:
     from afs.layerstore.afslyr.sparse import SparseMap
@@ -63,6 +63,17 @@ def encode_device(major: int, minor: int) -> int:
     return (minor & 0xFF) | (major << 8) | ((minor & ~0xFF) << 12)
 
 
+def _attributes(entry: Entry) -> tuple[int, int, int, int, int]:
+    """Mode with type, uid, gid, seconds and nanoseconds; CorruptLayer if EROFS or the kernel cannot hold them."""
+    uid, gid = entry.uid, entry.gid
+    if not (0 <= uid <= _MAX_ID and 0 <= gid <= _MAX_ID):
+        raise CorruptLayer(f"owner {uid}:{gid} is out of range", entry=entry.name)
+    seconds, nanoseconds = divmod(entry.mtime_ns, _NANO)
+    if not -_MAX_SIGNED <= seconds < _MAX_SIGNED:
+        raise CorruptLayer("time is out of range", entry=entry.name)
+    return entry.type | entry.mode, uid, gid, seconds, nanoseconds
+
+
 class TreeBuilder:
     """Takes entries by :meth:`add`, gives the inodes by :meth:`finish`.
 
@@ -110,11 +121,14 @@ class TreeBuilder:
         children = self._children.get(parent)
         if children is None:
             raise CorruptLayer("a parent is not a directory", entry=entry.name)
-        node = children.get(base) if entry.type == stat.S_IFDIR else None
-        if node is None or node not in self._children:
-            node = self.inodes.add(entry.type)
+        known = children.get(base) if entry.type == stat.S_IFDIR else None
+        if known is None or known not in self._children:
+            node = self.inodes.add(*_attributes(entry))
             self._place(parent, base, node, entry)
-        self._set_attributes(node, entry)
+        else:
+            node = known
+            self._change(node, entry)
+        self._set_content(node, entry)
 
     def finish(self) -> Inodes:
         """Resolve what had to wait for the last entry, and return the inodes; ROOT is the root."""
@@ -191,21 +205,19 @@ class TreeBuilder:
         if old is not None and (old in self._children or old in self.inodes.targets):
             self._parents.clear()  # cached parents may have led through it
         children[name] = node
-        self._count(name, entry)
-        if node in self._children:
-            self._charge(BLOCK_SIZE)  # however few entries it gets
+        self._count(name, entry, BLOCK_SIZE if node in self._children else 0)  # however few entries it gets
         if name.startswith(_AUFS):
             # Hard links may lead into aufs's directories, so they go away only at the end.
             self._aufs.append((parent, name))
 
-    def _count(self, name: bytes, entry: Entry) -> None:
-        """Account for a new *name*."""
+    def _count(self, name: bytes, entry: Entry, more: int = 0) -> None:
+        """Account for a new *name*, its inode and *more* bytes of metadata."""
         if len(name) > MAX_NAME:
             raise CorruptLayer(f"name of {len(name)} bytes, at most {MAX_NAME} possible", entry=entry.name)
         self._names += 1
         if self._names > self._limits.max_entries:
             raise LayerLimit("entries", self._limits.max_entries)
-        self._charge(64 + 12 + len(name))
+        self._charge(64 + 12 + len(name) + more)
 
     def _charge(self, size: int) -> None:
         self._metadata += size
@@ -217,20 +229,19 @@ class TreeBuilder:
     def _set_root(self, entry: Entry) -> None:
         if entry.type != stat.S_IFDIR:
             raise CorruptLayer("the root is not a directory", entry=entry.name)
-        self._set_attributes(ROOT, entry)
+        self._change(ROOT, entry)
+        self._set_content(ROOT, entry)
 
-    def _set_attributes(self, node: int, entry: Entry) -> None:
-        if not (0 <= entry.uid <= _MAX_ID and 0 <= entry.gid <= _MAX_ID):
-            raise CorruptLayer(f"owner {entry.uid}:{entry.gid} is out of range", entry=entry.name)
-        seconds, nanoseconds = divmod(entry.mtime_ns, _NANO)
-        if not -_MAX_SIGNED <= seconds < _MAX_SIGNED:
-            raise CorruptLayer("time is out of range", entry=entry.name)
+    def _change(self, node: int, entry: Entry) -> None:
+        """Give a directory that came before the attributes of *entry*."""
+        inodes = self.inodes
+        inodes.mode[node], inodes.uid[node], inodes.gid[node], inodes.seconds[node], inodes.nanoseconds[node] = (
+            _attributes(entry)
+        )
+
+    def _set_content(self, node: int, entry: Entry) -> None:
+        """Set extended attributes, and what only files of this type have."""
         inodes, kind = self.inodes, entry.type
-        inodes.mode[node] = kind | entry.mode
-        inodes.uid[node] = entry.uid
-        inodes.gid[node] = entry.gid
-        inodes.seconds[node] = seconds
-        inodes.nanoseconds[node] = nanoseconds
         if entry.xattrs:
             self._set_xattrs(node, entry, entry.xattrs)
         elif inodes.xattrs:
