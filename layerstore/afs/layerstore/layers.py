@@ -21,7 +21,7 @@ import errno
 import functools
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 
 from afs.core.errors import AfsError, DataLoss, InvalidArgument, NotFound
@@ -67,6 +67,8 @@ class Layers:
         self._puller = puller
         self._supply = Supply(store, room, puller, peers, announcer, read_deadline, self._is_ensured)
         self._background: set[asyncio.Task[None]] = set()
+        # Told once of every chunk that a reader wanted and that was not here.
+        self.on_demand: Callable[[str, int], None] = lambda diff_id, index: None
         room.detach = self._detach
 
     @property
@@ -249,11 +251,27 @@ class Layers:
             self.look_up(diff_id)
             partial = self._partials.get(diff_id)
             if partial is not None:  # else it is complete, and the asker opens that
-                last = min(first + count, partial.table.count)
-                await partial.fill(range(max(first, 0), last), self._supply.fetch)
+                wanted = range(max(first, 0), min(first + count, partial.table.count))
+                for index in wanted:
+                    if not partial.has(index) and not partial.is_filling(index):
+                        self.on_demand(diff_id, index)
+                await partial.fill(wanted, self._supply.fetch)
                 self._room.note(diff_id)
                 if self._store.complete(diff_id) is not None:  # the asker has the file open, or opens the complete one
                     self._in_background(functools.partial(self._drop_beside, diff_id))
+
+    async def prefetch(self, diff_id: str, indices: Iterable[int]) -> None:
+        """Fetch what is missing of these chunks, in this order, as far as no reader is delayed. Errors are logged."""
+        for index in indices:
+            partial = self._partials.get(diff_id)
+            if partial is None:
+                return
+            if not partial.has(index):
+                try:
+                    await partial.fill([index], self._supply.fetch)
+                except (AfsError, OSError) as error:
+                    log.warning("prefetch: %s", error)
+                    return
 
     async def _on_full(self, partial: PartialLayer, wanted: int, since: float) -> None:
         """Make room for a chunk on a full disk, or wait for somebody to let go of something; DiskFull at the deadline."""

@@ -133,6 +133,10 @@ class PartialLayer:
         """Whether chunk *index* may be read."""
         return self._chunks[index] == 1
 
+    def is_filling(self, index: int) -> bool:
+        """Whether chunk *index* is on its way."""
+        return index in self._filling
+
     def unmark(self, index: int) -> None:
         """Chunk *index* is damaged on disk: whoever reads it from now on waits until it is filled again."""
         self._chunks[index] = 0
