@@ -26,6 +26,8 @@ from afs.layerstore.room import Room
 from afs.layerstore.server import NodeService, PeerService
 from afs.layerstore.store import CompleteLayer, LayerStore
 from afs.layerstore.supply import Origin
+from afs.layerstore.tracefiles import TraceFiles
+from afs.layerstore.tracing import RECORD_S, Tracing
 from afs.proto.v1.discovery_pb2_grpc import add_DiscoveryServicer_to_server
 from afs.proto.v1.layerstore_pb2_grpc import add_LayerstoreNodeServicer_to_server
 from tests.testbed import oci, tars
@@ -52,8 +54,8 @@ class Service(PeerService):
 
     spoil = False
 
-    def __init__(self, images: Images, layers: Layers) -> None:
-        super().__init__(images, layers)
+    def __init__(self, images: Images, layers: Layers, tracing: Tracing) -> None:
+        super().__init__(images, layers, tracing)
         self.chunks: list[int] = []
 
     @override
@@ -100,6 +102,7 @@ class Node:
     layers: Layers
     images: Images
     puller: Puller
+    tracing: Tracing
     service: Service
     peers: Peers
     address: str
@@ -142,7 +145,15 @@ class World:
         return self.server.count(f"blobs/{self.origin.layer.blob_digest}")
 
     async def node(
-        self, name: str, *, capacity: int = 1, deadline: float = 5.0, quota: int = 1 << 40, grace: float = 0.0
+        self,
+        name: str,
+        *,
+        capacity: int = 1,
+        deadline: float = 5.0,
+        quota: int = 1 << 40,
+        grace: float = 0.0,
+        window: float = RECORD_S,
+        traces: bool = True,
     ) -> Node:
         """Start a node with that weight in placement and `quota` bytes of room."""
         stack = await self.stack.enter_async_context(contextlib.AsyncExitStack())
@@ -160,17 +171,21 @@ class World:
         stack.push_async_callback(layers.close)
         images = Images(store, puller, peers, announcer, 300.0)
         stack.push_async_callback(images.close)
-        service = Service(images, layers)
+        tracing = Tracing(TraceFiles(store.traces_dir), layers, room, peers, announcer, enabled=traces, window=window)
+        tracing.restore(images.manifests())
+        stack.push_async_callback(tracing.close)
+        images.on_gone = tracing.forget
+        service = Service(images, layers, tracing)
         server = await stack.enter_async_context(contextlib.AsyncExitStack())
 
         def register(target: grpc.aio.Server) -> None:
             service.add_to(target)
-            add_LayerstoreNodeServicer_to_server(NodeService(images, layers, room), target)
+            add_LayerstoreNodeServicer_to_server(NodeService(images, layers, room, tracing), target)
 
         (address,) = await server.enter_async_context(serving(["127.0.0.1:0"], register, grace_s=0))
         announcer.serve_at(address)
         await announcer.flush()
-        return Node(store, announcer, room, layers, images, puller, service, peers, address, server.aclose)
+        return Node(store, announcer, room, layers, images, puller, tracing, service, peers, address, server.aclose)
 
 
 @contextlib.asynccontextmanager

@@ -69,6 +69,9 @@ class Config:
     completion_rate: int = setting(
         64 << 20, "Bytes per second that completing layers may take; no limit if 0.", parse_size
     )
+    traces: bool = setting(
+        True, "Record which chunks a starting image reads, share that, and fetch them ahead when it starts elsewhere."
+    )
     pulls: int = setting(2, "Layers pulled at the same time.")
     plain_http: tuple[str, ...] = setting((), "HOST:PORT of a registry without TLS; loopback ones always are.")
     insecure_registry: tuple[str, ...] = setting(
@@ -105,6 +108,8 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
     from afs.layerstore.scrub import Scrubber
     from afs.layerstore.server import NodeService, PeerService
     from afs.layerstore.store import LayerStore
+    from afs.layerstore.tracefiles import TraceFiles
+    from afs.layerstore.tracing import Tracing
     from afs.proto.v1 import layerstore_pb2_grpc as pb_grpc
 
     if config.insecure and not config.advertise and config.listen.rpartition(":")[0].strip("[]") in _EVERYWHERE:
@@ -134,7 +139,11 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         stack.push_async_callback(layers.close)
         images = Images(store, puller, peers, announcer, config.image_ttl)
         stack.push_async_callback(images.close)
-        peer_service, node_service = PeerService(images, layers), NodeService(images, layers, room)
+        tracing = Tracing(TraceFiles(store.traces_dir), layers, room, peers, announcer, enabled=config.traces)
+        await asyncio.to_thread(tracing.restore, images.manifests())
+        stack.push_async_callback(tracing.close)
+        images.on_gone = tracing.forget
+        peer_service, node_service = PeerService(images, layers, tracing), NodeService(images, layers, room, tracing)
 
         def to_peers(server: grpc.aio.Server) -> None:
             peer_service.add_to(server)

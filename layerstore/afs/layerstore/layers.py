@@ -79,6 +79,10 @@ class Layers:
         """Of complete layers."""
         return self._supply.repairs
 
+    def when_described(self, callback: Callable[[str], None]) -> None:
+        """Tell *callback* of every partial layer as soon as its chunks can be asked for, before its metadata is here."""
+        self._partials.on_taken_in = callback
+
     def restore(self) -> None:
         """Open what an earlier process left. Blocking, at start."""
         for ref, platform, image in self._store.load_names():

@@ -11,7 +11,7 @@ import errno
 import functools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from afs.core.errors import AfsError
 from afs.discovery.client import Announcer
@@ -34,6 +34,7 @@ class Partials:
         self._read_deadline = read_deadline
         self._slots = Slots()
         self._partials: dict[str, PartialLayer] = {}
+        self.on_taken_in: Callable[[str], None] = lambda diff_id: None
 
     def get(self, diff_id: str) -> PartialLayer | None:
         """The layer if it is partial."""
@@ -53,6 +54,7 @@ class Partials:
         partial.pin = functools.partial(self._room.leases.pinned, [partial.diff_id])
         partial.slots = self._slots
         self._partials[partial.diff_id] = partial
+        self.on_taken_in(partial.diff_id)
 
     def restore(self, diff_id: str) -> None:
         """Open what an earlier process left. Blocks: after a crash of the machine it reads all of it."""

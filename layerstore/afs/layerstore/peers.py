@@ -24,6 +24,7 @@ from afs.proto.v1.layerstore_pb2_grpc import LayerstorePeerStub
 
 CHUNK_TIMEOUT_S = 10.0
 CALL_TIMEOUT_S = 30.0
+TRACE_TIMEOUT_S = 2.0  # the container runs without it meanwhile
 _MOST = 256
 
 if TYPE_CHECKING:  # a class of the stub file only
@@ -127,6 +128,12 @@ class Peers:
         with self._calling(peer.endpoint, bulk=bulk) as connection:
             request = pb.ReadChunkRequest(diff_id=diff_id, index=index, was_bad=was_bad)
             return await connection.read_chunk(request, timeout=timeout)
+
+    async def read_trace(self, peer: Peer, manifest_digest: str) -> bytes:
+        """The start trace of an image, unchecked."""
+        with self._calling(peer.endpoint) as connection:
+            request = pb.ReadTraceRequest(manifest_digest=manifest_digest)
+            return (await connection.stub.ReadTrace(request, timeout=TRACE_TIMEOUT_S)).trace
 
 
 def image_name(ref: ImageRef, platform: Platform) -> pb.ImageName:

@@ -22,6 +22,7 @@ from afs.layerstore.peers import layer_message
 from afs.layerstore.room import CachedLayer, Room
 from afs.layerstore.store import CompleteLayer
 from afs.layerstore.supply import Origin
+from afs.layerstore.tracing import Tracing
 from afs.proto.v1 import layerstore_pb2 as pb
 from afs.proto.v1 import layerstore_pb2_grpc as pb_grpc
 
@@ -47,9 +48,10 @@ def _image(image: Image) -> pb.Image:
 class PeerService(pb_grpc.LayerstorePeerServicer):
     """What other nodes may ask."""
 
-    def __init__(self, images: Images, layers: Layers) -> None:
+    def __init__(self, images: Images, layers: Layers, tracing: Tracing) -> None:
         self._images = images
         self._layers = layers
+        self._tracing = tracing
 
     @override
     async def ResolveImage(self, request: pb.ResolveImageRequest, context: Context) -> pb.Image:
@@ -98,13 +100,18 @@ class PeerService(pb_grpc.LayerstorePeerServicer):
         pb_grpc.add_LayerstorePeerServicer_to_server(self, server)
         chunkwire.add_to_server(self.read_chunk, server)
 
+    @override
+    async def ReadTrace(self, request: pb.ReadTraceRequest, context: Context) -> pb.ReadTraceResponse:
+        return pb.ReadTraceResponse(trace=await self._tracing.read(check_digest(request.manifest_digest)))
+
 
 class NodeService(pb_grpc.LayerstoreNodeServicer):
     """What the node's own snapshotter may ask."""
 
-    def __init__(self, images: Images, layers: Layers, room: Room) -> None:
+    def __init__(self, images: Images, layers: Layers, room: Room, tracing: Tracing) -> None:
         self._images = images
         self._layers = layers
+        self._tracing = tracing
         self._room = room
         self._leases = room.leases
 
@@ -115,7 +122,7 @@ class NodeService(pb_grpc.LayerstoreNodeServicer):
         image = await self._images.resolve(ref, platform, here=local)
         # Each as soon as it is here, until the last is, which may take minutes; then until the snapshotter reports the
         # mounts. Not before: a damaged one that cannot be repaired has to go and come anew.
-        with contextlib.ExitStack() as pins:
+        with self._tracing.opening(image), contextlib.ExitStack() as pins:
 
             async def open_layer(layer: Layer) -> None:
                 await self._layers.open(Origin(ref, platform, layer), local=local)
@@ -149,6 +156,7 @@ class NodeService(pb_grpc.LayerstoreNodeServicer):
                     mounted = update.in_use, update.idle
                     for diff_id in self._leases.report(release, *mounted, update.last_opened, update.opening):
                         self._room.use(diff_id)  # until now
+                    self._tracing.review()
             finally:
                 requests.put_nowait(None)
 
@@ -165,7 +173,20 @@ class NodeService(pb_grpc.LayerstoreNodeServicer):
     @override
     async def CacheStatus(self, request: pb.CacheStatusRequest, context: Context) -> pb.CacheStatusResponse:
         status = self._room.status()
+        counts = self._tracing.counts
+        traces = pb.TraceStatus(
+            enabled=self._tracing.enabled,
+            kept=self._tracing.kept,
+            recorded=counts.recorded,
+            used=counts.used,
+            from_peers=counts.from_peers,
+            refused=counts.refused,
+            prefetched_chunks=counts.prefetched_chunks,
+            demanded_chunks=self._tracing.recorder.demanded_chunks,
+            recording=len(self._tracing.recorder),
+        )
         return pb.CacheStatusResponse(
+            traces=traces,
             capacity_bytes=status.capacity,
             used_bytes=status.used,
             reserved_bytes=status.reserved,

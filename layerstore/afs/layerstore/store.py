@@ -7,6 +7,7 @@
     ROOT/layers/<hex>.afslyr      complete layers, by diff_id; appear by rename only
     ROOT/partial/<hex>/           header, table, footer, data (sparse), chunks (one byte per chunk, 1 = verified and written)
     ROOT/images/<hex>.json        resolved images, by sha256 of their key
+    ROOT/traces/<hex>             start traces, by the manifest digest of their image (tracefiles.py)
     ROOT/scrubbed.json            when each complete layer was verified last, by diff_id
     ROOT/tmp/                     files under construction, and evicted ones; emptied at start
 
@@ -159,6 +160,11 @@ class LayerStore:
     def close(self) -> None:
         """Release the directory."""
         os.close(self._lock)
+
+    @property
+    def traces_dir(self) -> Path:
+        """For :class:`~afs.layerstore.tracefiles.TraceFiles`."""
+        return self.root / "traces"
 
     # Layers
 

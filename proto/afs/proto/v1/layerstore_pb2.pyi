@@ -278,6 +278,45 @@ class ReadChunkRequest(_message.Message):
 Global___ReadChunkRequest: _TypeAlias = ReadChunkRequest  # noqa: Y015
 
 @_typing.final
+class ReadTraceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MANIFEST_DIGEST_FIELD_NUMBER: _builtins.int
+    manifest_digest: _builtins.str
+    def __init__(
+        self,
+        *,
+        manifest_digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["manifest_digest", b"manifest_digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadTraceRequest: _TypeAlias = ReadTraceRequest  # noqa: Y015
+
+@_typing.final
+class ReadTraceResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRACE_FIELD_NUMBER: _builtins.int
+    trace: _builtins.bytes
+    """as docs/traces.md describes it"""
+    def __init__(
+        self,
+        *,
+        trace: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["trace", b"trace"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadTraceResponse: _TypeAlias = ReadTraceResponse  # noqa: Y015
+
+@_typing.final
 class OpenImageRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -449,6 +488,7 @@ class CacheStatusResponse(_message.Message):
     DAMAGED_LAYERS_FIELD_NUMBER: _builtins.int
     SNAPSHOTTER_CONNECTED_FIELD_NUMBER: _builtins.int
     LAYERS_FIELD_NUMBER: _builtins.int
+    TRACES_FIELD_NUMBER: _builtins.int
     capacity_bytes: _builtins.int
     used_bytes: _builtins.int
     reserved_bytes: _builtins.int
@@ -466,6 +506,8 @@ class CacheStatusResponse(_message.Message):
     def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___CachedLayer]:
         """least recently used first"""
 
+    @_builtins.property
+    def traces(self) -> Global___TraceStatus: ...
     def __init__(
         self,
         *,
@@ -478,14 +520,67 @@ class CacheStatusResponse(_message.Message):
         damaged_layers: _builtins.int = ...,
         snapshotter_connected: _builtins.bool = ...,
         layers: _abc.Iterable[Global___CachedLayer] | None = ...,
+        traces: Global___TraceStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["traces", b"traces"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "damaged_layers", b"damaged_layers", "evicted_layers", b"evicted_layers", "free_bytes", b"free_bytes", "layers", b"layers", "leased_bytes", b"leased_bytes", "reserved_bytes", b"reserved_bytes", "snapshotter_connected", b"snapshotter_connected", "used_bytes", b"used_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "damaged_layers", b"damaged_layers", "evicted_layers", b"evicted_layers", "free_bytes", b"free_bytes", "layers", b"layers", "leased_bytes", b"leased_bytes", "reserved_bytes", b"reserved_bytes", "snapshotter_connected", b"snapshotter_connected", "traces", b"traces", "used_bytes", b"used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CacheStatusResponse: _TypeAlias = CacheStatusResponse  # noqa: Y015
+
+@_typing.final
+class TraceStatus(_message.Message):
+    """Of start traces; what happened is counted since the start."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENABLED_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
+    RECORDED_FIELD_NUMBER: _builtins.int
+    USED_FIELD_NUMBER: _builtins.int
+    FROM_PEERS_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    PREFETCHED_CHUNKS_FIELD_NUMBER: _builtins.int
+    DEMANDED_CHUNKS_FIELD_NUMBER: _builtins.int
+    RECORDING_FIELD_NUMBER: _builtins.int
+    enabled: _builtins.bool
+    kept: _builtins.int
+    """in the cache directory"""
+    recorded: _builtins.int
+    """recordings that made a trace or changed one"""
+    used: _builtins.int
+    """openings of an image that had a trace to prefetch"""
+    from_peers: _builtins.int
+    """of those, with a trace of another node"""
+    refused: _builtins.int
+    """traces that were damaged or not the image's"""
+    prefetched_chunks: _builtins.int
+    demanded_chunks: _builtins.int
+    """that readers waited for while a recording ran"""
+    recording: _builtins.int
+    """images whose start is being recorded now"""
+    def __init__(
+        self,
+        *,
+        enabled: _builtins.bool = ...,
+        kept: _builtins.int = ...,
+        recorded: _builtins.int = ...,
+        used: _builtins.int = ...,
+        from_peers: _builtins.int = ...,
+        refused: _builtins.int = ...,
+        prefetched_chunks: _builtins.int = ...,
+        demanded_chunks: _builtins.int = ...,
+        recording: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["demanded_chunks", b"demanded_chunks", "enabled", b"enabled", "from_peers", b"from_peers", "kept", b"kept", "prefetched_chunks", b"prefetched_chunks", "recorded", b"recorded", "recording", b"recording", "refused", b"refused", "used", b"used"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TraceStatus: _TypeAlias = TraceStatus  # noqa: Y015
 
 @_typing.final
 class CachedLayer(_message.Message):

@@ -50,6 +50,11 @@ class LayerstorePeerStub:
                 request_serializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.DescribeLayerRequest.SerializeToString,
                 response_deserializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.DescribeLayerResponse.FromString,
                 _registered_method=True)
+        self.ReadTrace = channel.unary_unary(
+                '/afs.v1.LayerstorePeer/ReadTrace',
+                request_serializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.ReadTraceRequest.SerializeToString,
+                response_deserializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.ReadTraceResponse.FromString,
+                _registered_method=True)
 
 
 class LayerstorePeerServicer:
@@ -78,6 +83,13 @@ class LayerstorePeerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReadTrace(self, request, context):
+        """The start trace of an image, NOT_FOUND if this node has none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_LayerstorePeerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -95,6 +107,11 @@ def add_LayerstorePeerServicer_to_server(servicer, server):
                     servicer.DescribeLayer,
                     request_deserializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.DescribeLayerRequest.FromString,
                     response_serializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.DescribeLayerResponse.SerializeToString,
+            ),
+            'ReadTrace': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReadTrace,
+                    request_deserializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.ReadTraceRequest.FromString,
+                    response_serializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.ReadTraceResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -179,6 +196,33 @@ class LayerstorePeer:
             '/afs.v1.LayerstorePeer/DescribeLayer',
             afs_dot_proto_dot_v1_dot_layerstore__pb2.DescribeLayerRequest.SerializeToString,
             afs_dot_proto_dot_v1_dot_layerstore__pb2.DescribeLayerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadTrace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/afs.v1.LayerstorePeer/ReadTrace',
+            afs_dot_proto_dot_v1_dot_layerstore__pb2.ReadTraceRequest.SerializeToString,
+            afs_dot_proto_dot_v1_dot_layerstore__pb2.ReadTraceResponse.FromString,
             options,
             channel_credentials,
             insecure,

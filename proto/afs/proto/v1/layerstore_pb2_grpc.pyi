@@ -41,6 +41,8 @@ class LayerstorePeerStub:
     """A layer that this node holds at least partly: header, footer and chunk table in the first message, then what a mount
     reads at once, in order, a chunk per message: superblock and EROFS metadata. Chunks that are not here are left out.
     """
+    ReadTrace: _grpc.UnaryUnaryMultiCallable[_layerstore_pb2.ReadTraceRequest, _layerstore_pb2.ReadTraceResponse]
+    """The start trace of an image, NOT_FOUND if this node has none."""
 
 @_typing.type_check_only
 class LayerstorePeerAsyncStub(LayerstorePeerStub):
@@ -55,6 +57,8 @@ class LayerstorePeerAsyncStub(LayerstorePeerStub):
     """A layer that this node holds at least partly: header, footer and chunk table in the first message, then what a mount
     reads at once, in order, a chunk per message: superblock and EROFS metadata. Chunks that are not here are left out.
     """
+    ReadTrace: _aio.UnaryUnaryMultiCallable[_layerstore_pb2.ReadTraceRequest, _layerstore_pb2.ReadTraceResponse]  # type: ignore[assignment]
+    """The start trace of an image, NOT_FOUND if this node has none."""
 
 class LayerstorePeerServicer(metaclass=_abc_1.ABCMeta):
     """Between layerstores, and for afs_proxy."""
@@ -84,6 +88,14 @@ class LayerstorePeerServicer(metaclass=_abc_1.ABCMeta):
         """A layer that this node holds at least partly: header, footer and chunk table in the first message, then what a mount
         reads at once, in order, a chunk per message: superblock and EROFS metadata. Chunks that are not here are left out.
         """
+
+    @_abc_1.abstractmethod
+    def ReadTrace(
+        self,
+        request: _layerstore_pb2.ReadTraceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_layerstore_pb2.ReadTraceResponse, _abc.Awaitable[_layerstore_pb2.ReadTraceResponse]]:
+        """The start trace of an image, NOT_FOUND if this node has none."""
 
 def add_LayerstorePeerServicer_to_server(servicer: LayerstorePeerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
