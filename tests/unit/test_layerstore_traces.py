@@ -193,6 +193,7 @@ def test_traces_survive_a_restart(files: TraceFiles) -> None:
 def test_traces_of_images_that_are_gone_go(files: TraceFiles) -> None:
     files.save(trace((A, 1)))
     (files._directory / ".half.17.tmp").write_bytes(b"what a crash left")
+    (files._directory / "somebody's").mkdir()
     assert reopened(files, OTHER)[1] == {}
     assert list(files._directory.iterdir()) == []
 

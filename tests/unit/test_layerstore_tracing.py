@@ -366,6 +366,7 @@ async def test_a_damaged_file_is_dropped_and_a_peer_asked(world: World, caplog: 
     await open_image(world, three)
     await settled(three)
     assert three.tracing.counts.from_peers == 2
+    assert digest not in three.announcer._traces
     assert any(message.startswith(f"dropping {path}: ") for message in caplog.messages)
 
 

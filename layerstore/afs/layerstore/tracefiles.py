@@ -12,6 +12,7 @@ from pathlib import Path
 
 from afs.core.digests import hex_of, is_digest
 from afs.core.files import write_atomic
+from afs.layerstore.store import delete
 from afs.layerstore.traces import MAX_BYTES, BadTrace, Trace, parse_trace
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class TraceFiles:
         for _, path in files:
             image = f"sha256:{path.name}"
             if not is_digest(image) or image not in images:  # also what was being written when the process died
-                path.unlink()
+                delete(path)
                 continue
             self._kept[image] = None
             if (trace := self._read(image, images[image])) is not None:

@@ -193,7 +193,8 @@ class Tracing:
 
     async def _find(self, start: _Start) -> Trace | None:
         """The image's trace, from here or from a peer; None if nobody has one."""
-        own = await self._load(start)
+        async with self._disk:
+            own = await self._load(start)
         return own if own is not None else await self._ask_peers(start)
 
     async def _ask_peers(self, start: _Start) -> Trace | None:
@@ -245,7 +246,7 @@ class Tracing:
     async def _keep(self, start: _Start, demanded: Collection[Chunk]) -> None:
         """Write and announce the trace with what was demanded, if that is new here."""
         async with self._disk:
-            own = await self._on_disk(lambda: self._files.load(start.image, start.diff_ids))
+            own = await self._load(start)
             base = start.trace or own or Trace(start.image)
             merged = start.trace = self._possible(base.merged(demanded))
             if not merged.chunks or merged == own:
@@ -296,8 +297,11 @@ class Tracing:
             await self._on_disk(lambda: self._files.drop(image))
 
     async def _load(self, start: _Start) -> Trace | None:
-        async with self._disk:
-            return await self._on_disk(lambda: self._files.load(start.image, start.diff_ids))
+        """The image's trace on disk. The caller holds ``_disk``."""
+        found = await self._on_disk(lambda: self._files.load(start.image, start.diff_ids))
+        if start.image not in self._files:  # it was damaged
+            self._announcer.forget_trace(start.image)
+        return found
 
     async def _on_disk(self, work: Callable[[], T]) -> T | None:
         """*work* in a thread; None, and it is logged, if the disk fails. The caller holds ``_disk``."""
