@@ -32,11 +32,13 @@ from tests.testbed import oci, tars
 from tests.testbed.faults import FaultServer
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
     import grpc.aio
 
+    from afs.layerstore.completion import Completing
     from afs.proto.v1 import layerstore_pb2 as pb
 
 AMD64 = Platform("linux", "amd64")
@@ -51,6 +53,8 @@ class Service(PeerService):
     """The real service, with chunks that a test spoils."""
 
     spoil = False
+    gate: asyncio.Event | None = None
+    """What reads of chunks wait for."""
 
     def __init__(self, images: Images, layers: Layers) -> None:
         super().__init__(images, layers)
@@ -59,6 +63,8 @@ class Service(PeerService):
     @override
     async def read_chunk(self, request: pb.ReadChunkRequest) -> bytes:
         self.chunks.append(request.index)
+        if self.gate is not None:
+            await self.gate.wait()
         data = await super().read_chunk(request)
         return bytes(len(data)) if self.spoil else data
 
@@ -142,7 +148,14 @@ class World:
         return self.server.count(f"blobs/{self.origin.layer.blob_digest}")
 
     async def node(
-        self, name: str, *, capacity: int = 1, deadline: float = 5.0, quota: int = 1 << 40, grace: float = 0.0
+        self,
+        name: str,
+        *,
+        capacity: int = 1,
+        deadline: float = 5.0,
+        quota: int = 1 << 40,
+        grace: float = 0.0,
+        completing: Completing | None = None,
     ) -> Node:
         """Start a node with that weight in placement and `quota` bytes of room."""
         stack = await self.stack.enter_async_context(contextlib.AsyncExitStack())
@@ -155,7 +168,7 @@ class World:
         stack.push_async_callback(peers.close)
         announcer = Announcer(self.discovery, Peer(name, "none", capacity))
         stack.push_async_callback(announcer.leave)
-        layers = Layers(store, room, puller, peers, announcer, deadline)
+        layers = Layers(store, room, puller, peers, announcer, deadline, completing)
         layers.restore()
         stack.push_async_callback(layers.close)
         images = Images(store, puller, peers, announcer, 300.0)
