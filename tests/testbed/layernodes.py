@@ -34,11 +34,13 @@ from tests.testbed import oci, tars
 from tests.testbed.faults import FaultServer
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
     import grpc.aio
 
+    from afs.layerstore.completion import Completing
     from afs.proto.v1 import layerstore_pb2 as pb
 
 AMD64 = Platform("linux", "amd64")
@@ -53,6 +55,8 @@ class Service(PeerService):
     """The real service, with chunks that a test spoils."""
 
     spoil = False
+    gate: asyncio.Event | None = None
+    """What reads of chunks wait for."""
 
     def __init__(self, images: Images, layers: Layers, tracing: Tracing) -> None:
         super().__init__(images, layers, tracing)
@@ -61,6 +65,8 @@ class Service(PeerService):
     @override
     async def read_chunk(self, request: pb.ReadChunkRequest) -> bytes:
         self.chunks.append(request.index)
+        if self.gate is not None:
+            await self.gate.wait()
         data = await super().read_chunk(request)
         return bytes(len(data)) if self.spoil else data
 
@@ -154,6 +160,7 @@ class World:
         grace: float = 0.0,
         window: float = RECORD_S,
         traces: bool = True,
+        completing: Completing | None = None,
     ) -> Node:
         """Start a node with that weight in placement and `quota` bytes of room."""
         stack = await self.stack.enter_async_context(contextlib.AsyncExitStack())
@@ -166,7 +173,7 @@ class World:
         stack.push_async_callback(peers.close)
         announcer = Announcer(self.discovery, Peer(name, "none", capacity))
         stack.push_async_callback(announcer.leave)
-        layers = Layers(store, room, puller, peers, announcer, deadline)
+        layers = Layers(store, room, puller, peers, announcer, deadline, completing)
         layers.restore()
         stack.push_async_callback(layers.close)
         images = Images(store, puller, peers, announcer, 300.0)

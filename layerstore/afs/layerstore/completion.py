@@ -204,7 +204,7 @@ class Completion:
             self._partials.is_open(partial)
             and not partial.is_forged
             and partial.diff_id in self._room.leases.in_use
-            and self._room.has_free(partial.layout.chunk_size)  # nobody else goes for it
+            and self._room.has_free(_BEHIND * partial.layout.chunk_size)  # for all at once; nobody else goes for it
             and (self._how.mode is Mode.ALWAYS or self._now() >= self._demanded + self._how.idle)
         )
 

@@ -209,11 +209,15 @@ class Layers:
             for index in wanted:
                 self._note_demand(partial, index)
             await partial.fill(wanted, self._supply.fetch)
-            self._room.note(diff_id)
-            if self._store.complete(diff_id) is not None:  # the asker has the file open, or opens the complete one
-                self._in_background(functools.partial(self.completion.drop_beside, diff_id))
-            elif partial.here == partial.table.count:
-                self._in_background(functools.partial(self.completion.promote, partial))
+            self._note_filled(partial)
+
+    def _note_filled(self, partial: PartialLayer) -> None:
+        """Chunks came. Whoever asked has the file open, or opens the complete one."""
+        self._room.note(partial.diff_id)
+        if self._store.complete(partial.diff_id) is not None:
+            self._in_background(functools.partial(self.completion.drop_beside, partial.diff_id))
+        elif partial.here == partial.table.count:
+            self._in_background(functools.partial(self.completion.promote, partial))
 
     def _note_demand(self, partial: PartialLayer, index: int) -> None:
         self.completion.demanded()
@@ -242,7 +246,8 @@ class Layers:
                     return
                 if 0 <= index < partial.table.count and not partial.has(index):
                     await partial.fill([index], self._supply.fetch, Priority.PREFETCH)
-                    self._room.note(partial.diff_id)
+                    if self._partials.is_open(partial):
+                        self._note_filled(partial)
 
         tasks = [asyncio.create_task(work()) for _ in range(_PREFETCHES)]
         try:
