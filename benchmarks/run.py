@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from benchmarks import convert, first, measure, memory, pull, warm
+from benchmarks import convert, first, lazy, measure, memory, pull, trace, warm
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,7 +22,9 @@ BENCHMARKS: dict[str, tuple[Callable[[str, int | None], measure.Report], str]] =
     "pull-debian": (pull.run, "debian"),
     "pull-img4": (pull.run, "img4"),
     "convert-img4": (convert.run, "img4"),
+    "lazy-img4": (lazy.run, "img4"),
     "memory-img4": (memory.run, "img4"),
+    "trace-img4": (trace.run, "img4"),
 }
 
 

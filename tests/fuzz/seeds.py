@@ -8,6 +8,8 @@ import zstandard
 
 from afs.layerstore.afslyr import layout as lay
 from afs.layerstore.afslyr.convert import convert
+from afs.layerstore.traces import Chunk, Trace
+from tests.fuzz.targets import TRACED_IMAGE, TRACED_LAYERS
 from tests.testbed import tars
 
 
@@ -74,6 +76,17 @@ def _moved(data: bytes, old: lay.Layout, new: lay.Layout) -> bytes:
     return bytes(metadata)
 
 
+def _traces() -> list[bytes]:
+    one, two, three, _ = TRACED_LAYERS
+    orders = [
+        [],
+        [(one, 0)],
+        [*((two, number) for number in range(40)), (one, 7), *((two, number) for number in range(60, 70))],
+        [(three, 5), (one, 5), (two, 5), (three, 4), (three, 2), (three, 3), (one, 6)],
+    ]
+    return [Trace(TRACED_IMAGE, tuple(Chunk(*chunk) for chunk in order)).encode() for order in orders]
+
+
 def seeds(target: str) -> list[bytes]:
     """Inputs for *target* of tests.fuzz.targets."""
     found = small_tars()
@@ -95,4 +108,6 @@ def seeds(target: str) -> list[bytes]:
             blocks = [tar[:2048] for tar in found if tar[156:157] == b"S"]
             text = [tars.padded(b"2\n0\n5\n1024\n700\n"), tars.records([("GNU.sparse.map", "0,5,1024,7")])]
             return [*headers, *(data.rstrip(b"\0") for data in headers), *blocks, *text]
+        case "trace":
+            return _traces()
     raise ValueError(f"no target {target}")

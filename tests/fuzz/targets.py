@@ -8,9 +8,11 @@ import hashlib
 import io
 import os
 import struct
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
 
+from afs.layerstore import traces
 from afs.layerstore.afslyr import layout as lay
 from afs.layerstore.afslyr import pax, reader, sparse, tarheader, xattrs
 from afs.layerstore.afslyr.check import check_layer
@@ -34,6 +36,8 @@ LIMITS = Limits(
 )
 REFUSALS = (CorruptLayer, LayerLimit)
 DIFF_ID = "sha256:" + "5a" * 32
+TRACED_IMAGE = "sha256:" + "a5" * 32
+TRACED_LAYERS = tuple(f"sha256:{number:064x}" for number in range(4))
 _MAX_INFLATED = 8 << 20
 
 
@@ -262,6 +266,27 @@ def _check_map(pairs: list[tuple[int, int]], size: int) -> None:
         end = offset + length
 
 
+def trace(data: bytes) -> None:
+    """Start traces, as they are and with a name and a checksum that fit: what is accepted has one encoding and keeps the limits."""
+    for content in (data, _named(data)):
+        try:
+            found = traces.parse_trace(content, TRACED_IMAGE, TRACED_LAYERS)
+        except traces.BadTrace:
+            continue
+        assert found.encode() == content
+        assert len(set(found.chunks)) == len(found.chunks) <= traces.MAX_CHUNKS
+        assert {chunk.diff_id for chunk in found.chunks} <= set(TRACED_LAYERS)
+        assert all(0 <= chunk.number < 1 << 32 for chunk in found.chunks)
+        assert found.merged(reversed(found.chunks)) == found
+
+
+def _named(data: bytes) -> bytes:
+    if len(data) < 48:
+        return data
+    body = traces.MAGIC + bytes.fromhex(TRACED_IMAGE.removeprefix("sha256:")) + data[40:-4]
+    return body + zlib.crc32(body).to_bytes(4, "little")
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "tar": tar,
     "inflate": inflated,
@@ -270,4 +295,5 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "file": file,
     "records": records,
     "maps": maps,
+    "trace": trace,
 }

@@ -14,6 +14,9 @@ import pytest
 
 from afs.client import AfsClient, Finished, Log
 from afs.core.mounts import list_mounts
+from afs.core.rpc import channel
+from afs.proto.v1 import layerstore_pb2 as pb
+from afs.proto.v1.layerstore_pb2_grpc import LayerstoreNodeStub
 from afs.snapshotter.client import Mounts
 from tests.testbed import oci, tars
 from tests.testbed.cluster import cluster
@@ -171,6 +174,44 @@ async def test_encodings_and_manifests_over_http(
     assert result.stdout == content + busybox_image.present["/data/hello.txt"], result
     assert by_digest.stdout == content
     assert session_registry.blob_fetches()[layer.digest] == 1
+
+
+def test_a_layer_in_use_is_completed_and_its_story_is_told(registry: Registry, big_image: BigImage) -> None:
+    """While a container runs on it, and without a word from anybody."""
+
+    async def run_until_complete(running: RealCluster, node2: NodeProcesses) -> pb.CachedLayer:
+        script = "echo ready; while ! test -e /go; do usleep 10000; done"
+        cached = pb.CachedLayer()
+        async with (
+            AfsClient(node2.afslet.address) as client,
+            channel(f"unix:{node2.run_dir}/layerstore.sock") as opened,
+        ):
+            async for event in client.execute(big_image.name, ["sh", "-c", script]):
+                if isinstance(event, Log):
+                    while not cached.complete:  # another process has no event for us
+                        found = await LayerstoreNodeStub(opened).CacheStatus(pb.CacheStatusRequest())
+                        (cached,) = [each for each in found.layers if each.diff_id == big_image.layer.diff_id]
+                    (root,) = node2.directory.glob("snapshotter/roots/*/merged")
+                    (root / "go").touch()
+                if isinstance(event, Finished):
+                    assert event.exit_code == 0
+        return cached
+
+    with cluster(1, proxy=False, layerstore_flags=("--completion=always", "--completion-rate=0")) as running:
+        assert asyncio.run(run_on(running.nodes[0], big_image.name, "true")).ok
+        node2 = running.start_node(2)
+        cached = asyncio.run(run_until_complete(running, node2))
+        assert cached.chunks_here == cached.chunks > FILES
+        assert list(cached.bytes_from_peers) == [running.nodes[0].layerstore.address]
+        assert cached.bytes_from_peers[running.nodes[0].layerstore.address] >= FILES * MIB
+        assert cached.prefetched_chunks >= FILES - cached.demanded_chunks
+        assert (cached.bytes_from_source, cached.bad_chunks) == (0, 0)
+        names = [n.directory / "layerstore/layers" / f"{big_image.layer.diff_id[7:]}.afslyr" for n in running.nodes]
+        assert filecmp.cmp(*names, shallow=False)
+        running.nodes[0].layerstore.popen.kill()
+        result = asyncio.run(run_on(node2, big_image.name, "sh", "-c", "sha256sum /big/*"))
+        assert result.stdout == big_image.listing, "nobody else is needed any more"
+    assert registry.blob_fetches()[big_image.layer.digest] == 1
 
 
 def test_reader_goes_on_when_the_peer_s_layerstore_comes_back(big_image: BigImage) -> None:

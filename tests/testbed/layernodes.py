@@ -28,17 +28,22 @@ from afs.layerstore.room import Room
 from afs.layerstore.server import NodeService, PeerService
 from afs.layerstore.store import CompleteLayer, LayerStore
 from afs.layerstore.supply import Origin
-from afs.proto.v1 import layerstore_pb2 as pb
+from afs.layerstore.tracefiles import TraceFiles
+from afs.layerstore.tracing import RECORD_S, Tracing
 from afs.proto.v1.discovery_pb2_grpc import add_DiscoveryServicer_to_server
-from afs.proto.v1.layerstore_pb2_grpc import add_LayerstoreNodeServicer_to_server, add_LayerstorePeerServicer_to_server
+from afs.proto.v1.layerstore_pb2_grpc import add_LayerstoreNodeServicer_to_server
 from tests.testbed import oci, tars
 from tests.testbed.faults import FaultServer
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
     import grpc.aio
+
+    from afs.layerstore.completion import Completing
+    from afs.proto.v1 import layerstore_pb2 as pb
 
 AMD64 = Platform("linux", "amd64")
 TAR = tars.tar_of({name: bytes([number]) * 900_000 for number, name in enumerate("abcdef")})
@@ -52,16 +57,31 @@ class Service(PeerService):
     """The real service, with chunks that a test spoils."""
 
     spoil = False
+    gate: asyncio.Event | None = None
+    """What reads of chunks wait for."""
 
-    def __init__(self, images: Images, layers: Layers) -> None:
-        super().__init__(images, layers)
+    def __init__(self, images: Images, layers: Layers, tracing: Tracing) -> None:
+        super().__init__(images, layers, tracing)
         self.chunks: list[int] = []
 
     @override
-    async def ReadChunk(self, request: pb.ReadChunkRequest, context: Any) -> pb.ReadChunkResponse:
+    async def read_chunk(self, request: pb.ReadChunkRequest) -> bytes:
         self.chunks.append(request.index)
-        answer = await super().ReadChunk(request, context)
-        return pb.ReadChunkResponse(data=bytes(len(answer.data))) if self.spoil else answer
+        if self.gate is not None:
+            await self.gate.wait()
+        data = await super().read_chunk(request)
+        return bytes(len(data)) if self.spoil else data
+
+    @override
+    async def DescribeLayer(
+        self, request: pb.DescribeLayerRequest, context: Any
+    ) -> AsyncIterator[pb.DescribeLayerResponse]:
+        async for message in super().DescribeLayer(request, context):
+            if message.data:
+                self.chunks.append(message.index)
+            if message.data and self.spoil:
+                message.data = bytes(len(message.data))
+            yield message
 
 
 class Clock:
@@ -90,7 +110,9 @@ class Node:
     layers: Layers
     images: Images
     puller: Puller
+    tracing: Tracing
     service: Service
+    peers: Peers
     address: str
     stop_serving: Callable[[], Any]
 
@@ -131,7 +153,16 @@ class World:
         return self.server.count(f"blobs/{self.origin.layer.blob_digest}")
 
     async def node(
-        self, name: str, *, capacity: int = 1, deadline: float = 5.0, quota: int = 1 << 40, grace: float = 0.0
+        self,
+        name: str,
+        *,
+        capacity: int = 1,
+        deadline: float = 5.0,
+        quota: int = 1 << 40,
+        grace: float = 0.0,
+        window: float = RECORD_S,
+        traces: bool = True,
+        completing: Completing | None = None,
     ) -> Node:
         """Start a node with that weight in placement and `quota` bytes of room."""
         stack = await self.stack.enter_async_context(contextlib.AsyncExitStack())
@@ -144,22 +175,26 @@ class World:
         stack.push_async_callback(peers.close)
         announcer = Announcer(self.discovery, Peer(name, "none", capacity))
         stack.push_async_callback(announcer.leave)
-        layers = Layers(store, room, puller, peers, announcer, deadline)
+        layers = Layers(store, room, puller, peers, announcer, deadline, completing)
         layers.restore()
         stack.push_async_callback(layers.close)
         images = Images(store, puller, peers, announcer, 300.0)
         stack.push_async_callback(images.close)
-        service = Service(images, layers)
+        tracing = Tracing(TraceFiles(store.traces_dir), layers, room, peers, announcer, enabled=traces, window=window)
+        tracing.restore(images.manifests())
+        stack.push_async_callback(tracing.close)
+        images.on_gone = tracing.forget
+        service = Service(images, layers, tracing)
         server = await stack.enter_async_context(contextlib.AsyncExitStack())
 
         def register(target: grpc.aio.Server) -> None:
-            add_LayerstorePeerServicer_to_server(service, target)
-            add_LayerstoreNodeServicer_to_server(NodeService(images, layers, room), target)
+            service.add_to(target)
+            add_LayerstoreNodeServicer_to_server(NodeService(images, layers, room, tracing), target)
 
         (address,) = await server.enter_async_context(serving(["127.0.0.1:0"], register, grace_s=0))
         announcer.serve_at(address)
         await announcer.flush()
-        return Node(store, announcer, room, layers, images, puller, service, address, server.aclose)
+        return Node(store, announcer, room, layers, images, puller, tracing, service, peers, address, server.aclose)
 
 
 @contextlib.asynccontextmanager

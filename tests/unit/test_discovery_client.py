@@ -76,18 +76,43 @@ async def test_a_flush_sends_what_changed() -> None:
     assert last.leaving
 
 
+async def test_traces_are_told_as_they_change() -> None:
+    async with discovery() as (address, service), announcing(address) as one, announcing(address, "n2") as two:
+        one.know_trace(A, 10)
+        one.know_trace(B, 20)
+        await one.flush()
+        one.know_trace(A, 10)
+        one.know_trace(B, 21)
+        await one.flush()
+        one.forget_trace(A)
+        one.forget_trace(C)
+        await one.flush()
+        await one.flush()
+        located = await two.locate([C], traces=[A, B, C])
+        assert located.traces == {B: [Peer("n1", "n1:1", 0)]}
+        assert (await one.locate(traces=[B])).traces == {B: []}  # oneself left out
+        async with channel(address) as opened:
+            (node,) = (await DiscoveryStub(opened).ListNodes(pb.ListNodesRequest(include_contents=True))).nodes
+        assert [(trace.manifest_digest, trace.chunks) for trace in node.traces] == [(B, 21)]
+    told = [[(trace.manifest_digest, trace.chunks) for trace in beat.traces] for beat in service.beats[:4]]
+    assert told == [[(A, 10), (B, 20)], [(B, 21)], [], []]
+    assert [list(beat.removed_traces) for beat in service.beats[:4]] == [[], [], [A], []]
+
+
 async def test_a_new_server_gets_everything_at_once() -> None:
     async with AsyncExitStack() as stack:
         running = AsyncExitStack()
         address, _ = await running.enter_async_context(discovery())
         announcer = await stack.enter_async_context(announcing(address))
         announcer.hold(A, 10, complete=True)
+        announcer.know_trace(C, 5)
         await announcer.flush()
         await running.aclose()
         _, service = await stack.enter_async_context(discovery(address))
         await asyncio.wait_for(announcer._channel.channel_ready(), 10)
         announcer.hold(B, 20, complete=True)
         await announcer.flush()
+        assert [trace.manifest_digest for trace in service.beats[1].traces] == [C]
         assert [beat.full for beat in service.beats] == [False, True]
         assert {layer.diff_id for layer in service.beats[1].layers} == {A, B}
 

@@ -114,6 +114,27 @@ def test_complete_holders_come_first() -> None:
     assert [node.node_id for node in directory.image_holders("i", 0)] == ["n1", "n2", "n3", "n4"]
 
 
+def test_traces_come_change_and_go() -> None:
+    directory = Directory(TTL)
+    beat(directory, replace(BASE, traces=(("i", 7), ("j", 2))))
+    assert not beat(directory, replace(BASE, sequence=2, full=False, traces=(("i", 9),), removed_traces=("j", "z")))
+    (node,) = directory.nodes(0)
+    assert node.traces == {"i": 9}
+    assert beat(directory, replace(BASE, sequence=4, full=False, removed_traces=("i",)))  # a gap
+    assert node.traces == {"i": 9}
+    assert not beat(directory, replace(BASE, sequence=5, traces=(("k", 1),)))
+    assert node.traces == {"k": 1}
+
+
+def test_who_has_the_longest_trace_comes_first() -> None:
+    directory = Directory(TTL)
+    for node_id, chunks in (("n1", 3), ("n2", 9), ("n3", 9), ("n4", 1)):
+        beat(directory, replace(BASE, node_id=node_id, traces=(("i", chunks),)))
+    beat(directory, replace(BASE, node_id="n5", traces=(("j", 99),)))
+    assert [node.node_id for node in directory.trace_holders("i", 0)] == ["n2", "n3", "n1", "n4"]
+    assert directory.trace_holders("i", TTL + 1) == []
+
+
 LAYER = st.sampled_from("abcd")
 
 

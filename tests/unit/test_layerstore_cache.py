@@ -19,10 +19,11 @@ from afs.layerstore.afslyr.check import check_and_sync
 from afs.layerstore.afslyr.layout import pack_header
 from afs.layerstore.errors import CacheFull, DamagedLayer, DiskFull, LayerUnavailable
 from afs.layerstore.leases import LEASE_S
-from afs.layerstore.partial import PartialLayer
+from afs.layerstore.partial import Description, PartialLayer
 from afs.layerstore.peers import Peers
 from afs.layerstore.scrub import Scrubber
 from afs.layerstore.store import CompleteLayer
+from afs.layerstore.supply import Providers
 from afs.layerstore.workers import Workers
 from afs.proto.v1 import layerstore_pb2 as pb
 from afs.proto.v1.layerstore_pb2_grpc import LayerstoreNodeStub
@@ -158,10 +159,10 @@ async def test_a_fill_that_nobody_waits_for_any_more_still_holds_the_layer(
     reading, gate = asyncio.Event(), asyncio.Event()
     real = Peers.read_chunk
 
-    async def read_chunk(self: Peers, peer: Peer, diff_id: str, index: int) -> bytes:
+    async def read_chunk(self: Peers, peer: Peer, diff_id: str, index: int, **options: Any) -> bytes:
         reading.set()
         await gate.wait()
-        return await real(self, peer, diff_id, index)
+        return await real(self, peer, diff_id, index, **options)
 
     monkeypatch.setattr(Peers, "read_chunk", read_chunk)
     filling = asyncio.create_task(two.layers.fill(world.diff_id, 1, 1))
@@ -344,7 +345,7 @@ async def test_a_flipped_byte_is_never_served_and_repaired_from_a_peer(
         flip(complete.path, 2 * MIB + 12345)
         flip(complete.path, 3 * MIB)
         with pytest.raises(DamagedLayer, match=f"^layer {world.diff_id}: chunk 2 is damaged on disk"):
-            await one.layers.read_chunk(world.diff_id, 2)
+            await one.layers.read_chunk(world.diff_id, 2, was_bad=True)
         assert world.diff_id not in one.announcer._held, "others do not come for it"
         await settled(one)
         assert await one.layers.read_chunk(world.diff_id, 2) == good
@@ -356,6 +357,23 @@ async def test_a_flipped_byte_is_never_served_and_repaired_from_a_peer(
     assert world.reads == 1
 
 
+async def test_what_a_node_compared_before_it_was_damaged_is_found_out_by_who_gets_it(world: World) -> None:
+    one, two, three = [await world.node(name) for name in ("n1", "n2", "n3")]
+    complete = await pull(world, one, 0)
+    good = complete.read_chunk(2)
+    await two.layers.ensure(world.origin)
+    partial = await open_partial(world, three)
+    flip(complete.path, 2 * MIB + 12345)
+    assert await one.layers.read_chunk(world.diff_id, 2) != good, "n2 has read it, and it was right"
+    three.layers._supply.provide(world.diff_id, Providers([one.announcer.me], frozenset({"n1"})))
+    await three.layers.fill(world.diff_id, 2, 1)
+    assert partial.read(2) == good
+    assert three.layers.stats(world.diff_id).bad_chunks == 1
+    await settled(one)
+    verified(complete.path)
+    assert world.reads == 1
+
+
 async def test_without_peers_it_is_repaired_from_its_source(world: World) -> None:
     node = await world.node("n1")
     complete = await pull(world, node, 0)
@@ -363,8 +381,15 @@ async def test_without_peers_it_is_repaired_from_its_source(world: World) -> Non
     for offset in (8, complete.layout.table_offset, complete.layout.file_size - 60):  # what is in memory is right
         flip(complete.path, offset)
     other = await world.node("n2")
-    size, header, table, _ = await other.layers._peers.describe_layer(node.announcer.me, world.diff_id)
-    assert (size, header, table) == (complete.layout.file_size, pack_header(complete.layout), complete.table)
+    parts = other.peers.describe_layer(node.announcer.me, world.diff_id)
+    said = await anext(parts)
+    assert isinstance(said, Description)
+    assert (said.size, said.header, said.table) == (
+        complete.layout.file_size,
+        pack_header(complete.layout),
+        complete.table,
+    )
+    await parts.aclose()
     with pytest.raises(DamagedLayer):
         await node.layers.read_chunk(world.diff_id, 1)
     await settled(node)
@@ -479,11 +504,11 @@ async def test_damage_behind_a_running_check_is_repaired_too(world: World, monke
     complete = await pull(world, node, 0)
     loop, real, passed = asyncio.get_running_loop(), CompleteLayer.read_chunk, asyncio.Event()
 
-    def read_chunk(self: CompleteLayer, index: int, *, from_disk: bool = False) -> bytes | None:
+    def read_chunk(self: CompleteLayer, index: int, *, from_disk: bool = False, verify: bool = True) -> bytes | None:
         if from_disk and index == 4 and not passed.is_set():
             flip(complete.path, MIB)
             asyncio.run_coroutine_threadsafe(find_it(), loop).result()
-        return real(self, index, from_disk=from_disk)
+        return real(self, index, from_disk=from_disk, verify=verify)
 
     async def find_it() -> None:
         with pytest.raises(DamagedLayer):
@@ -507,7 +532,7 @@ async def test_a_damaged_chunk_of_a_partial_layer_is_fetched_again(world: World)
     await two.layers.fill(world.diff_id, 1, 1)
     flip(partial.data_path, MIB)
     with pytest.raises(DamagedLayer, match=f"^layer {world.diff_id}: chunk 1 is damaged on disk"):
-        await two.layers.read_chunk(world.diff_id, 1)
+        await two.layers.read_chunk(world.diff_id, 1, was_bad=True)
     assert not partial.has(1), "a reader waits from now on"
     await settled(two)
     assert await two.layers.read_chunk(world.diff_id, 1) == complete.read_chunk(1)

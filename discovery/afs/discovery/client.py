@@ -1,8 +1,8 @@
 """How a layerstore talks to discovery: it announces itself and asks who holds what.
 
-State and locks: ``_held``/``_images`` are what this node has now, ``_sent`` what discovery was told last. Only
+State and locks: ``_held``/``_images``/``_traces`` are what this node has now, ``_sent`` what discovery was told last. Only
 :meth:`Announcer.flush` sends, under ``_sending``, so heartbeats leave in the order of their sequence numbers. Between
-building a heartbeat and its answer the sets may change; the difference to ``_sent`` then goes into the next one.
+building a heartbeat and its answer they may change; the difference to ``_sent`` then goes into the next one.
 """
 
 import asyncio
@@ -32,14 +32,25 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """Holders by diff_id (complete ones first) and by image key; this node is never among them.
+    """Holders by diff_id (complete ones first), by image key, and of traces by manifest digest (the most chunks first).
 
-    *complete* has, for every diff_id of which somebody holds every chunk, the ids of those nodes.
+    This node is never among them. *complete* has, for every diff_id of which somebody holds every chunk, the ids of
+    those nodes.
     """
 
     layers: dict[str, list[Peer]]
     images: dict[str, list[Peer]]
     complete: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    traces: Mapping[str, list[Peer]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Contents:
+    """What a node holds: *layers* as (size, complete) by diff_id, image keys, chunks of traces by manifest digest."""
+
+    layers: dict[str, tuple[int, bool]] = field(default_factory=dict)
+    images: set[str] = field(default_factory=set)
+    traces: dict[str, int] = field(default_factory=dict)
 
 
 class Announcer:
@@ -56,8 +67,8 @@ class Announcer:
         self._full = True
         self._held: dict[str, tuple[int, bool]] = {}
         self._images: set[str] = set()
-        self._sent: dict[str, tuple[int, bool]] = {}
-        self._sent_images: set[str] = set()
+        self._traces: dict[str, int] = {}
+        self._sent = _Contents()
         self._sending = asyncio.Lock()
         self._interval = 1.0
         self._reachable = True
@@ -83,6 +94,14 @@ class Announcer:
         """This node can tell what image *key* consists of."""
         self._images.add(key)
 
+    def know_trace(self, manifest_digest: str, chunks: int) -> None:
+        """This node has a start trace of *chunks* chunks of the image."""
+        self._traces[manifest_digest] = chunks
+
+    def forget_trace(self, manifest_digest: str) -> None:
+        """This node has no start trace of the image any more."""
+        self._traces.pop(manifest_digest, None)
+
     async def flush(self) -> None:
         """Send a heartbeat now. Discovery being away is logged once and is no error: the state is soft."""
         async with self._sending:
@@ -91,8 +110,8 @@ class Announcer:
                     return
 
     async def _beat(self) -> bool:
-        held, images = dict(self._held), set(self._images)
-        request = self._request(held, images)
+        now = _Contents(dict(self._held), set(self._images), dict(self._traces))
+        request = self._request(now)
         self._sequence = request.sequence
         try:
             with calling(self._address):
@@ -110,12 +129,13 @@ class Announcer:
         self._interval = response.interval_ms / 1000 or self._interval
         self.peers = [Peer(node.node_id, node.endpoint, node.capacity_bytes) for node in response.nodes] or [self.me]
         if not response.resend:
-            self._sent, self._sent_images = held, images
+            self._sent = now
         return response.resend
 
-    def _request(self, held: dict[str, tuple[int, bool]], images: set[str]) -> pb.HeartbeatRequest:
-        old, old_images = ({}, set[str]()) if self._full else (self._sent, self._sent_images)
-        changed = [item for item in held.items() if old.get(item[0]) != item[1]]
+    def _request(self, now: _Contents) -> pb.HeartbeatRequest:
+        old = _Contents() if self._full else self._sent
+        layers = [item for item in now.layers.items() if old.layers.get(item[0]) != item[1]]
+        traces = [item for item in now.traces.items() if old.traces.get(item[0]) != item[1]]
         return pb.HeartbeatRequest(
             node_id=self.me.node_id,
             endpoint=self.me.endpoint,
@@ -123,10 +143,12 @@ class Announcer:
             incarnation=self._incarnation,
             sequence=self._sequence + 1,
             full=self._full,
-            layers=[pb.HeldLayer(diff_id=diff_id, size_bytes=size, complete=full) for diff_id, (size, full) in changed],
-            removed_layers=sorted(old.keys() - held.keys()),
-            images=sorted(images - old_images),
-            removed_images=sorted(old_images - images),
+            layers=[pb.HeldLayer(diff_id=diff_id, size_bytes=size, complete=full) for diff_id, (size, full) in layers],
+            removed_layers=sorted(old.layers.keys() - now.layers.keys()),
+            images=sorted(now.images - old.images),
+            removed_images=sorted(old.images - now.images),
+            traces=[pb.HeldTrace(manifest_digest=digest, chunks=chunks) for digest, chunks in traces],
+            removed_traces=sorted(old.traces.keys() - now.traces.keys()),
         )
 
     async def run(self) -> None:
@@ -144,11 +166,13 @@ class Announcer:
             await self._stub.Heartbeat(request, timeout=CALL_TIMEOUT_S)
         await self._channel.close()
 
-    async def locate(self, diff_ids: Iterable[str] = (), images: Iterable[str] = ()) -> Located:
+    async def locate(
+        self, diff_ids: Iterable[str] = (), images: Iterable[str] = (), traces: Iterable[str] = ()
+    ) -> Located:
         """Ask who holds these. With discovery away nobody is known to: the answer is empty, and it is logged."""
         try:
             with calling(self._address):
-                request = pb.LocateRequest(diff_ids=list(diff_ids), images=list(images))
+                request = pb.LocateRequest(diff_ids=list(diff_ids), images=list(images), traces=list(traces))
                 response = await self._stub.Locate(request, timeout=CALL_TIMEOUT_S)
         except AfsError as error:
             log.warning("cannot locate: %s", error.line)
@@ -157,6 +181,7 @@ class Announcer:
             {key: self._others(value) for key, value in response.layers.items()},
             {key: self._others(value) for key, value in response.images.items()},
             {key: whole for key, value in response.layers.items() if (whole := self._held_whole(value))},
+            {key: self._others(value) for key, value in response.traces.items()},
         )
 
     def _held_whole(self, holders: pb.Holders) -> frozenset[str]:

@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class NodeState:
-    """What one layerstore reported. *layers* maps diff_id to (size in bytes, complete)."""
+    """What one layerstore reported.
+
+    *layers* maps diff_id to (size in bytes, complete), *traces* the manifest digest of an image to chunks of its trace.
+    """
 
     node_id: str
     endpoint: str
@@ -20,6 +23,7 @@ class NodeState:
     seen_unix: int
     layers: dict[str, tuple[int, bool]] = field(default_factory=dict)
     images: set[str] = field(default_factory=set)
+    traces: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,8 @@ class Report:
     removed_layers: tuple[str, ...] = ()
     images: tuple[str, ...] = ()
     removed_images: tuple[str, ...] = ()
+    traces: tuple[tuple[str, int], ...] = ()
+    removed_traces: tuple[str, ...] = ()
 
 
 class Directory:
@@ -70,11 +76,15 @@ class Directory:
         if report.full:
             node.layers.clear()
             node.images.clear()
+            node.traces.clear()
         node.layers.update((diff_id, (size, complete)) for diff_id, size, complete in report.layers)
         node.images.update(report.images)
         for diff_id in report.removed_layers:
             node.layers.pop(diff_id, None)
         node.images.difference_update(report.removed_images)
+        node.traces.update(report.traces)
+        for digest in report.removed_traces:
+            node.traces.pop(digest, None)
         return False
 
     def leave(self, node_id: str, incarnation: int) -> None:
@@ -97,3 +107,8 @@ class Directory:
     def image_holders(self, key: str, now: float) -> list[NodeState]:
         """Nodes that know what image *key* consists of."""
         return [node for node in self.nodes(now) if key in node.images]
+
+    def trace_holders(self, manifest_digest: str, now: float) -> list[NodeState]:
+        """Nodes with a start trace of the image, those first whose trace has the most chunks."""
+        found = [node for node in self.nodes(now) if manifest_digest in node.traces]
+        return sorted(found, key=lambda node: -node.traces[manifest_digest])

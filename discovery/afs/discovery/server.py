@@ -24,6 +24,9 @@ def _node(state: NodeState, *, contents: bool) -> pb.Node:
             for diff_id, (size, complete) in sorted(state.layers.items())
         )
         node.images.extend(sorted(state.images))
+        node.traces.extend(
+            pb.HeldTrace(manifest_digest=digest, chunks=chunks) for digest, chunks in sorted(state.traces.items())
+        )
     return node
 
 
@@ -53,6 +56,8 @@ class DiscoveryService(pb_grpc.DiscoveryServicer):
             tuple(request.removed_layers),
             tuple(request.images),
             tuple(request.removed_images),
+            tuple((trace.manifest_digest, trace.chunks) for trace in request.traces),
+            tuple(request.removed_traces),
         )
         resend = self._directory.heartbeat(report, now=now, now_unix=int(time.time()))
         nodes = [_node(state, contents=False) for state in self._directory.nodes(now)]
@@ -74,4 +79,8 @@ class DiscoveryService(pb_grpc.DiscoveryServicer):
             for node in self._directory.image_holders(key, now):
                 holder = pb.Holder(node_id=node.node_id, endpoint=node.endpoint, complete=True)
                 response.images[key].holders.append(holder)
+        for digest in request.traces:
+            for node in self._directory.trace_holders(digest, now):
+                holder = pb.Holder(node_id=node.node_id, endpoint=node.endpoint, complete=True)
+                response.traces[digest].holders.append(holder)
         return response

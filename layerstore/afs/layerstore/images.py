@@ -11,6 +11,7 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 from afs.core.digests import sha256_digest
@@ -34,6 +35,9 @@ from afs.layerstore.pull import Puller
 from afs.layerstore.registrystop import Stop
 from afs.layerstore.source import Source
 from afs.layerstore.store import LayerStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 log = logging.getLogger(__name__)
 _SOURCE_TIMEOUT_S = 60.0
@@ -64,6 +68,8 @@ class Images:
         self._ttl = ttl
         self._most = most
         self._known: dict[str, Image] = {}
+        # Called with a manifest digest when no image here has it any more.
+        self.on_gone: Callable[[str], None] = lambda _manifest_digest: None
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="resolve")
         self._turns: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()  # by registry
         # Local sources: what the file looked like when it was read; a changed file is read again at once.
@@ -94,6 +100,10 @@ class Images:
         if image is None:
             raise NotFound(f"image {ref} is not known here")
         return image
+
+    def manifests(self) -> dict[str, list[str]]:
+        """The diff_ids of every image that is known, by manifest digest."""
+        return {image.manifest_digest: [layer.diff_id for layer in image.layers] for image in self._known.values()}
 
     def _fresh(self, ref: ImageRef, image: Image) -> bool:
         if ref.is_local:
@@ -178,18 +188,25 @@ class Images:
         """Forget the images that were used least recently, as far as there are too many."""
         while len(self._known) > self._most:
             key = next(iter(self._known))
-            del self._known[key]
+            image = self._known.pop(key)
             self._fingerprints.pop(key, None)
             self._announcer.forget_image(key)
             try:
                 self._store.forget_image(key)
             except OSError as error:  # it is back after a restart, and forgotten again
                 log.warning("cannot forget image %s on disk: %s", key, error)
+            self._replaced(image)
+
+    def _replaced(self, old: Image) -> None:
+        if all(image.manifest_digest != old.manifest_digest for image in self._known.values()):
+            self.on_gone(old.manifest_digest)
 
     async def _remember(self, ref: ImageRef, platform: Platform, image: Image) -> Image:
         old = self._known.pop(image.key, None)
         self._known[image.key] = image
         self._forget_some()
+        if old is not None:
+            self._replaced(old)
         if old is None or (old.manifest, old.resolved_unix) != (image.manifest, image.resolved_unix):
             try:
                 await asyncio.to_thread(self._store.save_image, str(ref), platform, image)

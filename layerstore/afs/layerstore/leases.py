@@ -121,6 +121,11 @@ class Leases:
         for event in self._reports:
             event.set()
 
+    @property
+    def in_use(self) -> frozenset[str]:
+        """What is mounted and has users, as far as was reported."""
+        return self._in_use
+
     # What follows from it
 
     def _mounts_known(self) -> bool:
@@ -128,8 +133,10 @@ class Leases:
 
     def is_leased(self, diff_id: str) -> bool:
         """Whether the layer has to stay, whatever happens."""
-        if diff_id in self._pins:
-            return True
+        return diff_id in self._pins or self.is_needed(diff_id)
+
+    def is_needed(self, diff_id: str) -> bool:
+        """Whether somebody has the layer mounted, is about to, or reads from it as a peer: :meth:`is_leased` without pins."""
         until = self._timed.get(diff_id)
         if until is not None:
             if self._now() < until:

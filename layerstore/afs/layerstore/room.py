@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -132,6 +132,10 @@ class Room:
             missing += max(size - (_allocated(path) if path is not None else 0), 0)
         return max(over, self._headroom + missing - self._store.free())
 
+    def has_free(self, size: int) -> bool:
+        """Whether *size* bytes more fit without anything going for them, now or soon."""
+        return self._short_of(HIGH) + size <= 0
+
     # Reservations
 
     @contextlib.asynccontextmanager
@@ -152,6 +156,18 @@ class Room:
         finally:
             self._quota.release(reservation)
             self._paths.pop(reservation, None)
+
+    @contextlib.contextmanager
+    def spare(self, diff_id: str, likely: int) -> Iterator[bool]:
+        """Whether *likely* bytes more of a layer fit without anybody being evicted, now or by :meth:`run`.
+
+        For what nobody may ever need: while the block runs they are promised, but refused to nobody else.
+        """
+        reservation = self._quota.reserve(diff_id, 0, likely)
+        try:
+            yield self._short_of(HIGH) <= 0
+        finally:
+            self._quota.release(reservation)
 
     async def grow(self, reservation: Reservation) -> None:
         """Look at what was written so far: more than was guessed needs more room. Raises CacheFull."""

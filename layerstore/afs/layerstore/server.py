@@ -9,15 +9,20 @@ import grpc.aio
 from typing_extensions import override
 
 from afs.core.digests import check_digest, hex_of
+from afs.core.errors import NotFound
 from afs.core.images import ImageRef, Platform, parse_image, parse_platform
-from afs.layerstore.afslyr.layout import pack_footer, pack_header
+from afs.layerstore import chunkwire
+from afs.layerstore.afslyr.layout import metadata_chunks, pack_footer, pack_header
+from afs.layerstore.errors import DamagedLayer
 from afs.layerstore.images import Images
 from afs.layerstore.layers import Layers
 from afs.layerstore.manifests import Image, Layer
+from afs.layerstore.partial import PartialLayer
 from afs.layerstore.peers import layer_message
-from afs.layerstore.room import Room
+from afs.layerstore.room import CachedLayer, Room
 from afs.layerstore.store import CompleteLayer
 from afs.layerstore.supply import Origin
+from afs.layerstore.tracing import Tracing
 from afs.proto.v1 import layerstore_pb2 as pb
 from afs.proto.v1 import layerstore_pb2_grpc as pb_grpc
 
@@ -43,9 +48,10 @@ def _image(image: Image) -> pb.Image:
 class PeerService(pb_grpc.LayerstorePeerServicer):
     """What other nodes may ask."""
 
-    def __init__(self, images: Images, layers: Layers) -> None:
+    def __init__(self, images: Images, layers: Layers, tracing: Tracing) -> None:
         self._images = images
         self._layers = layers
+        self._tracing = tracing
 
     @override
     async def ResolveImage(self, request: pb.ResolveImageRequest, context: Context) -> pb.Image:
@@ -66,28 +72,46 @@ class PeerService(pb_grpc.LayerstorePeerServicer):
         return pb.EnsureLayerResponse(size_bytes=complete.layout.file_size, pulled=pulled)
 
     @override
-    async def DescribeLayer(self, request: pb.DescribeLayerRequest, context: Context) -> pb.DescribeLayerResponse:
+    async def DescribeLayer(
+        self, request: pb.DescribeLayerRequest, context: Context
+    ) -> AsyncIterator[pb.DescribeLayerResponse]:
         layer = self._layers.use(check_digest(request.diff_id))
         # From memory, where it was checked, not from the file, which may have been damaged since.
-        return pb.DescribeLayerResponse(
+        yield pb.DescribeLayerResponse(
             size_bytes=layer.layout.file_size,
             header=pack_header(layer.layout),
             table=layer.table.digests,
             footer=pack_footer(layer.layout, bytes.fromhex(hex_of(layer.table.root_digest))),
-            complete=isinstance(layer, CompleteLayer),
         )
+        for index in metadata_chunks(layer.layout):
+            try:
+                data = await self._layers.read_chunk(layer.diff_id, index)
+            except (NotFound, DamagedLayer):
+                continue  # the asker has it from others
+            yield pb.DescribeLayerResponse(index=index, data=data)
+
+    async def read_chunk(self, request: pb.ReadChunkRequest) -> bytes:
+        """What LayerstoreChunks/Read answers."""
+        diff_id = check_digest(request.diff_id)
+        return await self._layers.read_chunk(diff_id, request.index, was_bad=request.was_bad)
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Serve it on *server*."""
+        pb_grpc.add_LayerstorePeerServicer_to_server(self, server)
+        chunkwire.add_to_server(self.read_chunk, server)
 
     @override
-    async def ReadChunk(self, request: pb.ReadChunkRequest, context: Context) -> pb.ReadChunkResponse:
-        return pb.ReadChunkResponse(data=await self._layers.read_chunk(check_digest(request.diff_id), request.index))
+    async def ReadTrace(self, request: pb.ReadTraceRequest, context: Context) -> pb.ReadTraceResponse:
+        return pb.ReadTraceResponse(trace=await self._tracing.read(check_digest(request.manifest_digest)))
 
 
 class NodeService(pb_grpc.LayerstoreNodeServicer):
     """What the node's own snapshotter may ask."""
 
-    def __init__(self, images: Images, layers: Layers, room: Room) -> None:
+    def __init__(self, images: Images, layers: Layers, room: Room, tracing: Tracing) -> None:
         self._images = images
         self._layers = layers
+        self._tracing = tracing
         self._room = room
         self._leases = room.leases
 
@@ -98,7 +122,7 @@ class NodeService(pb_grpc.LayerstoreNodeServicer):
         image = await self._images.resolve(ref, platform, here=local)
         # Each as soon as it is here, until the last is, which may take minutes; then until the snapshotter reports the
         # mounts. Not before: a damaged one that cannot be repaired has to go and come anew.
-        with contextlib.ExitStack() as pins:
+        with self._tracing.opening(image), contextlib.ExitStack() as pins:
 
             async def open_layer(layer: Layer) -> None:
                 await self._layers.open(Origin(ref, platform, layer), local=local)
@@ -132,6 +156,7 @@ class NodeService(pb_grpc.LayerstoreNodeServicer):
                     mounted = update.in_use, update.idle
                     for diff_id in self._leases.report(release, *mounted, update.last_opened, update.opening):
                         self._room.use(diff_id)  # until now
+                    self._tracing.review()
             finally:
                 requests.put_nowait(None)
 
@@ -148,7 +173,20 @@ class NodeService(pb_grpc.LayerstoreNodeServicer):
     @override
     async def CacheStatus(self, request: pb.CacheStatusRequest, context: Context) -> pb.CacheStatusResponse:
         status = self._room.status()
+        counts = self._tracing.counts
+        traces = pb.TraceStatus(
+            enabled=self._tracing.enabled,
+            kept=self._tracing.kept,
+            recorded=counts.recorded,
+            used=counts.used,
+            from_peers=counts.from_peers,
+            refused=counts.refused,
+            prefetched_chunks=counts.prefetched_chunks,
+            demanded_chunks=self._tracing.recorder.demanded_chunks,
+            recording=len(self._tracing.recorder),
+        )
         return pb.CacheStatusResponse(
+            traces=traces,
             capacity_bytes=status.capacity,
             used_bytes=status.used,
             reserved_bytes=status.reserved,
@@ -157,14 +195,25 @@ class NodeService(pb_grpc.LayerstoreNodeServicer):
             evicted_layers=status.evicted,
             damaged_layers=self._layers.repairs.count,
             snapshotter_connected=self._leases.connected,
-            layers=[
-                pb.CachedLayer(
-                    diff_id=layer.diff_id,
-                    used_bytes=layer.used,
-                    complete=isinstance(self._layers.find(layer.diff_id), CompleteLayer),
-                    leased=layer.leased,
-                    last_use_unix=int(layer.last_use),
-                )
-                for layer in status.layers
-            ],
+            layers=[self._cached(layer) for layer in status.layers],
+        )
+
+    def _cached(self, cached: CachedLayer) -> pb.CachedLayer:
+        layer, stats = self._layers.find(cached.diff_id), self._layers.stats(cached.diff_id)
+        chunks = layer.table.count if layer is not None else 0
+        return pb.CachedLayer(
+            diff_id=cached.diff_id,
+            used_bytes=cached.used,
+            complete=isinstance(layer, CompleteLayer),
+            leased=cached.leased,
+            last_use_unix=int(cached.last_use),
+            chunks=chunks,
+            chunks_here=layer.here if isinstance(layer, PartialLayer) else chunks,
+            bytes_from_peers=stats.from_peers,
+            bytes_from_source=stats.from_source,
+            demanded_chunks=stats.demanded,
+            prefetched_chunks=stats.prefetched,
+            hedges=stats.hedges,
+            failovers=stats.failovers,
+            bad_chunks=stats.bad_chunks,
         )

@@ -7,6 +7,7 @@
     ROOT/layers/<hex>.afslyr      complete layers, by diff_id; appear by rename only
     ROOT/partial/<hex>/           header, table, footer, data (sparse), chunks (one byte per chunk, 1 = verified and written)
     ROOT/images/<hex>.json        resolved images, by sha256 of their key
+    ROOT/traces/<hex>             start traces, by the manifest digest of their image (tracefiles.py)
     ROOT/scrubbed.json            when and in which boot each complete layer was verified last, by diff_id
     ROOT/tmp/                     files under construction, and evicted ones; emptied at start
 
@@ -63,10 +64,10 @@ class CompleteLayer:
     layout: Layout
     table: ChunkTable
 
-    def read_chunk(self, index: int, *, from_disk: bool = False) -> bytes | None:
+    def read_chunk(self, index: int, *, from_disk: bool = False, verify: bool = True) -> bytes | None:
         """Chunk *index*, verified; None if it is damaged, an unreadable sector included. Raises FileNotFoundError.
 
-        *from_disk*: not what the page cache remembers of it.
+        *from_disk*: not what the page cache remembers of it. Not *verify*: whoever gets it does that.
         """
         offset, length = self.table.chunk_range(index, self.layout)
         fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -81,7 +82,7 @@ class CompleteLayer:
             return None
         finally:
             os.close(fd)
-        return data if self.table.verify(index, data) else None
+        return data if not verify or self.table.verify(index, data) else None
 
     def write_chunk(self, index: int, data: bytes) -> None:
         """Put a chunk right in place, for whoever has the file open or mounted; durable on return.
@@ -134,7 +135,7 @@ def delete_all(paths: Iterable[Path]) -> None:
             log.error("cannot remove %s: %s", path, error)
 
 
-def write_all(fd: int, data: bytes, offset: int) -> None:
+def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
     """All of *data* at *offset* of *fd*; the kernel may take it in parts."""
     view = memoryview(data)
     while view:
@@ -166,6 +167,11 @@ class LayerStore:
     def close(self) -> None:
         """Release the directory."""
         os.close(self._lock)
+
+    @property
+    def traces_dir(self) -> Path:
+        """For :class:`~afs.layerstore.tracefiles.TraceFiles`."""
+        return self.root / "traces"
 
     # Layers
 

@@ -46,6 +46,31 @@ class HeldLayer(_message.Message):
 Global___HeldLayer: _TypeAlias = HeldLayer  # noqa: Y015
 
 @_typing.final
+class HeldTrace(_message.Message):
+    """The start trace of an image."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MANIFEST_DIGEST_FIELD_NUMBER: _builtins.int
+    CHUNKS_FIELD_NUMBER: _builtins.int
+    manifest_digest: _builtins.str
+    chunks: _builtins.int
+    """a trace only grows: of several, the one with the most knows the most"""
+    def __init__(
+        self,
+        *,
+        manifest_digest: _builtins.str = ...,
+        chunks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "manifest_digest", b"manifest_digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeldTrace: _TypeAlias = HeldTrace  # noqa: Y015
+
+@_typing.final
 class HeartbeatRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -60,6 +85,8 @@ class HeartbeatRequest(_message.Message):
     IMAGES_FIELD_NUMBER: _builtins.int
     REMOVED_IMAGES_FIELD_NUMBER: _builtins.int
     LEAVING_FIELD_NUMBER: _builtins.int
+    TRACES_FIELD_NUMBER: _builtins.int
+    REMOVED_TRACES_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     endpoint: _builtins.str
     """host:port of the layerstore's server to peers"""
@@ -84,6 +111,12 @@ class HeartbeatRequest(_message.Message):
 
     @_builtins.property
     def removed_images(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def traces(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldTrace]: ...
+    @_builtins.property
+    def removed_traces(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """manifest digests"""
+
     def __init__(
         self,
         *,
@@ -98,10 +131,12 @@ class HeartbeatRequest(_message.Message):
         images: _abc.Iterable[_builtins.str] | None = ...,
         removed_images: _abc.Iterable[_builtins.str] | None = ...,
         leaving: _builtins.bool = ...,
+        traces: _abc.Iterable[Global___HeldTrace] | None = ...,
+        removed_traces: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "endpoint", b"endpoint", "full", b"full", "images", b"images", "incarnation", b"incarnation", "layers", b"layers", "leaving", b"leaving", "node_id", b"node_id", "removed_images", b"removed_images", "removed_layers", b"removed_layers", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "endpoint", b"endpoint", "full", b"full", "images", b"images", "incarnation", b"incarnation", "layers", b"layers", "leaving", b"leaving", "node_id", b"node_id", "removed_images", b"removed_images", "removed_layers", b"removed_layers", "removed_traces", b"removed_traces", "sequence", b"sequence", "traces", b"traces"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -147,6 +182,7 @@ class Node(_message.Message):
     LAST_SEEN_UNIX_FIELD_NUMBER: _builtins.int
     LAYERS_FIELD_NUMBER: _builtins.int
     IMAGES_FIELD_NUMBER: _builtins.int
+    TRACES_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     endpoint: _builtins.str
     capacity_bytes: _builtins.int
@@ -155,6 +191,8 @@ class Node(_message.Message):
     def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldLayer]: ...
     @_builtins.property
     def images(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def traces(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldTrace]: ...
     def __init__(
         self,
         *,
@@ -164,10 +202,11 @@ class Node(_message.Message):
         last_seen_unix: _builtins.int = ...,
         layers: _abc.Iterable[Global___HeldLayer] | None = ...,
         images: _abc.Iterable[_builtins.str] | None = ...,
+        traces: _abc.Iterable[Global___HeldTrace] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "endpoint", b"endpoint", "images", b"images", "last_seen_unix", b"last_seen_unix", "layers", b"layers", "node_id", b"node_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "endpoint", b"endpoint", "images", b"images", "last_seen_unix", b"last_seen_unix", "layers", b"layers", "node_id", b"node_id", "traces", b"traces"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -218,19 +257,25 @@ class LocateRequest(_message.Message):
 
     DIFF_IDS_FIELD_NUMBER: _builtins.int
     IMAGES_FIELD_NUMBER: _builtins.int
+    TRACES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def diff_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def images(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def traces(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """manifest digests"""
+
     def __init__(
         self,
         *,
         diff_ids: _abc.Iterable[_builtins.str] | None = ...,
         images: _abc.Iterable[_builtins.str] | None = ...,
+        traces: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["diff_ids", b"diff_ids", "images", b"images"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["diff_ids", b"diff_ids", "images", b"images", "traces", b"traces"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -327,23 +372,50 @@ class LocateResponse(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class TracesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___Holders: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___Holders | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     LAYERS_FIELD_NUMBER: _builtins.int
     IMAGES_FIELD_NUMBER: _builtins.int
+    TRACES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def layers(self) -> _containers.MessageMap[_builtins.str, Global___Holders]:
         """only those that somebody holds"""
 
     @_builtins.property
     def images(self) -> _containers.MessageMap[_builtins.str, Global___Holders]: ...
+    @_builtins.property
+    def traces(self) -> _containers.MessageMap[_builtins.str, Global___Holders]:
+        """those with the most chunks first"""
+
     def __init__(
         self,
         *,
         layers: _abc.Mapping[_builtins.str, Global___Holders] | None = ...,
         images: _abc.Mapping[_builtins.str, Global___Holders] | None = ...,
+        traces: _abc.Mapping[_builtins.str, Global___Holders] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["images", b"images", "layers", b"layers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["images", b"images", "layers", b"layers", "traces", b"traces"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

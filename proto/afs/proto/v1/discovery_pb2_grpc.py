@@ -68,7 +68,7 @@ class DiscoveryServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Locate(self, request, context):
-        """Which live layerstores hold these layers and images.
+        """Which live layerstores hold these layers, images and start traces.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -35,7 +35,7 @@ class DiscoveryStub:
     """A layerstore says that it lives and what changed in its cache since its last heartbeat."""
     ListNodes: _grpc.UnaryUnaryMultiCallable[_discovery_pb2.ListNodesRequest, _discovery_pb2.ListNodesResponse]
     Locate: _grpc.UnaryUnaryMultiCallable[_discovery_pb2.LocateRequest, _discovery_pb2.LocateResponse]
-    """Which live layerstores hold these layers and images."""
+    """Which live layerstores hold these layers, images and start traces."""
 
 @_typing.type_check_only
 class DiscoveryAsyncStub(DiscoveryStub):
@@ -44,7 +44,7 @@ class DiscoveryAsyncStub(DiscoveryStub):
     """A layerstore says that it lives and what changed in its cache since its last heartbeat."""
     ListNodes: _aio.UnaryUnaryMultiCallable[_discovery_pb2.ListNodesRequest, _discovery_pb2.ListNodesResponse]  # type: ignore[assignment]
     Locate: _aio.UnaryUnaryMultiCallable[_discovery_pb2.LocateRequest, _discovery_pb2.LocateResponse]  # type: ignore[assignment]
-    """Which live layerstores hold these layers and images."""
+    """Which live layerstores hold these layers, images and start traces."""
 
 class DiscoveryServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -68,6 +68,6 @@ class DiscoveryServicer(metaclass=_abc_1.ABCMeta):
         request: _discovery_pb2.LocateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_discovery_pb2.LocateResponse, _abc.Awaitable[_discovery_pb2.LocateResponse]]:
-        """Which live layerstores hold these layers and images."""
+        """Which live layerstores hold these layers, images and start traces."""
 
 def add_DiscoveryServicer_to_server(servicer: DiscoveryServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

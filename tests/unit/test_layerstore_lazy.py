@@ -1,0 +1,453 @@
+"""Reading partial layers from other nodes: who is asked, what comes when, and how a layer becomes complete on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import io
+import os
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import pytest
+
+from afs.core.digests import hex_of
+from afs.core.errors import NotFound
+from afs.core.rpc import channel
+from afs.layerstore import describing, supply
+from afs.layerstore.afslyr.convert import convert
+from afs.layerstore.completion import Completing, Mode
+from afs.layerstore.errors import LayerUnavailable
+from afs.layerstore.partial import Description, PartialLayer
+from afs.layerstore.peers import Peers
+from afs.layerstore.scheduling import Priority
+from afs.proto.v1 import layerstore_pb2 as pb
+from afs.proto.v1.layerstore_pb2_grpc import LayerstoreNodeStub
+from tests.testbed.faults import Fault
+from tests.testbed.forged import Forged
+from tests.testbed.layernodes import LAYER_SIZE, TAR, Node, World, complete_of, open_partial, running_world
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Collection
+    from pathlib import Path
+
+    from afs.discovery.client import Peer
+    from afs.layerstore.store import CompleteLayer
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    """A cluster without nodes."""
+    async with running_world(tmp_path) as running:
+        yield running
+
+
+async def holder(world: World, name: str = "n1") -> Node:
+    """A node that has the first layer."""
+    node = await world.node(name)
+    await node.layers.open(world.origin, local=True)
+    return node
+
+
+async def settled(node: Node) -> None:
+    """Wait until what the node does in the background is done."""
+    while node.layers._background:
+        await asyncio.gather(*node.layers._background)
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    """Wait for what has no event: files, lists and logs."""
+    while not condition():  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+
+
+# One stream for a mount
+
+
+async def test_a_description_brings_what_a_mount_reads(world: World) -> None:
+    one, two = await holder(world), await world.node("n2")
+    one.service.gate = asyncio.Event()  # no chunk is to be asked for by itself
+    partial = await open_partial(world, two)
+    assert one.service.chunks == partial.metadata_chunks()
+    assert two.layers.stats(world.diff_id).from_peers[one.address] == sum(
+        partial.table.chunk_range(index, partial.layout)[1] for index in partial.metadata_chunks()
+    )
+
+
+async def test_a_partial_holder_describes_what_it_has(world: World) -> None:
+    one, two = await holder(world), await world.node("n2")
+    partial = await open_partial(world, two)
+    partial.unmark(0)
+    parts = [part async for part in one.peers.describe_layer(two.announcer.me, world.diff_id)]
+    assert isinstance(parts[0], Description)
+    assert [part[0] for part in parts[1:] if not isinstance(part, Description)] == partial.metadata_chunks()[1:]
+    with pytest.raises(NotFound):
+        await anext(one.peers.describe_layer(two.announcer.me, "sha256:" + "0" * 64))
+
+
+async def test_what_a_peer_claims_makes_no_room_before_it_came(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A description of a layer that would fill the cache, and then nothing."""
+    one, two = await holder(world), await world.node("n2", quota=3 * LAYER_SIZE)
+    monkeypatch.setattr(describing, "AHEAD", MIB)
+    world.clock.now += 100.0
+    other = await two.layers.open(world.origins[1], local=True)
+    layer = complete_of(one, world)
+
+    async def describe(self: Peers, peer: Peer, diff_id: str) -> AsyncIterator[Description]:
+        layout = dataclasses.replace(layer.layout, meta_offset=MIB)  # all of it is metadata
+        monkeypatch.setattr(PartialLayer, "metadata_chunks", lambda _: list(range(layer.table.count)))
+        from afs.layerstore.afslyr.layout import pack_footer, pack_header
+
+        root = bytes.fromhex(hex_of(layer.table.root_digest))
+        yield Description(layout.file_size, pack_header(layer.layout), layer.table, pack_footer(layer.layout, root))
+        assert two.room.status().reserved == MIB
+        raise LayerUnavailable(diff_id, "no more")
+
+    monkeypatch.setattr(Peers, "describe_layer", describe)
+    await two.layers.open(world.origin, local=False)
+    assert two.layers.find(other.diff_id) is other
+
+
+# Who is asked
+
+
+async def test_a_slow_node_is_overtaken_by_another_one(world: World) -> None:
+    one, two = await holder(world, "n1"), await holder(world, "n2")
+    three = await world.node("n3")
+    partial = await open_partial(world, three)
+    three.layers._supply._fetcher._watch._now = world.clock  # it stands still
+    one.service.gate = asyncio.Event()
+    one.service.chunks.clear()
+    two.service.chunks.clear()
+    for index in (1, 2, 3, 4):
+        await three.layers.fill(world.diff_id, index, 1)
+        assert partial.read(index) == complete_of(two, world).read_chunk(index)
+    stats = three.layers.stats(world.diff_id)
+    assert stats.hedges == len(one.service.chunks) == 2, "it is left alone after that"
+    assert two.service.chunks == [1, 2, 3, 4]
+    assert stats.failovers == 0
+
+
+async def test_the_next_node_is_asked_after_an_error(world: World) -> None:
+    one, two = await holder(world, "n1"), await holder(world, "n2")
+    three = await world.node("n3")
+    partial = await open_partial(world, three)
+    await one.stop_serving()
+    await three.layers.fill(world.diff_id, 1, 4)
+    assert [partial.has(index) for index in range(1, 5)] == [True] * 4
+    assert three.layers.stats(world.diff_id).failovers >= 1
+    assert three.layers.stats(world.diff_id).from_peers[two.address] >= 4 * MIB
+
+
+async def test_a_node_that_came_later_is_found_while_reading(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supply, "_REFRESH_S", 0.0)
+    one, three = await holder(world), await world.node("n3")
+    await open_partial(world, three)
+    two = await holder(world, "n2")
+    await three.layers.fill(world.diff_id, 1, 1)
+    await asyncio.gather(*three.layers._supply._refreshing.values())
+    await one.stop_serving()
+    await three.layers.fill(world.diff_id, 2, 1)
+    assert two.service.chunks[-1] == 2
+
+
+async def test_readers_wait_for_nodes_that_come_back(world: World) -> None:
+    one, two = await holder(world), await world.node("n2", deadline=30.0)
+    partial = await open_partial(world, two)
+    world.server.add(Fault("", status=404))
+    await one.stop_serving()
+    failed, real = asyncio.Event(), two.layers._supply._failed_at
+
+    def failed_at(diff_id: str, peer: Peer, bad: bool) -> None:
+        real(diff_id, peer, bad)
+        failed.set()
+
+    two.layers._supply._fetcher._failed = failed_at
+    filling = asyncio.create_task(two.layers.fill(world.diff_id, 1, 1))
+    await failed.wait()
+    async with contextlib.AsyncExitStack() as stack:
+        from afs.core.rpc import serving
+
+        await stack.enter_async_context(serving([one.address], one.service.add_to, grace_s=0))
+        await filling
+    assert partial.read(1) == complete_of(one, world).read_chunk(1)
+
+
+async def test_connections_are_closed_when_there_are_too_many(world: World) -> None:
+    nodes = [await holder(world, name) for name in ("n1", "n2", "n3")]
+    peers = Peers(most=2)
+    for node in nodes:
+        await peers.read_chunk(node.announcer.me, world.diff_id, 0)
+    assert [endpoint for endpoint, _ in peers._connections] == [node.address for node in nodes[1:]]
+    nodes[0].service.gate = asyncio.Event()
+    reading = asyncio.create_task(peers.read_chunk(nodes[0].announcer.me, world.diff_id, 0))
+    await asyncio.sleep(0)
+    for node in nodes[1:]:
+        await peers.read_chunk(node.announcer.me, world.diff_id, 0)
+    nodes[0].service.gate.set()
+    assert len(await reading) == MIB, "not one with a call under way"
+    await peers.close()
+
+
+async def test_places_of_layers_that_never_came_are_forgotten(world: World) -> None:
+    node = await world.node("n1")
+    world.server.add(Fault("", status=404))
+    for bring in (node.layers.open(world.origin, local=True), node.layers.ensure(world.origin)):
+        with pytest.raises(NotFound):
+            await bring
+    assert node.layers._supply._origins == {}
+    for number in range(100):  # any image can claim a layer
+        layer = dataclasses.replace(world.origin.layer, blob_digest=f"sha256:{number:064}")
+        node.layers._supply.know(dataclasses.replace(world.origin, layer=layer))
+    assert len(node.layers._supply._origins[world.diff_id]) == supply._MOST_ORIGINS
+
+
+# Demands, and what comes before them
+
+
+async def test_a_demand_is_told_once_and_counted(world: World) -> None:
+    one, two = await holder(world), await world.node("n2")
+    partial = await open_partial(world, two)
+    told: Counter[int] = Counter()
+    two.layers.on_demand = lambda diff_id, index: told.update([index])
+    one.service.gate = asyncio.Event()
+    prefetching = asyncio.create_task(two.layers.prefetch(world.diff_id, [1, 2, 2, 99, -1, 0]))
+    await eventually(lambda: len(one.service.chunks) == len(partial.metadata_chunks()) + 2)
+    readers = [asyncio.create_task(two.layers.fill(world.diff_id, first, 2)) for first in (2, 2, 3)]
+    one.service.gate.set()
+    await asyncio.gather(prefetching, *readers)
+    assert told == {2: 1, 3: 1, 4: 1}
+    stats = two.layers.stats(world.diff_id)
+    assert (stats.demanded, stats.prefetched) == (3, 1), "a reader waited for chunk 2"
+    assert sorted(one.service.chunks)[1:5] == [1, 2, 3, 4], "each once"
+
+
+async def test_what_cannot_be_prefetched_is_no_error(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    one, two = await holder(world), await world.node("n2", deadline=0.1)
+    await open_partial(world, two)
+    await one.stop_serving()
+    world.server.add(Fault("", status=404))
+    await two.layers.prefetch(world.diff_id, [1, 2])
+    assert f"prefetch: layer {world.diff_id} cannot be read" in caplog.text
+    await two.layers.prefetch("sha256:" + "0" * 64, [1])
+
+
+async def test_whoever_reads_on_and_on_finds_it_there(world: World) -> None:
+    _, two = await holder(world), await world.node("n2")
+    await open_partial(world, two)
+    for index in (1, 2, 3):
+        await two.layers.fill(world.diff_id, index, 1)
+    await settled(two)
+    assert two.layers.stats(world.diff_id).prefetched == 1
+    assert two.store.complete(world.diff_id) is not None, "and with that the layer was whole"
+
+
+async def test_the_statistics_are_told(world: World) -> None:
+    one, two = await holder(world), await world.node("n2")
+    partial = await open_partial(world, two)
+    await two.layers.fill(world.diff_id, 1, 1)
+    for node, complete in ((one, True), (two, False)):
+        async with channel(node.address) as opened:
+            (layer,) = (await LayerstoreNodeStub(opened).CacheStatus(pb.CacheStatusRequest())).layers
+        assert layer.complete is complete
+        assert layer.chunks == partial.table.count
+        assert layer.chunks_here == (layer.chunks if complete else partial.here)
+        assert layer.bytes_from_source == (world.origin.layer.blob_size if complete else 0)
+        assert layer.demanded_chunks == (0 if complete else 1)
+        if complete:
+            continue
+        assert dict(layer.bytes_from_peers) == {one.address: two.layers.stats(world.diff_id).from_peers[one.address]}
+    await two.room.drop(world.diff_id)
+    world.clock.now += 100.0
+    assert two.layers._supply._stats == {}
+
+
+# Becoming complete
+
+
+async def test_a_layer_whose_readers_wanted_all_of_it_is_complete(world: World) -> None:
+    one, two = await holder(world), await world.node("n2")
+    partial = await open_partial(world, two)
+    with partial.data_path.open("rb") as mounted:
+        await two.layers.fill(world.diff_id, 0, partial.table.count)
+        await settled(two)
+        complete = complete_of(two, world)
+        assert mounted.read() == complete.path.read_bytes() == complete_of(one, world).path.read_bytes()
+    assert two.layers.find(world.diff_id) is complete
+    assert two.store.partial_ids() == []
+    assert (await one.announcer.locate([world.diff_id])).complete[world.diff_id] == {"n2"}
+    assert await two.layers.open(world.origin, local=False) is complete, "new mounts use the file"
+
+
+async def test_what_the_disk_damaged_comes_again_before_it_is_complete(world: World) -> None:
+    _, two = await holder(world), await world.node("n2")
+    partial = await open_partial(world, two)
+    await two.layers.fill(world.diff_id, 1, 1)
+    with partial.data_path.open("r+b") as file:
+        file.seek(MIB)
+        file.write(b"damage")
+    await two.layers.fill(world.diff_id, 0, partial.table.count)
+    await settled(two)
+    assert partial.missing() == [1]
+    await two.layers.fill(world.diff_id, 1, 1)
+    await settled(two)
+    assert two.store.complete(world.diff_id) is not None
+
+
+async def test_a_forged_layer_is_pulled_once_its_readers_wanted_all_of_it(world: World, tmp_path: Path) -> None:
+    path = tmp_path / "n1" / "layers" / f"{hex_of(world.diff_id)}.afslyr"
+    path.parent.mkdir(parents=True)
+    convert(io.BytesIO(TAR).read, path)
+    good = path.read_bytes()
+    forged = Forged(path)
+    forged.data[forged.layout.meta_offset + 4] ^= 0o002  # the root is writable by all
+    os.close(forged.seal())
+    _, two = await world.node("n1"), await world.node("n2")
+    partial = await open_partial(world, two)
+    await two.layers.fill(world.diff_id, 0, partial.table.count)
+    await settled(two)
+    assert complete_of(two, world).path.read_bytes() == good
+    assert two.store.partial_ids() == []
+    assert two.layers.stats(world.diff_id).from_source == world.origin.layer.blob_size
+
+
+class Background:
+    """A node that completes layers, and its snapshotter."""
+
+    def __init__(self, world: World, node: Node) -> None:
+        self.world = world
+        self.node = node
+        self.task = asyncio.create_task(node.layers.completion.run())
+        self.stream: Callable[[Collection[str]], None] = lambda diff_ids: None  # what it is asked to release stays
+        node.leases.connect(self.stream)
+
+    def mounted(self, *diff_ids: str) -> None:
+        """Report what is in use."""
+        self.node.leases.report(self.stream, diff_ids, [])
+
+    async def looked(self, times: int = 3) -> None:
+        """Wait until it has looked for something to do."""
+        looked, real = asyncio.Event(), self.node.layers.completion._next_partial
+        left = [times]
+
+        def look() -> PartialLayer | None:
+            left[0] -= 1
+            if left[0] == 0:
+                looked.set()
+            return real()
+
+        self.node.layers.completion._next_partial = look  # type: ignore[method-assign]
+        await looked.wait()
+        self.node.layers.completion._next_partial = real  # type: ignore[method-assign]
+
+    async def stop(self) -> None:
+        """End it."""
+        self.task.cancel()
+        await asyncio.wait([self.task])
+
+
+@contextlib.asynccontextmanager
+async def completing(world: World, mode: Mode, quota: int = 1 << 40) -> AsyncIterator[tuple[Background, PartialLayer]]:
+    """A node with the layer, partial, and unlimited zeal."""
+    how = Completing(mode, 0, idle=5.0, look=0.001, now=world.clock)
+    background = Background(world, await world.node("n2", completing=how, quota=quota))
+    yield background, await open_partial(world, background.node)
+    await background.stop()
+
+
+async def whole(node: Node, world: World) -> CompleteLayer:
+    """The layer once it is complete."""
+    await eventually(lambda: node.store.complete(world.diff_id) is not None)
+    return complete_of(node, world)
+
+
+async def test_layers_in_use_are_completed(world: World) -> None:
+    one = await holder(world)
+    async with completing(world, Mode.ALWAYS) as (background, partial):
+        await background.looked()
+        assert partial.here == len(partial.metadata_chunks()), "nobody uses it"
+        background.mounted(world.diff_id)
+        assert (await whole(background.node, world)).path.read_bytes() == complete_of(one, world).path.read_bytes()
+        assert background.node.layers.stats(world.diff_id).demanded == 0
+        assert world.reads == 1
+
+
+async def test_while_readers_wait_nothing_is_completed(world: World) -> None:
+    await holder(world)
+    async with completing(world, Mode.IDLE) as (background, partial):
+        await background.node.layers.fill(world.diff_id, 1, 1)
+        background.mounted(world.diff_id)
+        await background.looked()
+        assert not partial.has(2)
+        world.clock.now += 5.0
+        await whole(background.node, world)
+
+
+async def test_completing_takes_no_room_from_others(world: World) -> None:
+    await holder(world)
+    async with completing(world, Mode.ALWAYS, quota=2 * LAYER_SIZE) as (background, partial):
+        node = background.node
+        await node.layers.open(world.origins[1], local=True)
+        background.mounted(world.diff_id)
+        here = partial.here
+        await background.looked()
+        assert here <= partial.here < partial.table.count
+        world.clock.now += 100.0
+        await node.room.drop(world.origins[1].layer.diff_id)
+        await whole(node, world)
+
+
+async def test_a_layer_that_nobody_gives_is_left_alone_for_a_while(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = await holder(world)
+    async with completing(world, Mode.ALWAYS) as (background, partial):
+        background.node.layers._supply._read_deadline = 0.1
+        await one.stop_serving()
+        world.server.add(Fault("", status=404))
+        background.mounted(world.diff_id)
+        await eventually(lambda: f"cannot complete layer {world.diff_id} now: " in caplog.text)
+        await background.looked()
+        assert caplog.text.count("cannot complete layer") == 1
+        assert background.node.layers.completion._next_partial() is None
+        world.clock.now += 31.0
+        assert background.node.layers.completion._next_partial() is partial
+
+
+async def test_never_means_never(world: World) -> None:
+    node = await world.node("n1")
+    await node.layers.completion.run()  # ends at once
+
+
+async def test_what_takes_its_time_is_paced(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    await holder(world)
+    slept: list[float] = []
+    how = Completing(Mode.ALWAYS, 2 * MIB, look=0.001, now=world.clock)
+    node = await world.node("n2", completing=how)
+    real = asyncio.sleep
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        await real(0)
+
+    await open_partial(world, node)
+    monkeypatch.setattr("afs.layerstore.completion.asyncio.sleep", sleep)
+    for _ in range(3):
+        await node.layers.completion._pace(MIB)
+    assert slept == [0.0, 0.5, 1.0]
+
+
+async def test_who_was_told_to_have_the_layer_does_not_wait_behind_the_background(world: World) -> None:
+    one = await holder(world)
+    two = await world.node("n2")
+    partial = await open_partial(world, two)
+    one.service.gate = asyncio.Event()
+    slow = asyncio.create_task(partial.fill([1], two.layers._supply.fetch, Priority.COMPLETION))
+    ensuring = asyncio.create_task(two.layers.ensure(world.origin))
+    await asyncio.sleep(0)
+    one.service.gate.set()
+    await asyncio.gather(slow, ensuring)
+    assert Counter(one.service.chunks)[1] == 1
