@@ -106,12 +106,12 @@ class Layers:
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
-        await self._supply.close()
         await self._ensuring.close(cancel=True)
         await self.completion.close()
         await self._opening.close(cancel=True)
         await self._describing.close()
         await self._partials.close()
+        await self._supply.close()
 
     def find(self, diff_id: str) -> OpenLayer | None:
         """The layer if this node has it, at least partly. It may be evicted at the next await."""
