@@ -22,7 +22,7 @@ from afs.layerstore.fillwire import decode, encode
 from afs.proto.v1 import layerstore_pb2 as pb
 from afs.proto.v1 import layerstore_pb2_grpc as pb_grpc
 from afs.snapshotter import layermounts
-from afs.snapshotter.fusedprocess import FusedProcess
+from afs.snapshotter.fusedworkers import FusedWorkers
 from afs.snapshotter.layermounts import LayerMounts
 from afs.snapshotter.leases import report_mounts
 from afs.snapshotter.overlay import mount_overlay
@@ -49,7 +49,7 @@ def layers(tmp_path: Path) -> Iterator[dict[str, str]]:
 @contextlib.asynccontextmanager
 async def mounting(tmp_path: Path, keep: int) -> AsyncIterator[LayerMounts]:
     """Layer mounts that are closed at the end."""
-    fused = FusedProcess(tmp_path / "f", tmp_path / "faults", tmp_path / "fill.sock", 1.0)
+    fused = FusedWorkers(tmp_path / "f", tmp_path / "faults", tmp_path / "fill.sock", 1.0)
     mounts = LayerMounts(tmp_path / "l", fused, keep)
     try:
         yield mounts
@@ -223,15 +223,16 @@ async def test_a_partial_layer_that_the_disk_cannot_read_is_an_error_to_the_read
             writer.write(encode({"id": number, "size": 1, "chunk_size": 1 << 20, "data": str(tmp_path), "chunks": ""}))
 
     server = await asyncio.start_unix_server(answer, tmp_path / "fill.sock")
-    fused = FusedProcess(tmp_path / "f", tmp_path / faults, tmp_path / "fill.sock", 1.0)
+    fused = FusedWorkers(tmp_path / "f", tmp_path / faults, tmp_path / "fill.sock", 1.0)
+    diff_id = "sha256:" + "a" * 64
     try:
-        file = await fused.directory() / ("a" * 64)
+        file = (await fused.place(diff_id)).file(diff_id)
         reader = await asyncio.create_subprocess_exec("cat", file, stderr=asyncio.subprocess.PIPE)
         try:
             async with asyncio.timeout(20):
                 _, message = await reader.communicate()
             assert b"Input/output error" in message
-            assert bool(fused.faults("sha256:" + "a" * 64)) == (faults == "faults")
+            assert bool(fused.faults(diff_id)) == (faults == "faults")
         finally:
             if reader.returncode is None:
                 reader.kill()

@@ -19,6 +19,7 @@ import stat
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
 import click
@@ -27,9 +28,11 @@ from typing_extensions import override
 
 from afs.core.service import raise_file_limit
 from afs.layerstore.fillwire import FillClient, FillError
+from afs.snapshotter.fusedwire import PROTOCOL, serving
 
 log = logging.getLogger(__name__)
 _REOPENS = 3
+_FILES = pyfuse3.ROOT_INODE + 1
 _FOREVER_S = 86400.0  # layers never change, so the kernel may keep names and attributes
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 
@@ -106,13 +109,27 @@ class LayerFiles(pyfuse3.Operations):
         self._faults = faults
         self._inodes: dict[int, _Layer] = {}
         self._by_name: dict[bytes, int] = {}
-        self._next = pyfuse3.ROOT_INODE + 1
+        self._next = _FILES + 1
+
+    def control(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a question on the control socket."""
+        layers = list(self._inodes.values())
+        match message.get("op"):
+            case "hello":
+                names = [layer.diff_id for layer in layers if layer.opens]
+                return {"protocol": PROTOCOL, "pid": os.getpid(), "layers": names}
+            case "stats":
+                return {"layers": {}}
+            case "release":
+                return {}
+            case operation:
+                raise ValueError(f"no operation {operation!r}")
 
     def _attributes(self, inode: int) -> pyfuse3.EntryAttributes:
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = inode
         entry.entry_timeout = entry.attr_timeout = _FOREVER_S
-        if inode == pyfuse3.ROOT_INODE:
+        if inode in (pyfuse3.ROOT_INODE, _FILES):
             entry.st_mode = stat.S_IFDIR | 0o500
             entry.st_nlink = 2
             return entry
@@ -134,6 +151,10 @@ class LayerFiles(pyfuse3.Operations):
     async def lookup(self, parent_inode: int, name: bytes, ctx: Any = None) -> pyfuse3.EntryAttributes:
         if name in (b".", b".."):
             return self._attributes(pyfuse3.ROOT_INODE)
+        if parent_inode == pyfuse3.ROOT_INODE:
+            if name == b"f":
+                return self._attributes(_FILES)
+            raise pyfuse3.FUSEError(errno.ENOENT)
         inode = self._by_name.get(name)
         if inode is None:
             try:
@@ -256,29 +277,46 @@ class LayerFiles(pyfuse3.Operations):
             layer.close()
 
 
-async def _serve(mountpoint: str, fill_socket: str, faults: str, deadline: float, ready_fd: int) -> None:
+async def _serve(
+    directory: Path, number: int, fill_socket: str, faults: str, deadline: float, lock_fd: int, ready_fd: int
+) -> None:
+    os.truncate(lock_fd, 0)
+    os.pwrite(lock_fd, b"%d\n" % os.getpid(), 0)
     client = FillClient(fill_socket, deadline)
-    options = {*pyfuse3.default_options, "fsname=afs", "subtype=afs", "ro"}
+    options = {*pyfuse3.default_options, f"fsname=afs/{number}", "subtype=afs", "ro"}
     options.discard("default_permissions")  # one owner, one mode: nothing to check
-    pyfuse3.init(LayerFiles(client, faults), mountpoint, options)
+    files = LayerFiles(client, faults)
+    pyfuse3.init(files, str(directory / str(number)), options)
     try:
-        os.write(ready_fd, b"R")
-        os.close(ready_fd)
-        await pyfuse3.main()
+        async with serving(directory / f"{number}.sock", files.control):
+            os.write(ready_fd, b"R")
+            os.close(ready_fd)
+            await pyfuse3.main()
     finally:
         pyfuse3.close(unmount=True)
         await client.close()
 
 
-@click.command(help="Serve partial layers as files. Started and watched by afs_snapshotter.")
+@click.command(help="Serve layers over FUSE. Started and watched by afs_snapshotter.")
 @click.version_option(package_name="afs-cluster", prog_name="afs_fused")
-@click.option("--mountpoint", required=True)
+@click.option("--directory", type=Path, required=True, help="Directory of the mount points.")
+@click.option("--number", type=int, required=True, help="Mount point, control socket and lock are named by it.")
 @click.option("--fill-socket", required=True)
 @click.option("--faults", required=True, help="Directory that gets a byte in a layer's file for each failed read.")
 @click.option("--deadline", default=40.0, help="Seconds that a read waits for the layerstore before EIO.")
+@click.option("--lock-fd", type=int, required=True, help="The locked lock file, to keep open.")
 @click.option("--ready-fd", type=int, required=True, help="Gets one byte when the file system is mounted.")
 @click.option("--log-level", default="INFO")
-def main(mountpoint: str, fill_socket: str, faults: str, deadline: float, ready_fd: int, log_level: str) -> None:
+def main(
+    directory: Path,
+    number: int,
+    fill_socket: str,
+    faults: str,
+    deadline: float,
+    lock_fd: int,
+    ready_fd: int,
+    log_level: str,
+) -> None:
     """Run until the file system is unmounted or SIGTERM comes."""
     import asyncio
     import signal
@@ -291,12 +329,13 @@ def main(mountpoint: str, fill_socket: str, faults: str, deadline: float, ready_
 
     async def run() -> None:
         loop = asyncio.get_running_loop()
-        serving = asyncio.ensure_future(_serve(mountpoint, fill_socket, faults, deadline, ready_fd))
-        loop.add_signal_handler(signal.SIGTERM, serving.cancel)
+        serving_files = _serve(directory, number, fill_socket, faults, deadline, lock_fd, ready_fd)
+        task = asyncio.ensure_future(serving_files)
+        loop.add_signal_handler(signal.SIGTERM, task.cancel)
         # A terminal's Ctrl-C reaches the whole group; mounts need this process until the snapshotter has unmounted them.
         loop.add_signal_handler(signal.SIGINT, lambda: None)
         with contextlib.suppress(asyncio.CancelledError):
-            await serving
+            await task
 
     asyncio.run(run())
 

@@ -23,12 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from afs.core import syscalls
-from afs.core.digests import hex_of
 from afs.core.errors import FailedPrecondition, Internal
 from afs.core.mounts import unmount
 from afs.core.singleflight import SingleFlight
 from afs.proto.v1 import layerstore_pb2 as pb
-from afs.snapshotter.fusedprocess import FusedProcess
+from afs.snapshotter.fusedworkers import FusedWorkers, Worker
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +40,7 @@ class MountedLayer:
     path: Path
     backend: str
     opaque: bool = False  # its root hides all layers below it
-    served_from: Path | None = None  # afs_fused's directory
+    worker: Worker | None = None  # the afs_fused that it is read through
     users: int = 0
 
 
@@ -51,7 +50,7 @@ class LayerMounts:
     *keep* is how many layers that nobody uses stay mounted for the next run.
     """
 
-    def __init__(self, directory: Path, fused: FusedProcess, keep: int) -> None:
+    def __init__(self, directory: Path, fused: FusedWorkers, keep: int) -> None:
         self._directory = directory
         self._fused = fused
         self._keep = keep
@@ -86,7 +85,7 @@ class LayerMounts:
 
     async def _drop_dead(self, diff_id: str) -> None:
         layer = self._mounted.get(diff_id)
-        if layer is None or layer.served_from is None or self._fused.serves(layer.served_from):
+        if layer is None or layer.worker is None or layer.worker.alive:
             return
         log.error("layer %s: its afs_fused died; mounting it anew", diff_id)
         del self._mounted[diff_id]
@@ -94,16 +93,18 @@ class LayerMounts:
             await self._unmount(layer)
 
     async def _mount(self, diff_id: str, file: str) -> MountedLayer:
-        served_from = None if file else await self._fused.directory()
-        source = file if served_from is None else str(served_from / hex_of(diff_id))
+        worker = None if file else await self._fused.place(diff_id)
+        source = file if worker is None else str(worker.file(diff_id))
         self._next += 1
         path = self._directory / str(self._next)
-        layer = MountedLayer(diff_id, path, "erofs-file" if file else "erofs-fuse", served_from=served_from)
+        layer = MountedLayer(diff_id, path, "erofs-file" if file else "erofs-fuse", worker=worker)
         layer.path.mkdir(parents=True)
         try:
             layer.opaque = await asyncio.to_thread(_mount_erofs, source, layer.path, diff_id)
         except BaseException:
             layer.path.rmdir()
+            if worker is not None:
+                await worker.release(diff_id)
             raise
         self._mounted[diff_id] = self._all[path] = layer
         self.changed.set()
@@ -165,6 +166,8 @@ class LayerMounts:
             try:
                 await asyncio.to_thread(_unmount_layer, layer.path)
                 del self._all[layer.path]
+                if layer.worker is not None:
+                    await layer.worker.release(layer.diff_id)
             except BaseException:
                 self._stuck.add(layer.path)
                 raise
@@ -178,9 +181,9 @@ class LayerMounts:
 
     def faults(self, layer: MountedLayer) -> int:
         """How many reads of *layer* failed so far; one more if its afs_fused is gone, for then all do."""
-        if layer.served_from is None:
+        if layer.worker is None:
             return 0
-        return self._fused.faults(layer.diff_id) + (not self._fused.serves(layer.served_from))
+        return self._fused.faults(layer.diff_id) + (not layer.worker.alive)
 
     def mounted(self) -> list[MountedLayer]:
         """All layer mounts, least recently used first."""

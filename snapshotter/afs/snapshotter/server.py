@@ -66,7 +66,7 @@ class MountsService(mounts_pb2_grpc.MountsServicer):
             variant=request.variant,
         )
         image, layers = await self._roots.open_image(stack, name, force_local=request.force_local_fetch)
-        lazy = any(layer.served_from is not None for layer in layers)
+        lazy = any(layer.worker is not None for layer in layers)
         opened = pb.OpenedImage(key=image.key, manifest_digest=image.manifest_digest, config=image.config, lazy=lazy)
         return opened, layers
 
