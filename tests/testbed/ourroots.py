@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from afs.layerstore.afslyr.convert import Converted, convert
 from afs.snapshotter.fusedworkers import FusedWorkers
 from afs.snapshotter.layermounts import LayerMounts
+from afs.snapshotter.probe import find_backends
 from afs.snapshotter.roots import RootRequest, Roots
 from tests.testbed import mounts, oci
 
@@ -49,7 +50,8 @@ async def merged(work: Path, layers: Sequence[tuple[str, Path]]) -> AsyncIterato
     """
     work.mkdir()
     fused = FusedWorkers(work / "f", work / "faults", work / "fill.sock", 1.0)
-    layer_mounts = LayerMounts(work / "l", fused, 0)
+    backends = find_backends(work, work, None)
+    layer_mounts = LayerMounts(work / "l", fused, backends, 0)
     roots = Roots(work / "r", work / "base", layer_mounts, f"unix:{work}/none")
     roots.prepare()
     try:

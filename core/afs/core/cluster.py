@@ -173,6 +173,7 @@ class Cluster:
                 )
             )
             arguments = [f"--root={directory}/snapshotter", f"--run-dir={run_dir}"]
+            arguments.append(f"--layerstore-root={directory}/layerstore")
             started.append(
                 await start_process(f"{node_id}-snapshotter", "afs.snapshotter", arguments, settings.directory)
             )

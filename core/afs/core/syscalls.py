@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import struct
+from typing import Self
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
@@ -41,7 +42,7 @@ MOUNT_ATTR_NODEV = 0x4
 LOOP_CONTROL = "/dev/loop-control"
 _LOOP_CONFIGURE = 0x4C0A
 _LOOP_CTL_GET_FREE = 0x4C82
-_LO_FLAGS_READ_ONLY, _LO_FLAGS_AUTOCLEAR, _LO_FLAGS_DIRECT_IO = 1, 4, 16
+_LO_FLAGS_READ_ONLY, _LO_FLAGS_AUTOCLEAR = 1, 4
 _LOOP_INFO_SIZE, _LOOP_INFO_FLAGS = 232, 52  # struct loop_info64: its size, and where lo_flags is
 _LOOP_CONFIG_RESERVED = 64
 _LOOP_ATTEMPTS = 256
@@ -123,7 +124,7 @@ class MountContext:
             fstype,
         )
 
-    def __enter__(self) -> "MountContext":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -146,9 +147,7 @@ class MountContext:
         try:
             source = ctypes.c_int(mounted), ctypes.c_char_p(b"")
             to = ctypes.c_int(_AT_FDCWD), ctypes.c_char_p(os.fsencode(target))
-            done = _libc.syscall(
-                ctypes.c_long(_NR_MOVE_MOUNT), *source, *to, ctypes.c_uint(_MOVE_MOUNT_F_EMPTY_PATH)
-            )
+            done = _libc.syscall(ctypes.c_long(_NR_MOVE_MOUNT), *source, *to, ctypes.c_uint(_MOVE_MOUNT_F_EMPTY_PATH))
             _check(done, target)
         finally:
             os.close(mounted)
@@ -181,30 +180,30 @@ class MountContext:
         return "; ".join(lines)
 
 
-def attach_loop(file: int, block_size: int, *, direct_io: bool) -> tuple[int, str]:
+def attach_loop(file: int, block_size: int) -> tuple[int, str]:
     """A read-only loop device over the file of descriptor *file*: a descriptor of it and its path (Linux 5.8).
 
     The device is set up in one step and goes with its last user (autoclear), so whoever is killed in between leaves
-    none. *direct_io* is a wish: the kernel reads through the page cache where the file system cannot do it.
+    none. OSError names /dev/loop-control or the device.
     """
     info = bytearray(_LOOP_INFO_SIZE)
-    flags = _LO_FLAGS_READ_ONLY | _LO_FLAGS_AUTOCLEAR | (_LO_FLAGS_DIRECT_IO if direct_io else 0)
-    struct.pack_into("=I", info, _LOOP_INFO_FLAGS, flags)
+    struct.pack_into("=I", info, _LOOP_INFO_FLAGS, _LO_FLAGS_READ_ONLY | _LO_FLAGS_AUTOCLEAR)
     config = struct.pack("=II", file, block_size) + bytes(info) + bytes(_LOOP_CONFIG_RESERVED)
     control = os.open(LOOP_CONTROL, os.O_RDWR | os.O_CLOEXEC)
     try:
-        for attempt in range(1, _LOOP_ATTEMPTS + 1):
+        attempts = 0
+        while True:
             path = f"/dev/loop{fcntl.ioctl(control, _LOOP_CTL_GET_FREE)}"
             device = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            attempts += 1
             try:
                 fcntl.ioctl(device, _LOOP_CONFIGURE, config)
             except OSError as error:
                 os.close(device)
                 # EBUSY: somebody else was quicker to take it.
-                if error.errno != errno.EBUSY or attempt == _LOOP_ATTEMPTS:
+                if error.errno != errno.EBUSY or attempts == _LOOP_ATTEMPTS:
                     raise OSError(error.errno, error.strerror, path) from error
             else:
                 return device, path
-        raise AssertionError("unreachable")
     finally:
         os.close(control)

@@ -21,6 +21,12 @@ class Config:
     run_dir: Path = setting(Path("/run/afs"), "Directory of the layer mounts and of the unix sockets.")
     read_deadline: float = setting(40.0, "How long a read of a partial layer waits for the layerstore.", parse_duration)
     fuse_workers: int = setting(2, "Processes that serve layers over FUSE; a crash of one touches its own layers only.")
+    backend: str = setting(
+        "auto", "How layers are mounted: erofs-file, erofs-loop, tree, or auto: the best that works."
+    )
+    layerstore_root: Path = setting(
+        Path("/var/lib/afs/layerstore"), "The layerstore's root: where mounts are tried out."
+    )
     keep_layers: int = setting(200, "Unused layers that stay mounted for the next run.")
     log_level: str = setting("INFO", "Least level to log.")
 
@@ -28,16 +34,18 @@ class Config:
 async def serve(config: Config, stop: asyncio.Event) -> None:
     """Serve until *stop* is set."""
     from afs.core.files import locked
-    from afs.core.mounts import unmount_below
     from afs.core.rpc import serving
     from afs.proto.v1.mounts_pb2_grpc import add_MountsServicer_to_server
+    from afs.snapshotter.backends import parse_backend
     from afs.snapshotter.fusedworkers import FusedWorkers
-    from afs.snapshotter.layermounts import LayerMounts, check_kernel
+    from afs.snapshotter.layermounts import LayerMounts
     from afs.snapshotter.leases import report_mounts
+    from afs.snapshotter.probe import check_overlay, find_backends
     from afs.snapshotter.roots import Roots
     from afs.snapshotter.server import MountsService
 
-    check_kernel()
+    check_overlay()
+    forced = parse_backend(config.backend)
     run_dir = config.run_dir
     for path in (run_dir, config.root):
         path.mkdir(parents=True, exist_ok=True)
@@ -49,17 +57,15 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         fused = FusedWorkers(
             run_dir / "fuse", run_dir / "faults", run_dir / "fill.sock", config.read_deadline, config.fuse_workers
         )
-        mounts = LayerMounts(run_dir / "l", fused, config.keep_layers)
+        backends = await asyncio.to_thread(find_backends, config.layerstore_root, run_dir, forced)
+        mounts = LayerMounts(run_dir / "l", fused, backends, config.keep_layers)
         roots = Roots(config.root / "roots", run_dir / "base", mounts, f"unix:{run_dir}/layerstore.sock")
         await asyncio.to_thread(roots.prepare)
-        (run_dir / "l").mkdir(exist_ok=True)
-        await asyncio.to_thread(unmount_below, run_dir / "l")
-        for path in (run_dir / "l").iterdir():
-            path.rmdir()
         # Started now, not at the first partial layer: importing it takes 0.15 s, and 0.5 s from a cold disk.
         stack.push_async_callback(fused.close)
         await fused.adopt()
         stack.push_async_callback(mounts.close)
+        await mounts.adopt()
         stack.push_async_callback(roots.close)
         # Ended before the mounts are: what it said last holds for the layerstore's grace period.
         reporting = asyncio.create_task(report_mounts(f"unix:{run_dir}/layerstore.sock", mounts))

@@ -35,10 +35,13 @@ def settings(*, writable: bool) -> list[tuple[str, str | None]]:
     - ``volatile``: an upper directory dies with its run, so fsync inside need not reach the disk (kernel 5.10).
     - ``userxattr``: in a user namespace overlayfs may not touch ``trusted.*``, so marks are ``user.overlay.*`` (5.11).
     """
-    found: list[tuple[str, str | None]] = [("index", "off"), ("redirect_dir", "off"), ("metacopy", "off")]
+    inside = in_user_namespace()
+    # "off" may still follow redirects, which overlayfs refuses there.
+    redirect = "nofollow" if inside else "off"
+    found: list[tuple[str, str | None]] = [("index", "off"), ("redirect_dir", redirect), ("metacopy", "off")]
     if writable:
         found.append(("volatile", None))
-    if in_user_namespace():
+    if inside:
         found.append(("userxattr", None))
     return found
 
@@ -83,7 +86,9 @@ def mount_overlay(
     *way* is for tests; OSError names the target, ResourceExhausted is for more layers than one mount can have.
     """
     if len(lower) > MAX_LAYERS:
-        raise ResourceExhausted(f"{len(lower)} layers are too many for one mount at {target}: overlayfs takes {MAX_LAYERS}")
+        raise ResourceExhausted(
+            f"{len(lower)} layers are too many for one mount at {target}: overlayfs takes {MAX_LAYERS}"
+        )
     if (way or best_way()) == "fds":
         _mount_fds(target, lower, upper, work)
     else:
@@ -118,7 +123,7 @@ def _set_directory(context: syscalls.MountContext, key: str, path: Path) -> None
 def _mount_page(target: Path, lower: Sequence[Path], upper: Path | None, work: Path | None) -> None:
     # nodev: devices in a layer or made by a run are nobody's; a container's own are on the tmpfs at its /dev.
     flags = syscalls.MS_NODEV | (0 if upper else syscalls.MS_RDONLY)
-    data = _options([_escape(path) for path in lower], upper and _escape(upper), work and _escape(work))
+    data = _options(_escape, lower, upper, work)
     if len(os.fsencode(data)) < os.sysconf("SC_PAGESIZE"):
         syscalls.mount(SOURCE, str(target), "overlay", flags, data)
         return
@@ -129,7 +134,7 @@ def _mount_page(target: Path, lower: Sequence[Path], upper: Path | None, work: P
             stack.callback(os.close, fd)
             return str(fd)
 
-        data = _options([short(path) for path in lower], upper and short(upper), work and short(work))
+        data = _options(short, lower, upper, work)
         _in_descriptors(lambda: syscalls.mount(SOURCE, os.path.abspath(target), "overlay", flags, data))
 
 
@@ -142,7 +147,7 @@ def _in_descriptors(action: Callable[[], None]) -> None:
             syscalls.unshare(syscalls.CLONE_FS)  # for good, and of this thread alone
             os.chdir("/proc/self/fd")
             action()
-        except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits
+        except BaseException as error:  # raised again in the thread that waits
             failed.append(error)
 
     thread = threading.Thread(target=run, name="mount overlay")
@@ -152,10 +157,11 @@ def _in_descriptors(action: Callable[[], None]) -> None:
         raise failed[0]
 
 
-def _options(lower: Sequence[str], upper: str | None, work: str | None) -> str:
-    parts = ["lowerdir=" + ":".join(lower)]
-    if upper and work:
-        parts += [f"upperdir={upper}", f"workdir={work}"]
+def _options(name: Callable[[Path], str], lower: Sequence[Path], upper: Path | None, work: Path | None) -> str:
+    """The page of options, with directories as *name* has them."""
+    parts = ["lowerdir=" + ":".join(name(path) for path in lower)]
+    if upper is not None and work is not None:
+        parts += [f"upperdir={name(upper)}", f"workdir={name(work)}"]
     parts += [key if value is None else f"{key}={value}" for key, value in settings(writable=upper is not None)]
     return ",".join(parts)
 

@@ -290,7 +290,7 @@ class MountedLayer(_message.Message):
     USERS_FIELD_NUMBER: _builtins.int
     diff_id: _builtins.str
     backend: _builtins.str
-    """erofs-file or erofs-fuse"""
+    """erofs-file, erofs-loop or tree"""
     users: _builtins.int
     def __init__(
         self,
