@@ -26,9 +26,8 @@ from afs.layerstore.room import Room
 from afs.layerstore.server import NodeService, PeerService
 from afs.layerstore.store import CompleteLayer, LayerStore
 from afs.layerstore.supply import Origin
-from afs.proto.v1 import layerstore_pb2 as pb
 from afs.proto.v1.discovery_pb2_grpc import add_DiscoveryServicer_to_server
-from afs.proto.v1.layerstore_pb2_grpc import add_LayerstoreNodeServicer_to_server, add_LayerstorePeerServicer_to_server
+from afs.proto.v1.layerstore_pb2_grpc import add_LayerstoreNodeServicer_to_server
 from tests.testbed import oci, tars
 from tests.testbed.faults import FaultServer
 
@@ -37,6 +36,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import grpc.aio
+
+    from afs.proto.v1 import layerstore_pb2 as pb
 
 AMD64 = Platform("linux", "amd64")
 TAR = tars.tar_of({name: bytes([number]) * 900_000 for number, name in enumerate("abcdef")})
@@ -56,10 +57,21 @@ class Service(PeerService):
         self.chunks: list[int] = []
 
     @override
-    async def ReadChunk(self, request: pb.ReadChunkRequest, context: Any) -> pb.ReadChunkResponse:
+    async def read_chunk(self, request: pb.ReadChunkRequest) -> bytes:
         self.chunks.append(request.index)
-        answer = await super().ReadChunk(request, context)
-        return pb.ReadChunkResponse(data=bytes(len(answer.data))) if self.spoil else answer
+        data = await super().read_chunk(request)
+        return bytes(len(data)) if self.spoil else data
+
+    @override
+    async def DescribeLayer(
+        self, request: pb.DescribeLayerRequest, context: Any
+    ) -> AsyncIterator[pb.DescribeLayerResponse]:
+        async for message in super().DescribeLayer(request, context):
+            if message.data:
+                self.chunks.append(message.index)
+            if message.data and self.spoil:
+                message.data = bytes(len(message.data))
+            yield message
 
 
 class Clock:
@@ -89,6 +101,7 @@ class Node:
     images: Images
     puller: Puller
     service: Service
+    peers: Peers
     address: str
     stop_serving: Callable[[], Any]
 
@@ -151,13 +164,13 @@ class World:
         server = await stack.enter_async_context(contextlib.AsyncExitStack())
 
         def register(target: grpc.aio.Server) -> None:
-            add_LayerstorePeerServicer_to_server(service, target)
+            service.add_to(target)
             add_LayerstoreNodeServicer_to_server(NodeService(images, layers, room), target)
 
         (address,) = await server.enter_async_context(serving(["127.0.0.1:0"], register, grace_s=0))
         announcer.serve_at(address)
         await announcer.flush()
-        return Node(store, announcer, room, layers, images, puller, service, address, server.aclose)
+        return Node(store, announcer, room, layers, images, puller, service, peers, address, server.aclose)
 
 
 @contextlib.asynccontextmanager

@@ -21,7 +21,7 @@ from afs.layerstore.afslyr.layout import pack_header
 from afs.layerstore.afslyr.reader import verify_layer
 from afs.layerstore.errors import CacheFull, DamagedLayer, DiskFull, LayerUnavailable
 from afs.layerstore.leases import LEASE_S
-from afs.layerstore.partial import PartialLayer
+from afs.layerstore.partial import Description, PartialLayer
 from afs.layerstore.peers import Peers
 from afs.layerstore.scrub import Scrubber
 from afs.layerstore.store import CompleteLayer
@@ -158,10 +158,10 @@ async def test_a_fill_that_nobody_waits_for_any_more_still_holds_the_layer(
     reading, gate = asyncio.Event(), asyncio.Event()
     real = Peers.read_chunk
 
-    async def read_chunk(self: Peers, peer: Peer, diff_id: str, index: int) -> bytes:
+    async def read_chunk(self: Peers, peer: Peer, diff_id: str, index: int, **options: Any) -> bytes:
         reading.set()
         await gate.wait()
-        return await real(self, peer, diff_id, index)
+        return await real(self, peer, diff_id, index, **options)
 
     monkeypatch.setattr(Peers, "read_chunk", read_chunk)
     filling = asyncio.create_task(two.layers.fill(world.diff_id, 1, 1))
@@ -376,8 +376,15 @@ async def test_without_peers_it_is_repaired_from_its_source(world: World) -> Non
     for offset in (8, complete.layout.table_offset, complete.layout.file_size - 60):  # what is in memory is right
         flip(complete.path, offset)
     other = await world.node("n2")
-    size, header, table, _ = await other.layers._peers.describe_layer(node.announcer.me, world.diff_id)
-    assert (size, header, table) == (complete.layout.file_size, pack_header(complete.layout), complete.table)
+    parts = other.peers.describe_layer(node.announcer.me, world.diff_id)
+    said = await anext(parts)
+    assert isinstance(said, Description)
+    assert (said.size, said.header, said.table) == (
+        complete.layout.file_size,
+        pack_header(complete.layout),
+        complete.table,
+    )
+    await parts.aclose()
     with pytest.raises(DamagedLayer):
         await node.layers.read_chunk(world.diff_id, 1)
     await settled(node)

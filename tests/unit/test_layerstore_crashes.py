@@ -24,7 +24,7 @@ from afs.layerstore.afslyr.layout import FOOTER_SIZE, HEADER_AREA
 from afs.layerstore.afslyr.reader import verify_layer
 from afs.layerstore.leases import Leases
 from afs.layerstore.manifests import Image, build_image
-from afs.layerstore.partial import PartialLayer
+from afs.layerstore.partial import Description, PartialLayer
 from afs.layerstore.quota import Quota
 from afs.layerstore.repair import damaged_chunks, repair
 from afs.layerstore.room import Room
@@ -35,6 +35,8 @@ from tests.testbed.crashes import Scenario, crash_everywhere
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
+
+    from afs.layerstore.scheduling import Ticket
 
 OLD = tars.tar_of({"old": bytes(range(256)) * 5000})
 NEW = tars.tar_of({"new": bytes(reversed(range(256))) * 9000, "small": b"x"})
@@ -135,7 +137,7 @@ class Whole:
             convert(io.BytesIO(NEW).read, self.path)
         self.data = self.path.read_bytes()
 
-    async def fetch(self, partial: PartialLayer, index: int) -> bytes:
+    async def fetch(self, partial: PartialLayer, index: int, ticket: Ticket) -> bytes:
         """For `PartialLayer.fill`."""
         offset, length = partial.table.chunk_range(index, partial.layout)
         return self.data[offset : offset + length]
@@ -144,8 +146,8 @@ class Whole:
         """A partial layer of it."""
         with self.path.open("rb") as file:
             _, table = verify_layer(file.fileno())
-        ends = self.data[:HEADER_AREA], table, self.data[-FOOTER_SIZE:]
-        return PartialLayer.create(NEW_ID, store.partial_dir(NEW_ID), len(self.data), *ends)
+        said = Description(len(self.data), self.data[:HEADER_AREA], table, self.data[-FOOTER_SIZE:])
+        return PartialLayer.create(NEW_ID, store.partial_dir(NEW_ID), said)
 
     def opened(self, store: LayerStore) -> PartialLayer:
         """The partial layer that is there, or a new one."""

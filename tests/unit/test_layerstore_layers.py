@@ -364,7 +364,7 @@ async def test_too_many_open_files_say_nothing_about_a_partial_layer(
 
         monkeypatch.setattr(PartialLayer, "open", fail)
         with pytest.raises(OSError, match="Too many open files"):
-            (await world.node("n2b")).layers._restore_partial(world.diff_id)
+            (await world.node("n2b")).layers._partials.restore(world.diff_id)
     monkeypatch.undo()
     world.stack = outer
     assert isinstance((await world.node("n2")).layers.find(world.diff_id), PartialLayer)

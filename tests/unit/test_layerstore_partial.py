@@ -5,6 +5,7 @@ import io
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -20,7 +21,8 @@ from afs.layerstore.afslyr.errors import CorruptLayer
 from afs.layerstore.afslyr.layout import FOOTER_SIZE, HEADER_AREA, ChunkTable, Layout
 from afs.layerstore.afslyr.reader import read_layer
 from afs.layerstore.errors import DiskFull
-from afs.layerstore.partial import PartialLayer
+from afs.layerstore.partial import Description, PartialLayer
+from afs.layerstore.scheduling import Ticket
 from tests.testbed import tars
 
 TAR = tars.tar_of({name: bytes([number]) * 900_000 for number, name in enumerate("abcdef")})
@@ -46,7 +48,7 @@ class Whole:
         offset, length = self.table.chunk_range(index, self.layout)
         return self.data[offset : offset + length]
 
-    async def fetch(self, _: PartialLayer, index: int) -> bytes:
+    async def fetch(self, _: PartialLayer, index: int, ticket: Ticket) -> bytes:
         """For `PartialLayer.fill`: waits at the gate."""
         self.fetched[index] += 1
         await self.gate.wait()
@@ -54,17 +56,16 @@ class Whole:
             raise self.error
         return self.chunk(index)
 
-    def create(self, directory: Path, **changes: object) -> PartialLayer:
+    def create(self, directory: Path, diff_id: str = DIFF_ID, **changes: object) -> PartialLayer:
         """A partial layer of it."""
         given = {
-            "diff_id": DIFF_ID,
-            "directory": directory,
             "size": len(self.data),
             "header": self.data[:HEADER_AREA],
             "table": self.table,
             "footer": self.data[-FOOTER_SIZE:],
         }
-        return PartialLayer.create(**given | changes)  # type: ignore[arg-type]  # tests change single values
+        said = Description(**given | changes)  # type: ignore[arg-type]  # tests change single values
+        return PartialLayer.create(diff_id, directory, said)
 
 
 @pytest.fixture(name="whole")
@@ -107,7 +108,7 @@ def test_a_new_partial_layer_has_nothing(whole: Whole, directory: Path) -> None:
     ids=["size", "magic", "header", "no table", "table", "footer", "diff_id"],
 )
 def test_a_peer_s_nonsense_leaves_nothing(
-    whole: Whole, directory: Path, change: dict[str, object], error: type[Exception], message: str
+    whole: Whole, directory: Path, change: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         whole.create(directory, **change)

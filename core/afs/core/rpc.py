@@ -215,7 +215,15 @@ class AddressInUse(FailedPrecondition):
     """A server could not bind its address."""
 
 
-def channel(address: str) -> grpc.aio.Channel:
-    """A channel to *address*; it connects at the first call and reconnects within a second after a restart."""
-    options = (*_OPTIONS, ("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000))
+def channel(address: str, *, shared: bool = True) -> grpc.aio.Channel:
+    """A channel to *address*; it connects at the first call and reconnects within a second after a restart.
+
+    Channels to one address share a TCP connection, unless not *shared*.
+    """
+    options = (
+        *_OPTIONS,
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 1000),
+        ("grpc.use_local_subchannel_pool", 0 if shared else 1),
+    )
     return grpc.aio.insecure_channel(address, options=options)

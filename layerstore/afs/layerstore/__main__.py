@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from afs.core.cli import daemon_command
 from afs.core.config import setting
+from afs.core.errors import InvalidArgument
 from afs.core.service import notify
 from afs.core.units import parse_duration, parse_size
 
@@ -21,6 +22,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 SERVICE = "layerstore"
 _EVERYWHERE = ("", "0.0.0.0", "::")  # noqa: S104 - looked for, not bound
+
+
+def parse_mode(text: str) -> str:
+    """A value of ``completion``; InvalidArgument if it is none."""
+    if text not in ("always", "idle", "never"):
+        raise InvalidArgument(f"{text!r} is none of always, idle, never")
+    return text
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +61,14 @@ class Config:
     read_deadline: float = setting(
         30.0, "How long a chunk may take, over all tries, before readers get EIO.", parse_duration
     )
+    completion: str = setting(
+        "idle",
+        "When partial layers that are in use are completed: always, never, or idle: when no reader had to wait for five seconds.",
+        parse_mode,
+    )
+    completion_rate: int = setting(
+        64 << 20, "Bytes per second that completing layers may take; no limit if 0.", parse_size
+    )
     pulls: int = setting(2, "Layers pulled at the same time.")
     plain_http: tuple[str, ...] = setting((), "HOST:PORT of a registry without TLS; loopback ones always are.")
     insecure_registry: tuple[str, ...] = setting(
@@ -73,11 +89,11 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
     import grpc.aio
 
     import afs.layerstore.registry  # noqa: F401 - urllib3 takes 40 ms: now, not while the first image waits
-    from afs.core.errors import InvalidArgument
     from afs.core.files import locked
     from afs.core.rpc import serving
     from afs.core.service import raise_file_limit
     from afs.discovery.client import Announcer, Peer
+    from afs.layerstore.completion import Completing, Mode
     from afs.layerstore.fillserver import serving_fills
     from afs.layerstore.images import Images
     from afs.layerstore.layers import Layers
@@ -112,7 +128,8 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         stack.push_async_callback(peers.close)
         announcer = Announcer(config.discovery, Peer(node_id, config.advertise or config.listen, capacity))
         stack.push_async_callback(announcer.leave)
-        layers = Layers(store, room, puller, peers, announcer, config.read_deadline)
+        how = Completing(Mode(config.completion), config.completion_rate)
+        layers = Layers(store, room, puller, peers, announcer, config.read_deadline, how)
         await asyncio.to_thread(layers.restore)
         stack.push_async_callback(layers.close)
         images = Images(store, puller, peers, announcer, config.image_ttl)
@@ -120,7 +137,7 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         peer_service, node_service = PeerService(images, layers), NodeService(images, layers, room)
 
         def to_peers(server: grpc.aio.Server) -> None:
-            pb_grpc.add_LayerstorePeerServicer_to_server(peer_service, server)
+            peer_service.add_to(server)
 
         def to_node(server: grpc.aio.Server) -> None:
             pb_grpc.add_LayerstoreNodeServicer_to_server(node_service, server)
@@ -134,6 +151,7 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         await announcer.flush()
         _in_background(stack, announcer.run())
         _in_background(stack, room.run())
+        _in_background(stack, layers.completion.run())
         if config.scrub_interval:
             _in_background(stack, Scrubber(store, layers.repairs.check, config.scrub_interval).run())
         notify(f"READY=1\nSTATUS=serving on {bound[0]}")

@@ -74,8 +74,17 @@ class LayerUnavailable(Unavailable):
     """Nobody who has the layer's chunk answers."""
 
     def __init__(self, diff_id: str, cause: str) -> None:
-        self.diff_id = diff_id
+        self.diff_id, self.cause = diff_id, cause
         super().__init__(f"layer {diff_id} cannot be read: {cause}")
+
+
+class BadChunk(DataLoss):
+    """A chunk came with other bytes than the layer's table says."""
+
+    def __init__(self, diff_id: str, index: int, endpoint: str = "") -> None:
+        self.diff_id, self.index = diff_id, index
+        source = f" from layerstore {endpoint}" if endpoint else ""
+        super().__init__(f"layer {diff_id}: chunk {index} came{source} with the wrong bytes")
 
 
 class CacheFull(ResourceExhausted):

@@ -2,42 +2,44 @@
 
 State and locks (one event loop):
 
-- ``_partials`` holds every open partial layer. An entry appears in :meth:`_describe_now` after its files exist and leaves in
-  :meth:`_drop` after the complete file was committed; in between a layer may be read from either, the bytes are equal.
+- The partial layers are in :class:`~afs.layerstore.partials.Partials`; :class:`~afs.layerstore.describing.Describing` makes
+  them, :class:`~afs.layerstore.completion.Completion` turns them into complete ones, each single flight by diff_id.
 - ``_opening`` and ``_ensuring`` are single flight by diff_id and origin, for an image can claim any diff_id: a layer must
-  not wait for another image's slow source, nor share its failure. What they do to one layer's state is one task's each:
-  ``_describing`` makes the partial layer and ``_completing`` turns it into a complete one, single flight by diff_id; they
-  know no origin, and who joined one that failed tries again. A pulled layer is committed in one step, and the first stays.
-- A partial layer beside a complete one is dropped by ``_completing`` or, while that does not run, by whoever finds it. It does
-  not start on a layer that is complete, so it never has its files closed below it.
+  not wait for another image's slow source, nor share its failure. A pulled layer is committed in one step, and the first stays.
 - A layer leaves every map at once, in :meth:`_detach`, when :class:`~afs.layerstore.room.Room` evicts it. That happens at
   any await, but never to a layer that is leased: whoever looks one up leases or pins it before the next await, and so it
   is there as long as it is needed.
+- Readers come first: their chunks, then those that they are about to want, then the rest (:mod:`afs.layerstore.scheduling`).
 """
 
 import asyncio
 import contextlib
-import errno
 import functools
 import logging
-import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 
-from afs.core.errors import AfsError, DataLoss, InvalidArgument, NotFound
+from afs.core.errors import AfsError, DataLoss, NotFound
 from afs.core.singleflight import SingleFlight
-from afs.discovery.client import Announcer, Peer
-from afs.layerstore.errors import DamagedLayer, DiskFull, LayerUnavailable
-from afs.layerstore.partial import AT_ONCE, PartialLayer
+from afs.discovery.client import Announcer
+from afs.layerstore.completion import Completing, Completion
+from afs.layerstore.describing import Describing
+from afs.layerstore.errors import DamagedLayer, LayerUnavailable
+from afs.layerstore.layerstats import LayerStats
+from afs.layerstore.partial import PartialLayer
+from afs.layerstore.partials import Partials
 from afs.layerstore.peers import Peers
 from afs.layerstore.pull import OriginKey, Puller
 from afs.layerstore.repair import Repairs
 from afs.layerstore.room import Room
-from afs.layerstore.store import NO_SPACE, CompleteLayer, LayerStore
-from afs.layerstore.supply import Origin, Supply
+from afs.layerstore.scheduling import Priority
+from afs.layerstore.serving import Serving
+from afs.layerstore.store import CompleteLayer, LayerStore
+from afs.layerstore.supply import Origin, Providers, Supply
 
 log = logging.getLogger(__name__)
 OpenLayer = CompleteLayer | PartialLayer
+_PREFETCHES = 8  # chunks that one list to prefetch waits for at once
 _TRIES = 2  # to open a layer: the second after the first one found it damaged, and it was repaired or dropped
 
 
@@ -52,21 +54,24 @@ class Layers:
         peers: Peers,
         announcer: Announcer,
         read_deadline: float,
+        completing: Completing | None = None,
     ) -> None:
         self._store = store
         self._room = room
         self._pinned = room.leases.pinned
-        self._peers = peers
         self._announcer = announcer
-        self._read_deadline = read_deadline
-        self._partials: dict[str, PartialLayer] = {}
         self._opening: SingleFlight[OriginKey, OpenLayer] = SingleFlight()
         self._ensuring: SingleFlight[OriginKey, bool] = SingleFlight()
-        self._completing: SingleFlight[str, bool | None] = SingleFlight()
-        self._describing: SingleFlight[str, PartialLayer | None] = SingleFlight()
-        self._puller = puller
         self._supply = Supply(store, room, puller, peers, announcer, read_deadline, self._is_ensured)
+        self._partials = Partials(store, room, announcer, read_deadline)
+        self._describing = Describing(store, room, peers, self._supply, self._partials, announcer)
+        self.completion = Completion(
+            store, room, puller, announcer, self._supply, self._partials, self._describing, completing or Completing()
+        )
+        self._serving = Serving(self.repairs, self._refill, self._in_background)
         self._background: set[asyncio.Task[None]] = set()
+        # Told once of every chunk that a reader wanted and that was not here.
+        self.on_demand: Callable[[str, int], None] = lambda diff_id, index: None
         room.detach = self._detach
 
     @property
@@ -85,50 +90,32 @@ class Layers:
             if (layer := self._store.complete(diff_id)) is not None:
                 self._announcer.hold(diff_id, layer.layout.file_size, complete=True)
         for diff_id in self._store.partial_ids():
-            self._restore_partial(diff_id)
+            self._partials.restore(diff_id)
         for diff_id in self._room.layers():
             if self.find(diff_id) is None:  # it was damaged
                 self._room.forget(diff_id)
             else:
                 self._room.note(diff_id)
 
-    def _restore_partial(self, diff_id: str) -> None:
-        if self._store.complete(diff_id) is not None:  # it was pulled because the peers went away
-            self._store.drop_partial(diff_id)
-            return
-        try:
-            partial = PartialLayer.open(diff_id, self._store.partial_dir(diff_id))
-        except (AfsError, OSError, ValueError) as error:
-            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-                raise  # which says nothing about the layer
-            log.warning("dropping the partial layer %s: %s", diff_id, error)
-            self._store.drop_partial(diff_id)
-            return
-        self._take_in(partial)
-        self._announcer.hold(diff_id, partial.layout.file_size, complete=False)
-
-    def _take_in(self, partial: PartialLayer) -> None:
-        partial.on_full = self._on_full
-        partial.pin = functools.partial(self._pinned, [partial.diff_id])
-        self._partials[partial.diff_id] = partial
-
     async def close(self) -> None:
         """End what is under way and close the files."""
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
-        await self.repairs.close()
+        await self._supply.close()
         await self._ensuring.close(cancel=True)
-        await self._completing.close(cancel=True)
+        await self.completion.close()
         await self._opening.close(cancel=True)
-        await self._describing.close(cancel=True)
-        for partial in self._partials.values():
-            await partial.stop()
-            partial.close()
+        await self._describing.close()
+        await self._partials.close()
 
     def find(self, diff_id: str) -> OpenLayer | None:
         """The layer if this node has it, at least partly. It may be evicted at the next await."""
         return self._store.complete(diff_id) or self._partials.get(diff_id)
+
+    def stats(self, diff_id: str) -> LayerStats:
+        """What is counted for a layer that is here."""
+        return self._supply.stats(diff_id)
 
     def look_up(self, diff_id: str) -> OpenLayer:
         """:meth:`find` for somebody who uses the layer; NotFound if this node has nothing of it."""
@@ -148,9 +135,8 @@ class Layers:
         """Take an evicted layer out of the maps; what is to be deleted."""
         self._announcer.drop(diff_id)
         self._supply.forget(diff_id)
-        partial = self._partials.pop(diff_id, None)
-        if partial is not None:
-            partial.close()  # nothing is being filled or read: that would hold a pin
+        self._serving.forget(diff_id)
+        self._partials.detach(diff_id)
         return self._store.detach(diff_id)
 
     async def open(self, origin: Origin, *, local: bool) -> OpenLayer:
@@ -161,14 +147,27 @@ class Layers:
         diff_id = origin.layer.diff_id
         for _ in range(_TRIES):
             with self._pinned([diff_id]):
-                self._supply.know(origin)
                 found = self.find(diff_id)
-                if found is None or (isinstance(found, PartialLayer) and not found.is_mountable()):
-                    found = await self._opening.run(origin.key, lambda: self._open(origin, local=local))
+                with self._known(origin):
+                    if found is None or (isinstance(found, PartialLayer) and not found.is_mountable()):
+                        found = await self._opening.run(origin.key, lambda: self._open(origin, local=local))
                 if not isinstance(found, CompleteLayer) or not self.repairs.is_damaged(diff_id):
                     return found
             await self._mend(found)
         raise DamagedLayer(diff_id, "a chunk")
+
+    @contextlib.contextmanager
+    def _known(self, origin: Origin) -> Iterator[None]:
+        """The layer may be pulled from there, unless it fails and nothing of the layer is here, nor on its way."""
+        self._supply.know(origin)
+        try:
+            yield
+        except BaseException:
+            diff_id = origin.layer.diff_id
+            coming = any(key[0] == diff_id for keys in (self._opening, self._ensuring) for key in keys)
+            if self.find(diff_id) is None and not coming:
+                self._supply.forget(diff_id)
+            raise
 
     async def _mend(self, layer: CompleteLayer) -> None:
         """Repair a damaged layer or drop it; DamagedLayer if neither can be. The caller must not pin it."""
@@ -181,120 +180,83 @@ class Layers:
 
     async def _open_pinned(self, origin: Origin, *, local: bool) -> OpenLayer:
         diff_id = origin.layer.diff_id
-        if not local and (partial := await self._describe(diff_id, await self._supply.holders(diff_id))) is not None:
+        if (
+            not local
+            and (partial := await self._describing.describe(diff_id, await self._supply.holders(diff_id))) is not None
+        ):
             return partial
         holder = await self._supply.place(origin, local=local or origin.ref.is_local)
         if isinstance(holder, CompleteLayer):
             return holder
-        if (partial := await self._describe(diff_id, [holder])) is None:
+        if (
+            partial := await self._describing.describe(diff_id, Providers([holder], frozenset({holder.node_id})))
+        ) is None:
             raise LayerUnavailable(diff_id, f"layerstore {holder.endpoint} pulled it and went away")
         return partial
-
-    async def _describe(self, diff_id: str, holders: list[Peer]) -> PartialLayer | None:
-        """A partial layer as one of *holders* describes it, its metadata read; None if nobody can."""
-        joined = diff_id in self._describing
-        with contextlib.ExitStack() as stack:
-            if joined:  # what others were told need not be so for us
-                stack.enter_context(contextlib.suppress(LayerUnavailable, DataLoss))
-            partial = await self._describing.run(diff_id, lambda: self._describe_now(diff_id, holders))
-            if partial is not None or not joined:
-                return partial
-        return await self._describing.run(diff_id, lambda: self._describe_now(diff_id, holders))
-
-    async def _describe_now(self, diff_id: str, holders: list[Peer]) -> PartialLayer | None:
-        if (known := self._partials.get(diff_id)) is not None:
-            if not known.is_mountable():
-                if not holders:
-                    return None
-                await self._fill_metadata(known, holders)
-            return known
-        for peer in holders:
-            try:
-                size, header, table, footer = await self._peers.describe_layer(peer, diff_id)
-                directory = self._store.partial_dir(diff_id)
-                partial = await asyncio.to_thread(PartialLayer.create, diff_id, directory, size, header, table, footer)
-            except AfsError as error:
-                log.warning("layerstore %s cannot describe layer %s: %s", peer.endpoint, diff_id, error.line)
-                continue
-            except OSError as error:
-                if error.errno in NO_SPACE:
-                    raise DiskFull(diff_id, self._store.root) from error
-                raise
-            await self._fill_metadata(partial, holders)
-            return partial
-        return None
-
-    async def _fill_metadata(self, partial: PartialLayer, holders: list[Peer]) -> None:
-        """Take a partial layer in and have its metadata here. Raises CacheFull, and then a new one is gone."""
-        chunks, diff_id = partial.metadata_chunks(), partial.diff_id
-        try:
-            # Only of this room can a container be sure; what it reads later may push others out.
-            async with self._room.reserved(diff_id, len(chunks) * partial.layout.chunk_size) as reservation:
-                self._supply.provide(diff_id, holders)
-                self._take_in(partial)
-                self._room.note(diff_id)
-                await partial.fill(chunks, self._supply.fetch)
-                self._room.settle(reservation)
-        except BaseException:
-            if diff_id not in self._partials:
-                partial.close()
-                self._store.drop_partial(diff_id)
-            raise
-        if self._store.complete(diff_id) is None:
-            self._announcer.hold(diff_id, partial.layout.file_size, complete=False)
 
     async def fill(self, diff_id: str, first: int, count: int) -> None:
         """Have chunks *first* to *first + count - 1* in the partial layer's file; NotFound if the layer is not here."""
         with self._pinned([diff_id]):
             self.look_up(diff_id)
             partial = self._partials.get(diff_id)
-            if partial is not None:  # else it is complete, and the asker opens that
-                last = min(first + count, partial.table.count)
-                await partial.fill(range(max(first, 0), last), self._supply.fetch)
-                self._room.note(diff_id)
-                if self._store.complete(diff_id) is not None:  # the asker has the file open, or opens the complete one
-                    self._in_background(functools.partial(self._drop_beside, diff_id))
+            if partial is None:  # it is complete, and the asker opens that
+                return
+            wanted = [i for i in range(max(first, 0), min(first + count, partial.table.count)) if not partial.has(i)]
+            for index in wanted:
+                self._note_demand(partial, index)
+            await partial.fill(wanted, self._supply.fetch)
+            self._room.note(diff_id)
+            if self._store.complete(diff_id) is not None:  # the asker has the file open, or opens the complete one
+                self._in_background(functools.partial(self.completion.drop_beside, diff_id))
+            elif partial.here == partial.table.count:
+                self._in_background(functools.partial(self.completion.promote, partial))
 
-    async def _on_full(self, partial: PartialLayer, wanted: int, since: float) -> None:
-        """Make room for a chunk on a full disk, or wait for somebody to let go of something; DiskFull at the deadline."""
-        if await self._room.on_full_disk(wanted):
-            return
-        if time.monotonic() - since > self._read_deadline:
-            raise DiskFull(partial.diff_id, self._store.root)
-        await asyncio.sleep(min(1.0, self._read_deadline / 10))
+    def _note_demand(self, partial: PartialLayer, index: int) -> None:
+        self.completion.demanded()
+        if partial.is_news(index):
+            self._supply.stats(partial.diff_id).demanded += 1
+            self.on_demand(partial.diff_id, index)
+        if ahead := partial.read_ahead.demanded(index):
+            self._in_background(functools.partial(self._prefetch, partial, ahead))
 
-    async def read_chunk(self, diff_id: str, index: int) -> bytes:
-        """A chunk for a peer. NotFound if it is not here; DamagedLayer if it is damaged, and then it is being repaired."""
-        with self._pinned([diff_id]):
-            layer = self.use(diff_id)
-            if index >= layer.table.count:
-                raise InvalidArgument(f"layer {diff_id} has {layer.table.count} chunks, no chunk {index}")
-            data = await (
-                self._read(layer, index) if isinstance(layer, CompleteLayer) else self._read_part(layer, index)
-            )
-        if data is None:
-            raise DamagedLayer(diff_id, f"chunk {index}")
-        return data
+    async def prefetch(self, diff_id: str, indices: Iterable[int]) -> None:
+        """Fetch what is missing of these chunks, in this order, as far as no reader is delayed. Errors are logged."""
+        partial = self._partials.get(diff_id)
+        if partial is not None:
+            try:
+                await self._prefetch(partial, indices)
+            except (AfsError, OSError) as error:
+                log.warning("prefetch: %s", error)
 
-    async def _read(self, layer: CompleteLayer, index: int) -> bytes | None:
+    async def _prefetch(self, partial: PartialLayer, indices: Iterable[int]) -> None:
+        """Some at a time: the layer is pinned only by what is on its way, and may be evicted in between."""
+        left = iter(indices)
+
+        async def work() -> None:
+            for index in left:
+                if not self._partials.is_open(partial):
+                    return
+                if 0 <= index < partial.table.count and not partial.has(index):
+                    await partial.fill([index], self._supply.fetch, Priority.PREFETCH)
+                    self._room.note(partial.diff_id)
+
+        tasks = [asyncio.create_task(work()) for _ in range(_PREFETCHES)]
         try:
-            data = await asyncio.to_thread(layer.read_chunk, index)
-        except FileNotFoundError:  # it is pinned, so this was somebody's hand
-            raise NotFound(f"{layer.path} is gone") from None
-        if data is None:
-            self.repairs.suspect(layer)
-            self._in_background(functools.partial(self.repairs.check, layer))
-        return data
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
 
-    async def _read_part(self, layer: PartialLayer, index: int) -> bytes | None:
-        if not layer.has(index):
-            raise NotFound(f"chunk {index} of layer {layer.diff_id} is not on this node")
-        data = await layer.read_async(index)
-        if data is None:
-            log.error("layer %s: chunk %d is damaged on disk; fetching it again", layer.diff_id, index)
-            layer.unmark(index)
-            self._in_background(functools.partial(self.fill, layer.diff_id, index, 1))
-        return data
+    async def _refill(self, partial: PartialLayer, index: int) -> None:
+        """A chunk that was here comes again."""
+        if self._partials.is_open(partial):
+            await partial.fill([index], self._supply.fetch)
+
+    async def read_chunk(self, diff_id: str, index: int, *, was_bad: bool = False) -> bytes:
+        """A chunk for a peer; see :meth:`Serving.read_chunk`. NotFound if the layer is not here."""
+        with self._pinned([diff_id]):
+            return await self._serving.read_chunk(self.use(diff_id), index, was_bad=was_bad)
 
     def _in_background(self, work: Callable[[], Awaitable[object]]) -> None:
         async def run() -> None:
@@ -312,9 +274,9 @@ class Layers:
         diff_id, pulled = origin.layer.diff_id, False
         for _ in range(_TRIES):
             with self._pinned([diff_id]):
-                self._supply.know(origin)
-                if self._store.complete(diff_id) is None:
-                    pulled = await self._ensuring.run(origin.key, lambda: self._ensure(origin))
+                with self._known(origin):
+                    if self._store.complete(diff_id) is None:
+                        pulled = await self._ensuring.run(origin.key, lambda: self._ensure(origin))
                 complete = self._store.complete(diff_id)
                 if complete is None:
                     raise DataLoss(f"layer {diff_id} was damaged on disk as soon as it was complete")
@@ -330,61 +292,11 @@ class Layers:
         diff_id = origin.layer.diff_id
         with self._pinned([diff_id]):  # its callers may all go away
             try:
-                done = await self._completing.run(diff_id, lambda: self._from_peers(diff_id))
+                done = await self.completion.from_peers(diff_id)
                 if done is not None:
                     return done
             except (LayerUnavailable, DataLoss) as error:
                 log.warning("layer %s cannot be completed from peers: %s; pulling it", diff_id, error.line)
             await self._supply.pull(origin)
-            await self._drop_beside(diff_id)
+            await self.completion.drop_beside(diff_id)
             return True
-
-    async def _from_peers(self, diff_id: str) -> bool | None:
-        """Complete the layer from other nodes: False. None if nobody has it, True if it was pulled after all."""
-        with self._pinned([diff_id]):
-            partial = self._partials.get(diff_id)
-            if partial is None:
-                partial = await self._describe(diff_id, await self._supply.holders(diff_id))
-            if self._store.complete(diff_id) is not None:
-                if partial is not None:
-                    await self._drop(partial)
-                return True
-            return None if partial is None else await self._complete(partial)
-
-    async def _complete(self, partial: PartialLayer) -> bool:
-        diff_id, missing = partial.diff_id, partial.missing()
-        async with self._room.reserved(diff_id, len(missing) * partial.layout.chunk_size) as reservation:
-            for start in range(0, len(missing), AT_ONCE):  # what a reader waits for gets in between
-                await partial.fill(missing[start : start + AT_ONCE], self._supply.fetch)
-                reservation.least = reservation.likely = len(partial.missing()) * partial.layout.chunk_size
-                self._room.note(diff_id)
-            if self._store.complete(diff_id) is not None:  # no peer was left, so a fetch had it pulled
-                await self._drop(partial)
-                return True
-            await self._promote(partial)
-            return False
-
-    async def _promote(self, partial: PartialLayer) -> None:
-        """A partial layer that has every chunk becomes the complete one."""
-        await partial.idle()
-        await self._puller.check(partial.data_path, partial.diff_id)
-        self._store.commit(partial.data_path, partial.diff_id)
-        await self._drop(partial)
-        self._announcer.hold(partial.diff_id, partial.layout.file_size, complete=True)
-        await self._announcer.flush()
-
-    async def _drop_beside(self, diff_id: str) -> None:
-        """Drop the partial layer if the complete one is there; see the module."""
-        partial = self._partials.get(diff_id)
-        if partial is not None and self._store.complete(diff_id) is not None and diff_id not in self._completing:
-            await self._drop(partial)
-
-    async def _drop(self, partial: PartialLayer) -> None:
-        """Forget a partial layer whose complete file is there; afs_fused keeps what it has open."""
-        await partial.idle()
-        if self._partials.get(partial.diff_id) is not partial:
-            return  # somebody else has dropped it
-        del self._partials[partial.diff_id]
-        partial.close()
-        self._store.drop_partial(partial.diff_id)
-        self._room.note(partial.diff_id)

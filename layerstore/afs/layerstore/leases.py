@@ -121,6 +121,11 @@ class Leases:
         for event in self._reports:
             event.set()
 
+    @property
+    def in_use(self) -> frozenset[str]:
+        """What is mounted and has users, as far as was reported."""
+        return self._in_use
+
     # What follows from it
 
     def _mounts_known(self) -> bool:

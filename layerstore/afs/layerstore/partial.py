@@ -6,7 +6,10 @@ State and locks. One :class:`PartialLayer` per diff_id, owned by the layerstore'
   whoever sees 1 may read the file. ``afs_fused`` maps the same file read-only. It is cleared only when the bytes turned
   out to be damaged on disk, so that readers wait for good ones; the bytes that come then are those that were there.
 - ``_filling`` maps a chunk to the task that fetches it. A second demand for the chunk awaits the same task, so a chunk
-  is fetched once. A task removes itself when it ends; failures are not remembered.
+  is fetched once; a more urgent one makes the task's ticket more urgent (:mod:`afs.layerstore.scheduling`). A task
+  removes itself when it ends; failures are not remembered.
+- ``_verified`` has a byte for every chunk whose bytes were compared with the table since this object was made: what was
+  written, and what was read for a peer. It is not compared again for the next peer, which does so itself anyway.
 - Writes of different chunks touch different ranges, so they need no lock.
 - Nothing is synced to disk. After a crash a byte of the map may be there whose data is not, so the map is trusted only
   after every marked chunk was hashed again (once per boot: after a crash of the process alone the page cache is whole),
@@ -26,20 +29,22 @@ import mmap
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from afs.core.files import remove_tree
-from afs.layerstore.afslyr.layout import HEADER_SIZE, ChunkTable, Layout
+from afs.layerstore.afslyr.layout import HEADER_SIZE, ChunkTable, Layout, metadata_chunks
 from afs.layerstore.afslyr.reader import layout_from_bytes, read_layer
-from afs.layerstore.errors import DiskFull
+from afs.layerstore.errors import BadChunk, DiskFull
+from afs.layerstore.readahead import ReadAhead
+from afs.layerstore.scheduling import Priority, Slots, Ticket
 from afs.layerstore.store import NO_SPACE, write_all
 
 log = logging.getLogger(__name__)
-AT_ONCE = 16  # chunks of one layer in memory, between the peer and the disk
 
-# Fetches one verified chunk: (layer, index) -> bytes. The layerstore supplies it.
-Fetch = Callable[["PartialLayer", int], Awaitable[bytes]]
+# Fetches one chunk: (layer, index, its ticket) -> its bytes, verified, or None if it :meth:`~PartialLayer.put` them.
+Fetch = Callable[["PartialLayer", int, Ticket], Awaitable[bytes | memoryview | None]]
 # Called with the bytes wanted and the monotonic time since when: see the module.
 OnFull = Callable[["PartialLayer", int, float], Awaitable[None]]
 
@@ -51,6 +56,16 @@ async def _give_up(layer: "PartialLayer", wanted: int, since: float) -> None:
 def _boot_id() -> str:
     """Changes with every boot of the machine (proc_sys_kernel(5))."""
     return Path("/proc/sys/kernel/random/boot_id").read_text()
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a peer says of a layer file: its *size* in bytes, and *header*, *table* and *footer* of it."""
+
+    size: int
+    header: bytes
+    table: ChunkTable
+    footer: bytes
 
 
 class PartialLayer:
@@ -71,8 +86,11 @@ class PartialLayer:
                 raise
         finally:
             os.close(fd)
-        self._filling: dict[int, asyncio.Task[None]] = {}
-        self._slots = asyncio.Semaphore(AT_ONCE)
+        self._filling: dict[int, tuple[asyncio.Task[None], Ticket]] = {}
+        self._verified = bytearray(table.count)
+        self.slots = Slots()  # the layerstore puts those of the node in place
+        self.read_ahead = ReadAhead(table.count)
+        self.is_forged = False  # it was whole, and not what its name says
         self.on_full: OnFull = _give_up
         self.pin: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
@@ -87,9 +105,9 @@ class PartialLayer:
         return self.directory / "chunks"
 
     @classmethod
-    def create(cls, diff_id: str, directory: Path, size: int, header: bytes, table: ChunkTable, footer: bytes) -> Self:
-        """Start a partial layer from what a peer described; *size* is that of the whole file. Raises CorruptLayer."""
-        layout = layout_from_bytes(header, size)
+    def create(cls, diff_id: str, directory: Path, said: Description) -> Self:
+        """Start a partial layer from what a peer said of it. Raises CorruptLayer."""
+        layout = layout_from_bytes(said.header, said.size)
         if layout.diff_id != diff_id:
             from afs.core.errors import DataLoss
 
@@ -98,13 +116,13 @@ class PartialLayer:
         remove_tree(building)
         building.mkdir()
         try:
-            _write_files(building, layout, header, table, footer)
+            _write_files(building, layout, said)
             remove_tree(directory)
             building.rename(directory)
         except BaseException:
             remove_tree(building)
             raise
-        return cls(diff_id, directory, layout, table)
+        return cls(diff_id, directory, layout, said.table)
 
     @classmethod
     def open(cls, diff_id: str, directory: Path) -> Self:
@@ -118,7 +136,7 @@ class PartialLayer:
         if (directory / "boot").read_text() == _boot_id():
             return layer  # only the process ended: the page cache has everything that was written
         for index in range(table.count):
-            if layer.has(index) and layer._read_verified(layer._data, index) is None:
+            if layer._chunks[index] and not (layer.has(index) and layer._is_right(layer._data, index)):
                 log.warning("layer %s: chunk %d was not on disk after a crash", diff_id, index)
                 layer.unmark(index)
         (directory / "boot").write_text(_boot_id())
@@ -133,19 +151,28 @@ class PartialLayer:
         """Whether chunk *index* may be read."""
         return self._chunks[index] == 1
 
+    def is_news(self, index: int) -> bool:
+        """Whether nobody read chunk *index* or waits to: it is not here, and not demanded."""
+        return not self.has(index) and (
+            index not in self._filling or self._filling[index][1].priority is not Priority.DEMAND
+        )
+
     def unmark(self, index: int) -> None:
         """Chunk *index* is damaged on disk: whoever reads it from now on waits until it is filled again."""
-        self._chunks[index] = 0
+        self._chunks[index] = self._verified[index] = 0
 
     def missing(self) -> list[int]:
         """The chunks that are not here yet."""
         return [index for index in range(self.table.count) if not self.has(index)]
 
+    @property
+    def here(self) -> int:
+        """How many chunks are here."""
+        return self._chunks[:].count(1)
+
     def metadata_chunks(self) -> list[int]:
         """The chunks a mount reads at once: superblock first, then the EROFS metadata."""
-        size = self.layout.chunk_size
-        first, last = self.layout.meta_offset // size, (self.layout.erofs_end - 1) // size
-        return sorted({0, *range(first, last + 1)})
+        return metadata_chunks(self.layout)
 
     def is_mountable(self) -> bool:
         """Whether a mount finds at once what it reads at once."""
@@ -156,32 +183,53 @@ class PartialLayer:
         offset, length = self.table.chunk_range(index, self.layout)
         return os.pread(self._data, length, offset)
 
-    async def read_async(self, index: int) -> bytes | None:
-        """Chunk *index* in a thread, verified; None if it is damaged. On a descriptor of its own: the layer may be closed."""
+    async def read_async(self, index: int, *, from_disk: bool = False) -> bytes | None:
+        """Chunk *index* in a thread; None if it is damaged. *from_disk*: compare it with the table again, as it is on disk."""
+        # On a descriptor of its own: the layer may be closed.
         fd = os.dup(self._data)
-        reading = asyncio.ensure_future(asyncio.to_thread(self._read_verified, fd, index))
+        reading = asyncio.ensure_future(asyncio.to_thread(self._read_checked, fd, index, from_disk=from_disk))
         reading.add_done_callback(lambda _: os.close(fd))
         return await asyncio.shield(reading)
 
-    def _read_verified(self, fd: int, index: int) -> bytes | None:
+    def _read_checked(self, fd: int, index: int, *, from_disk: bool) -> bytes | None:
         offset, length = self.table.chunk_range(index, self.layout)
+        if from_disk:
+            self._verified[index] = 0
+            os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
         try:
             data = os.pread(fd, length, offset)
         except OSError as error:
             log.error("cannot read chunk %d of %s: %s", index, self.data_path, error)
             return None
-        return data if self.table.verify(index, data) else None
+        if not self._verified[index]:
+            if not self.table.verify(index, data):
+                return None
+            self._verified[index] = 1
+        return data
 
-    async def fill(self, indices: Iterable[int], fetch: Fetch) -> None:
+    def _is_right(self, fd: int, index: int) -> bool:
+        return self._read_checked(fd, index, from_disk=False) is not None
+
+    def damaged(self) -> list[int]:
+        """The chunks that are here and not what the table says. Reads all of them; blocks."""
+        self._verified = bytearray(self.table.count)
+        return [index for index in range(self.table.count) if self.has(index) and not self._is_right(self._data, index)]
+
+    async def fill(self, indices: Iterable[int], fetch: Fetch, priority: Priority = Priority.DEMAND) -> None:
         """Have all of *indices* on return; raises what *fetch* raised for the first that failed."""
         wanted = [index for index in indices if not self.has(index)]
         for index in wanted:
-            if index not in self._filling:
-                task = asyncio.create_task(self._fill_one(index, fetch), name=f"fill {self.diff_id[:19]} {index}")
-                self._filling[index] = task
+            if index in self._filling:
+                self.slots.promote(self._filling[index][1], priority)
+            else:
+                ticket = Ticket(priority)
+                task = asyncio.create_task(
+                    self._fill_one(index, fetch, ticket), name=f"fill {self.diff_id[:19]} {index}"
+                )
+                self._filling[index] = task, ticket
                 task.add_done_callback(functools.partial(self._filled, index))
         # Shielded: a reader that gives up must not take the chunk away from the others.
-        tasks = [asyncio.shield(self._filling[index]) for index in wanted if index in self._filling]
+        tasks = [asyncio.shield(self._filling[index][0]) for index in wanted]
         if tasks:
             await asyncio.gather(*tasks)
 
@@ -190,25 +238,28 @@ class PartialLayer:
         if not task.cancelled():
             task.exception()  # retrieved: its readers may all have gone
 
-    async def _fill_one(self, index: int, fetch: Fetch) -> None:
+    async def _fill_one(self, index: int, fetch: Fetch, ticket: Ticket) -> None:
         with self.pin():
-            async with self._slots:
-                await self._fetch_and_write(index, fetch)
+            async with self.slots.held(ticket):
+                data, since = await fetch(self, index, ticket), time.monotonic()
+                while data is not None and not await self._done(self._write, index, data):
+                    await self.on_full(self, len(data), since)
 
-    async def _fetch_and_write(self, index: int, fetch: Fetch) -> None:
-        data, since = await fetch(self, index), time.monotonic()
-        while not await self._written(index, data):
-            await self.on_full(self, len(data), since)
+    async def put(self, index: int, data: bytes | memoryview) -> bool:
+        """Verify and write a chunk; false if the disk is full. Raises BadChunk."""
+        # Both in one go of a thread, for a go costs a reader 0.1 ms and, on busy cores, more.
+        return await self._done(self._verify_and_write, index, data)
 
-    async def _written(self, index: int, data: bytes) -> bool:
-        """Write a chunk; false if the disk is full."""
-        writing = asyncio.ensure_future(asyncio.to_thread(self._write, index, data))
+    async def _done(
+        self, write: Callable[[int, bytes | memoryview], None], index: int, data: bytes | memoryview
+    ) -> bool:
+        """Write a chunk in a thread; false if the disk is full."""
+        writing = asyncio.ensure_future(asyncio.to_thread(write, index, data))
         try:
             await asyncio.shield(writing)
         except asyncio.CancelledError:
-            await asyncio.wait(
-                [writing]
-            )  # a thread cannot be cancelled, and the descriptor must not be closed below it
+            # A thread cannot be cancelled, and the descriptor must not be closed below it.
+            await asyncio.wait([writing])
             raise
         except OSError as error:
             if error.errno not in NO_SPACE:
@@ -216,24 +267,30 @@ class PartialLayer:
             return False
         return True
 
-    def _write(self, index: int, data: bytes) -> None:
+    def _verify_and_write(self, index: int, data: bytes | memoryview) -> None:
+        if not self.table.verify(index, data):
+            raise BadChunk(self.diff_id, index)
+        self._write(index, data)
+
+    def _write(self, index: int, data: bytes | memoryview) -> None:
         offset, _ = self.table.chunk_range(index, self.layout)
         write_all(self._data, data, offset)
+        self._verified[index] = 1
         self._chunks[index] = 1
 
     async def stop(self) -> None:
         """End what is being fetched; before closing at shutdown."""
-        for task in self._filling.values():
+        for task, _ in self._filling.values():
             task.cancel()
         await self.idle()
 
     async def idle(self) -> None:
         """Wait until nothing is being fetched; before closing."""
         while self._filling:
-            await asyncio.gather(*self._filling.values(), return_exceptions=True)
+            await asyncio.gather(*(task for task, _ in self._filling.values()), return_exceptions=True)
 
 
-def _write_files(directory: Path, layout: Layout, header: bytes, table: ChunkTable, footer: bytes) -> None:
+def _write_files(directory: Path, layout: Layout, said: Description) -> None:
     """The files of a new partial layer; CorruptLayer if they do not fit together."""
     with (directory / "data").open("wb") as data:
         data.truncate(layout.file_size)
@@ -241,10 +298,10 @@ def _write_files(directory: Path, layout: Layout, header: bytes, table: ChunkTab
     fd = os.open(directory / "data", os.O_RDWR | os.O_CLOEXEC)
     try:
         # Table and footer are no chunk of their own: they describe the chunks.
-        write_all(fd, table.digests + footer, layout.table_offset)
-        write_all(fd, header[:HEADER_SIZE], 0)
+        write_all(fd, said.table.digests + said.footer, layout.table_offset)
+        write_all(fd, said.header[:HEADER_SIZE], 0)
         read_layer(fd)
     finally:
         os.close(fd)
-    (directory / "chunks").write_bytes(bytes(table.count))
+    (directory / "chunks").write_bytes(bytes(said.table.count))
     (directory / "boot").write_text(_boot_id())

@@ -1,49 +1,81 @@
-"""Calls to other layerstores. Channels are opened on demand and kept."""
+"""Calls to other layerstores.
 
+State (one event loop): ``_connections`` has two for a node, made at the first call and kept: one for what somebody waits for,
+and one for bulk, so that a chunk that a reader waits for does not queue behind others in one TCP connection. The most
+recently used are at the end; beyond ``_MOST`` those go that were used least recently and have no call under way.
+"""
+
+import asyncio
+import contextlib
 import time
+from collections.abc import AsyncGenerator, Iterator
 from typing import TYPE_CHECKING
 
 from afs.core.errors import DataLoss
 from afs.core.images import ImageRef, Platform
 from afs.core.rpc import calling, channel
 from afs.discovery.client import Peer
+from afs.layerstore import chunkwire
 from afs.layerstore.afslyr.layout import ChunkTable
 from afs.layerstore.manifests import Image, Layer, build_image
+from afs.layerstore.partial import Description
 from afs.proto.v1 import layerstore_pb2 as pb
 from afs.proto.v1.layerstore_pb2_grpc import LayerstorePeerStub
 
-if TYPE_CHECKING:
-    import grpc.aio
-
 CHUNK_TIMEOUT_S = 10.0
 CALL_TIMEOUT_S = 30.0
+_MOST = 256
 
 if TYPE_CHECKING:  # a class of the stub file only
     from afs.proto.v1.layerstore_pb2_grpc import LayerstorePeerAsyncStub
 
 
+class _Connection:
+    def __init__(self, endpoint: str) -> None:
+        self.channel = channel(endpoint, shared=False)
+        self.stub: LayerstorePeerAsyncStub = LayerstorePeerStub(self.channel)
+        self.read_chunk = chunkwire.caller(self.channel)
+        self.calls = 0
+
+
 class Peers:
-    """A stub for every endpoint that was called."""
+    """See the module. *most* connections are kept."""
 
-    def __init__(self) -> None:
-        self._channels: dict[str, tuple[grpc.aio.Channel, LayerstorePeerAsyncStub]] = {}
+    def __init__(self, most: int = _MOST) -> None:
+        self._most = most
+        self._connections: dict[tuple[str, bool], _Connection] = {}
+        self._closing: set[asyncio.Task[None]] = set()
 
-    def _stub(self, endpoint: str) -> "LayerstorePeerAsyncStub":
-        if endpoint not in self._channels:
-            opened = channel(endpoint)
-            self._channels[endpoint] = opened, LayerstorePeerStub(opened)
-        return self._channels[endpoint][1]
+    @contextlib.contextmanager
+    def _calling(self, endpoint: str, *, bulk: bool = False) -> Iterator[_Connection]:
+        """A connection for one call; its errors become AfsErrors."""
+        key = endpoint, bulk
+        connection = self._connections.pop(key, None) or _Connection(endpoint)
+        self._connections[key] = connection
+        connection.calls += 1
+        try:
+            with calling(f"layerstore {endpoint}"):
+                yield connection
+        finally:
+            connection.calls -= 1
+            self._close_some()
+
+    def _close_some(self) -> None:
+        idle = [key for key, connection in self._connections.items() if not connection.calls]
+        for key in idle[: max(len(self._connections) - self._most, 0)]:
+            task = asyncio.create_task(self._connections.pop(key).channel.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
 
     async def close(self) -> None:
-        """Close all channels."""
-        for opened, _ in self._channels.values():
-            await opened.close()
+        """Close all connections."""
+        await asyncio.gather(*self._closing, *(each.channel.close() for each in self._connections.values()))
 
     async def resolve_image(self, peer: Peer, ref: ImageRef, platform: Platform, *, only_known: bool) -> Image:
         """Ask *peer*; what it says is checked against the digests in it."""
-        with calling(f"layerstore {peer.endpoint}"):
+        with self._calling(peer.endpoint) as connection:
             request = pb.ResolveImageRequest(name=image_name(ref, platform), only_known=only_known)
-            answer = await self._stub(peer.endpoint).ResolveImage(request, timeout=CALL_TIMEOUT_S)
+            answer = await connection.stub.ResolveImage(request, timeout=CALL_TIMEOUT_S)
         image = build_image(
             str(ref),
             platform,
@@ -58,23 +90,43 @@ class Peers:
 
     async def ensure_layer(self, peer: Peer, ref: ImageRef, platform: Platform, layer: Layer) -> bool:
         """Make *peer* hold the layer; True if it was read from the image's source. A pull has no deadline of its own."""
-        with calling(f"layerstore {peer.endpoint}"):
+        with self._calling(peer.endpoint) as connection:
             request = pb.EnsureLayerRequest(name=image_name(ref, platform), layer=layer_message(layer))
-            return (await self._stub(peer.endpoint).EnsureLayer(request)).pulled
+            return (await connection.stub.EnsureLayer(request)).pulled
 
-    async def describe_layer(self, peer: Peer, diff_id: str) -> tuple[int, bytes, ChunkTable, bytes]:
-        """(size in bytes, header, table, footer) of a layer file that *peer* holds at least partly."""
-        with calling(f"layerstore {peer.endpoint}"):
-            answer = await self._stub(peer.endpoint).DescribeLayer(
-                pb.DescribeLayerRequest(diff_id=diff_id), timeout=CHUNK_TIMEOUT_S
-            )
-        return answer.size_bytes, answer.header, ChunkTable(answer.table), answer.footer
+    async def describe_layer(self, peer: Peer, diff_id: str) -> AsyncGenerator[Description | tuple[int, bytes], None]:
+        """What *peer* says of a layer that it holds at least partly, then what a mount reads at once: chunks with their index.
 
-    async def read_chunk(self, peer: Peer, diff_id: str, index: int) -> bytes:
-        """One chunk, unchecked."""
-        with calling(f"layerstore {peer.endpoint}"):
-            request = pb.ReadChunkRequest(diff_id=diff_id, index=index)
-            return (await self._stub(peer.endpoint).ReadChunk(request, timeout=CHUNK_TIMEOUT_S)).data
+        Unchecked. Ends early if the peer has not all of that.
+        """
+        with self._calling(peer.endpoint) as connection:
+            request = pb.DescribeLayerRequest(diff_id=diff_id)
+            call = connection.stub.DescribeLayer(request, timeout=CALL_TIMEOUT_S)
+            try:
+                described = False
+                async for message in call:
+                    if not described:
+                        yield Description(message.size_bytes, message.header, ChunkTable(message.table), message.footer)
+                        described = True
+                    else:
+                        yield message.index, message.data
+            finally:
+                call.cancel()  # of no effect once it has ended
+
+    async def read_chunk(
+        self,
+        peer: Peer,
+        diff_id: str,
+        index: int,
+        *,
+        timeout: float = CHUNK_TIMEOUT_S,
+        was_bad: bool = False,
+        bulk: bool = False,
+    ) -> bytes:
+        """One chunk, unchecked. *was_bad*: it came before, with the wrong bytes. *bulk*: nobody waits for it."""
+        with self._calling(peer.endpoint, bulk=bulk) as connection:
+            request = pb.ReadChunkRequest(diff_id=diff_id, index=index, was_bad=was_bad)
+            return await connection.read_chunk(request, timeout=timeout)
 
 
 def image_name(ref: ImageRef, platform: Platform) -> pb.ImageName:

@@ -132,6 +132,10 @@ class Room:
             missing += max(size - (_allocated(path) if path is not None else 0), 0)
         return max(over, self._headroom + missing - self._store.free())
 
+    def has_free(self, size: int) -> bool:
+        """Whether *size* bytes more fit without anything going for them, now or soon."""
+        return self._short_of(HIGH) + size <= 0
+
     # Reservations
 
     @contextlib.asynccontextmanager

@@ -9,13 +9,17 @@ import grpc.aio
 from typing_extensions import override
 
 from afs.core.digests import check_digest, hex_of
+from afs.core.errors import NotFound
 from afs.core.images import ImageRef, Platform, parse_image, parse_platform
-from afs.layerstore.afslyr.layout import pack_footer, pack_header
+from afs.layerstore import chunkwire
+from afs.layerstore.afslyr.layout import metadata_chunks, pack_footer, pack_header
+from afs.layerstore.errors import DamagedLayer
 from afs.layerstore.images import Images
 from afs.layerstore.layers import Layers
 from afs.layerstore.manifests import Image, Layer
+from afs.layerstore.partial import PartialLayer
 from afs.layerstore.peers import layer_message
-from afs.layerstore.room import Room
+from afs.layerstore.room import CachedLayer, Room
 from afs.layerstore.store import CompleteLayer
 from afs.layerstore.supply import Origin
 from afs.proto.v1 import layerstore_pb2 as pb
@@ -66,20 +70,33 @@ class PeerService(pb_grpc.LayerstorePeerServicer):
         return pb.EnsureLayerResponse(size_bytes=complete.layout.file_size, pulled=pulled)
 
     @override
-    async def DescribeLayer(self, request: pb.DescribeLayerRequest, context: Context) -> pb.DescribeLayerResponse:
+    async def DescribeLayer(
+        self, request: pb.DescribeLayerRequest, context: Context
+    ) -> AsyncIterator[pb.DescribeLayerResponse]:
         layer = self._layers.use(check_digest(request.diff_id))
         # From memory, where it was checked, not from the file, which may have been damaged since.
-        return pb.DescribeLayerResponse(
+        yield pb.DescribeLayerResponse(
             size_bytes=layer.layout.file_size,
             header=pack_header(layer.layout),
             table=layer.table.digests,
             footer=pack_footer(layer.layout, bytes.fromhex(hex_of(layer.table.root_digest))),
-            complete=isinstance(layer, CompleteLayer),
         )
+        for index in metadata_chunks(layer.layout):
+            try:
+                data = await self._layers.read_chunk(layer.diff_id, index)
+            except (NotFound, DamagedLayer):
+                continue  # the asker has it from others
+            yield pb.DescribeLayerResponse(index=index, data=data)
 
-    @override
-    async def ReadChunk(self, request: pb.ReadChunkRequest, context: Context) -> pb.ReadChunkResponse:
-        return pb.ReadChunkResponse(data=await self._layers.read_chunk(check_digest(request.diff_id), request.index))
+    async def read_chunk(self, request: pb.ReadChunkRequest) -> bytes:
+        """What LayerstoreChunks/Read answers."""
+        diff_id = check_digest(request.diff_id)
+        return await self._layers.read_chunk(diff_id, request.index, was_bad=request.was_bad)
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Serve it on *server*."""
+        pb_grpc.add_LayerstorePeerServicer_to_server(self, server)
+        chunkwire.add_to_server(self.read_chunk, server)
 
 
 class NodeService(pb_grpc.LayerstoreNodeServicer):
@@ -157,14 +174,25 @@ class NodeService(pb_grpc.LayerstoreNodeServicer):
             evicted_layers=status.evicted,
             damaged_layers=self._layers.repairs.count,
             snapshotter_connected=self._leases.connected,
-            layers=[
-                pb.CachedLayer(
-                    diff_id=layer.diff_id,
-                    used_bytes=layer.used,
-                    complete=isinstance(self._layers.find(layer.diff_id), CompleteLayer),
-                    leased=layer.leased,
-                    last_use_unix=int(layer.last_use),
-                )
-                for layer in status.layers
-            ],
+            layers=[self._cached(layer) for layer in status.layers],
+        )
+
+    def _cached(self, cached: CachedLayer) -> pb.CachedLayer:
+        layer, stats = self._layers.find(cached.diff_id), self._layers.stats(cached.diff_id)
+        chunks = layer.table.count if layer is not None else 0
+        return pb.CachedLayer(
+            diff_id=cached.diff_id,
+            used_bytes=cached.used,
+            complete=isinstance(layer, CompleteLayer),
+            leased=cached.leased,
+            last_use_unix=int(cached.last_use),
+            chunks=chunks,
+            chunks_here=layer.here if isinstance(layer, PartialLayer) else chunks,
+            bytes_from_peers=stats.from_peers,
+            bytes_from_source=stats.from_source,
+            demanded_chunks=stats.demanded,
+            prefetched_chunks=stats.prefetched,
+            hedges=stats.hedges,
+            failovers=stats.failovers,
+            bad_chunks=stats.bad_chunks,
         )

@@ -1,7 +1,9 @@
 """Where a layer's bytes come from: the peers that hold them, the layer's owner, or its source.
 
 State (one event loop): ``_providers``, ``_avoided`` and ``_origins`` are hints; any await may find them changed, and a wrong
-one costs one failed call. They go with the layer when it is evicted.
+one costs one failed call. They go with the layer when it is evicted, as its statistics do. Discovery is asked again for the
+providers of a layer that is being read when the last answer is ``_REFRESH_S`` old, beside the reading (``_refreshing``), and
+when none of them gave a chunk.
 
 ``_origins`` has for each layer where it may be pulled from. An image can claim any diff_id, so a new one goes last, behind
 what may be better; one that proved right goes first, and one that failed last.
@@ -10,10 +12,11 @@ what may be better; one that proved right goes first, and one that failed last.
 import asyncio
 import contextlib
 import functools
+import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from afs.core.errors import (
@@ -27,16 +30,23 @@ from afs.core.errors import (
 from afs.core.images import ImageRef, Platform
 from afs.discovery.client import Announcer, Peer
 from afs.layerstore.errors import LayerUnavailable
+from afs.layerstore.fetching import Fetcher, Wanted
+from afs.layerstore.layerstats import LayerStats
 from afs.layerstore.manifests import Layer
 from afs.layerstore.partial import PartialLayer
 from afs.layerstore.peers import Peers
+from afs.layerstore.peerwatch import PeerWatch
 from afs.layerstore.placement import ranked
 from afs.layerstore.pull import OriginKey, Puller, origin_key
 from afs.layerstore.repair import Copy, Repairs
 from afs.layerstore.room import Room
+from afs.layerstore.scheduling import Priority, Ticket
 from afs.layerstore.store import CompleteLayer, LayerStore
 
 log = logging.getLogger(__name__)
+_REFRESH_S = 5.0
+_AVOID_S = 600.0  # a node that served wrong bytes even when told so; it may have been repaired since
+_MOST_ORIGINS = 16  # of one layer: any image can claim it
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +61,15 @@ class Origin:
     def key(self) -> OriginKey:
         """See :func:`afs.layerstore.pull.origin_key`."""
         return origin_key(self.ref, self.layer)
+
+
+@dataclass(slots=True)
+class Providers:
+    """Nodes that hold a layer; *complete* has the ids of those that have all of it. *located* in monotonic seconds."""
+
+    peers: list[Peer]
+    complete: frozenset[str]
+    located: float = field(default_factory=time.monotonic)
 
 
 class Supply:
@@ -75,14 +94,24 @@ class Supply:
         self._announcer = announcer
         self._read_deadline = read_deadline
         self._told = told
-        self._providers: dict[str, list[Peer]] = {}
+        self._providers: dict[str, Providers] = {}
         self._origins: dict[str, dict[OriginKey, Origin]] = {}
-        self._avoided: dict[str, set[str]] = {}  # ids of nodes that served a bad chunk of a layer, by diff_id
+        self._avoided: dict[
+            str, dict[str, float]
+        ] = {}  # until when, by diff_id and id of a node that served a bad chunk
+        self._stats: dict[str, LayerStats] = {}
+        self._refreshing: dict[str, asyncio.Task[None]] = {}
+        self._fetcher = Fetcher(peers, PeerWatch(), self._failed_at)
         self.repairs = Repairs(room, announcer, self._chunk_from_peers, self._copy_of)
 
     def know(self, origin: Origin) -> None:
         """Where a layer may be pulled from."""
-        self._origins.setdefault(origin.layer.diff_id, {}).setdefault(origin.key, origin)
+        known = self._origins.setdefault(origin.layer.diff_id, {})
+        if len(known) < _MOST_ORIGINS or origin.key in known:
+            known[origin.key] = origin
+        else:  # the one that failed, or was told, last
+            del known[next(reversed(known))]
+            known[origin.key] = origin
 
     def origin(self, diff_id: str) -> Origin | None:
         """Where the layer is best pulled from, if anybody told."""
@@ -99,31 +128,35 @@ class Supply:
         if origin.key in known:
             known[origin.key] = known.pop(origin.key)
 
-    def provide(self, diff_id: str, holders: list[Peer]) -> None:
+    def stats(self, diff_id: str) -> LayerStats:
+        """What is counted for the layer."""
+        return self._stats.setdefault(diff_id, LayerStats())
+
+    def provide(self, diff_id: str, holders: "Providers") -> None:
         """Ask these for chunks of the layer, in this order."""
-        self._providers[diff_id] = list(holders)
+        self._providers[diff_id] = holders
 
     def forget(self, diff_id: str) -> None:
-        """The layer was evicted."""
+        """The layer was evicted, or never came."""
         self.repairs.forget(diff_id)
-        for hints in (self._providers, self._origins, self._avoided):
+        for hints in (self._providers, self._origins, self._avoided, self._stats):
             hints.pop(diff_id, None)
 
-    async def holders(self, diff_id: str) -> list[Peer]:
+    async def holders(self, diff_id: str) -> "Providers":
         """Who has the layer, complete ones first; nobody if not one of them has all of it.
 
         Partial holders alone are of no use: what they miss has to come from the source, and whoever pulls it has it all.
         """
-        located, avoided = await self._announcer.locate([diff_id]), self._avoided.get(diff_id, set())
-        if not located.complete.get(diff_id, frozenset()) - avoided:
-            return []
-        return [peer for peer in located.layers.get(diff_id, []) if peer.node_id not in avoided]
+        located = await self._announcer.locate([diff_id])
+        complete = frozenset(node for node in located.complete.get(diff_id, ()) if not self._is_avoided(diff_id, node))
+        peers = [p for p in located.layers.get(diff_id, []) if not self._is_avoided(diff_id, p.node_id)]
+        return Providers(peers if complete else [], complete)
 
     async def place(self, origin: Origin, *, local: bool) -> CompleteLayer | Peer:
         """Have the layer pulled by its owner, or here if the owner cannot or served bad chunks; the holder."""
         me, diff_id = self._announcer.me, origin.layer.diff_id
         owner = me if local else ranked(diff_id, self._announcer.peers)[0]
-        if owner.node_id in self._avoided.get(diff_id, ()):
+        if self._is_avoided(diff_id, owner.node_id):
             owner = me
         if owner.node_id != me.node_id:
             try:
@@ -145,6 +178,7 @@ class Supply:
                 self._failed(origin)
                 raise
             self._proved(origin)
+            self.stats(complete.diff_id).from_source += origin.layer.blob_size
         if not self.repairs.is_damaged(complete.diff_id):
             self._announcer.hold(complete.diff_id, complete.layout.file_size, complete=True)
             await self._announcer.flush()
@@ -186,48 +220,88 @@ class Supply:
                 return path
         raise error
 
-    async def fetch(self, partial: PartialLayer, index: int) -> bytes:
-        """A verified chunk, from whoever has it; LayerUnavailable after the deadline."""
-        end, pause, cause = time.monotonic() + self._read_deadline, 0.05, "no node holds it"
-        while True:
-            if (complete := self._store.complete(partial.diff_id)) is not None:  # it was pulled meanwhile
+    async def fetch(self, partial: PartialLayer, index: int, ticket: Ticket) -> bytes | memoryview | None:
+        """See :data:`~afs.layerstore.partial.Fetch`: from whoever has the chunk; LayerUnavailable after the deadline."""
+        cause = ["no node holds it"]
+        try:
+            async with asyncio.timeout(self._read_deadline):
+                data = await self._fetch(partial, index, ticket, cause)
+        except TimeoutError:
+            raise LayerUnavailable(partial.diff_id, cause[0]) from None
+        if ticket.priority is not Priority.DEMAND:
+            self.stats(partial.diff_id).prefetched += 1
+        return data
+
+    async def _fetch(
+        self, partial: PartialLayer, index: int, ticket: Ticket, cause: list[str]
+    ) -> bytes | memoryview | None:
+        """Without the deadline; *cause* becomes why it takes so long."""
+        diff_id, pause = partial.diff_id, 0.05
+        for round_ in itertools.count():
+            if (complete := self._store.complete(diff_id)) is not None:  # it was pulled meanwhile
                 data = await asyncio.to_thread(complete.read_chunk, index)
                 if data is not None and complete.table == partial.table:
                     return data
                 if data is not None:
-                    raise DataLoss(f"layer {partial.diff_id}: a peer described it with an index that is not its own")
-                cause = f"chunk {index} is damaged on disk"
+                    raise DataLoss(f"layer {diff_id}: a peer described it with an index that is not its own")
+                cause[0] = f"chunk {index} is damaged on disk"
                 self.repairs.suspect(complete)
                 if await self.repairs.check(complete):
                     continue
-            for peer in list(self._providers.get(partial.diff_id, [])):
+            if providers := self._providers.get(diff_id):
+                self._refresh(diff_id, providers)
                 try:
-                    data = await self._peers.read_chunk(peer, partial.diff_id, index)
-                except AfsError as error:
-                    cause = error.line
-                    others = [other for other in self._providers.get(partial.diff_id, []) if other != peer]
-                    self._providers[partial.diff_id] = [*others, peer]  # last from now on
-                    if time.monotonic() > end:
-                        raise LayerUnavailable(partial.diff_id, cause) from None
-                    continue
-                if await asyncio.to_thread(partial.table.verify, index, data):
-                    return data
-                cause = f"layerstore {peer.endpoint} served a bad chunk {index}"
-                log.error("layer %s: %s; avoiding it", partial.diff_id, cause)
-                self._avoided.setdefault(partial.diff_id, set()).add(peer.node_id)
-                self._providers[partial.diff_id] = [p for p in self._providers[partial.diff_id] if p != peer]
-            if await self._find_providers(partial.diff_id) and not self.repairs.is_damaged(partial.diff_id):
+                    wanted = Wanted(partial, index, ticket, self.stats(diff_id), round_)
+                    return await self._fetcher.fetch(wanted, providers.peers, providers.complete)
+                except LayerUnavailable as error:
+                    cause[0] = error.cause
+            if await self._find_providers(diff_id) and not self.repairs.is_damaged(diff_id):
                 continue
-            if time.monotonic() + pause > end:
-                raise LayerUnavailable(partial.diff_id, cause)
             await asyncio.sleep(pause)
             pause = min(pause * 2, 1.0)
+        raise AssertionError  # the count has no end
+
+    def _failed_at(self, diff_id: str, peer: Peer, bad: bool) -> None:
+        """*peer* did not give a chunk of the layer: it goes last, or for a while not at all if its bytes were *bad*."""
+        if bad:
+            log.error("layer %s: avoiding layerstore %s", diff_id, peer.endpoint)
+            self._avoided.setdefault(diff_id, {})[peer.node_id] = time.monotonic() + _AVOID_S
+        if (known := self._providers.get(diff_id)) is not None and peer in known.peers:
+            others = [other for other in known.peers if other != peer]
+            known.peers = others if bad else [*others, peer]
+
+    def _is_avoided(self, diff_id: str, node_id: str) -> bool:
+        return self._avoided.get(diff_id, {}).get(node_id, 0.0) > time.monotonic()
+
+    def _refresh(self, diff_id: str, providers: "Providers") -> None:
+        """Ask discovery again, beside what goes on, if its answer is old."""
+        if time.monotonic() < providers.located + _REFRESH_S or diff_id in self._refreshing:
+            return
+        task = asyncio.create_task(self._look_again(diff_id), name=f"providers of {diff_id[:19]}")
+        self._refreshing[diff_id] = task
+        task.add_done_callback(lambda _: self._refreshing.pop(diff_id))
+
+    async def _look_again(self, diff_id: str) -> None:
+        found = await self.holders(diff_id)
+        known = self._providers.get(diff_id)
+        if known is None:
+            return  # evicted meanwhile
+        known.located = time.monotonic()
+        if found.peers:  # discovery may have started anew and know nothing yet
+            self._providers[diff_id] = found
+
+    async def close(self) -> None:
+        """End what is under way."""
+        for task in self._refreshing.values():
+            task.cancel()
+        await asyncio.gather(*self._refreshing.values(), return_exceptions=True)
+        await self.repairs.close()
 
     async def _find_providers(self, diff_id: str) -> bool:
         """Refresh the providers; if nobody is left, have the layer pulled again. True if that was here."""
         holders = await self.holders(diff_id)
         origin = self.origin(diff_id)
-        if not holders and origin is not None:
+        if not holders.peers and origin is not None:
             try:
                 # A node that was itself told to have the layer does not pass that on: two nodes that see different
                 # peers for a moment would wait for each other.
@@ -238,6 +312,6 @@ class Supply:
                 return False
             if isinstance(placed, CompleteLayer):
                 return True
-            holders = [placed]
+            holders = Providers([placed], frozenset({placed.node_id}))
         self._providers[diff_id] = holders
         return False

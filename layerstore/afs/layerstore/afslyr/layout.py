@@ -149,6 +149,12 @@ def _check_regions(layout: Layout) -> None:
         raise CorruptLayer(f"file has {layout.file_size} bytes, the header says {file_size_of(layout.erofs_end)}")
 
 
+def metadata_chunks(layout: Layout) -> list[int]:
+    """The chunks that a mount reads at once: the superblock's, then those of the EROFS metadata."""
+    first, last = layout.meta_offset // layout.chunk_size, (layout.erofs_end - 1) // layout.chunk_size
+    return sorted({0, *range(first, last + 1)})
+
+
 def pack_footer(layout: Layout, root: bytes) -> bytes:
     """The last 64 bytes of the file; *root* is the sha256 of the chunk table."""
     return _FOOTER.pack(FOOTER_MAGIC, layout.table_offset, layout.table_length, root)

@@ -221,14 +221,18 @@ class DescribeLayerResponse(_message.Message):
     HEADER_FIELD_NUMBER: _builtins.int
     TABLE_FIELD_NUMBER: _builtins.int
     FOOTER_FIELD_NUMBER: _builtins.int
-    COMPLETE_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
     size_bytes: _builtins.int
+    """In the first message only."""
     header: _builtins.bytes
     """the file's first 1024 bytes"""
     table: _builtins.bytes
     """the chunk table"""
     footer: _builtins.bytes
-    complete: _builtins.bool
+    index: _builtins.int
+    """In the others."""
+    data: _builtins.bytes
     def __init__(
         self,
         *,
@@ -236,11 +240,12 @@ class DescribeLayerResponse(_message.Message):
         header: _builtins.bytes = ...,
         table: _builtins.bytes = ...,
         footer: _builtins.bytes = ...,
-        complete: _builtins.bool = ...,
+        index: _builtins.int = ...,
+        data: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "footer", b"footer", "header", b"header", "size_bytes", b"size_bytes", "table", b"table"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "footer", b"footer", "header", b"header", "index", b"index", "size_bytes", b"size_bytes", "table", b"table"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -252,40 +257,25 @@ class ReadChunkRequest(_message.Message):
 
     DIFF_ID_FIELD_NUMBER: _builtins.int
     INDEX_FIELD_NUMBER: _builtins.int
+    WAS_BAD_FIELD_NUMBER: _builtins.int
     diff_id: _builtins.str
     index: _builtins.int
+    was_bad: _builtins.bool
+    """what came for it before was not what the table says: read it from the disk and check it"""
     def __init__(
         self,
         *,
         diff_id: _builtins.str = ...,
         index: _builtins.int = ...,
+        was_bad: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["diff_id", b"diff_id", "index", b"index"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["diff_id", b"diff_id", "index", b"index", "was_bad", b"was_bad"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReadChunkRequest: _TypeAlias = ReadChunkRequest  # noqa: Y015
-
-@_typing.final
-class ReadChunkResponse(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    DATA_FIELD_NUMBER: _builtins.int
-    data: _builtins.bytes
-    def __init__(
-        self,
-        *,
-        data: _builtins.bytes = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ReadChunkResponse: _TypeAlias = ReadChunkResponse  # noqa: Y015
 
 @_typing.final
 class OpenImageRequest(_message.Message):
@@ -501,17 +491,66 @@ Global___CacheStatusResponse: _TypeAlias = CacheStatusResponse  # noqa: Y015
 class CachedLayer(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class BytesFromPeersEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     DIFF_ID_FIELD_NUMBER: _builtins.int
     USED_BYTES_FIELD_NUMBER: _builtins.int
     COMPLETE_FIELD_NUMBER: _builtins.int
     LEASED_FIELD_NUMBER: _builtins.int
     LAST_USE_UNIX_FIELD_NUMBER: _builtins.int
+    CHUNKS_FIELD_NUMBER: _builtins.int
+    CHUNKS_HERE_FIELD_NUMBER: _builtins.int
+    BYTES_FROM_PEERS_FIELD_NUMBER: _builtins.int
+    BYTES_FROM_SOURCE_FIELD_NUMBER: _builtins.int
+    DEMANDED_CHUNKS_FIELD_NUMBER: _builtins.int
+    PREFETCHED_CHUNKS_FIELD_NUMBER: _builtins.int
+    HEDGES_FIELD_NUMBER: _builtins.int
+    FAILOVERS_FIELD_NUMBER: _builtins.int
+    BAD_CHUNKS_FIELD_NUMBER: _builtins.int
     diff_id: _builtins.str
     used_bytes: _builtins.int
     complete: _builtins.bool
     leased: _builtins.bool
     """cannot be evicted now"""
     last_use_unix: _builtins.int
+    chunks: _builtins.int
+    chunks_here: _builtins.int
+    bytes_from_source: _builtins.int
+    """pulled from a registry or a local file, compressed as it came"""
+    demanded_chunks: _builtins.int
+    """that a reader wanted and that were not here"""
+    prefetched_chunks: _builtins.int
+    """that came before anybody wanted them"""
+    hedges: _builtins.int
+    """second requests because the first one was slow"""
+    failovers: _builtins.int
+    """chunks asked of another node after an error"""
+    bad_chunks: _builtins.int
+    """that came with the wrong bytes"""
+    @_builtins.property
+    def bytes_from_peers(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Counted since the layerstore started.
+        by endpoint
+        """
+
     def __init__(
         self,
         *,
@@ -520,10 +559,19 @@ class CachedLayer(_message.Message):
         complete: _builtins.bool = ...,
         leased: _builtins.bool = ...,
         last_use_unix: _builtins.int = ...,
+        chunks: _builtins.int = ...,
+        chunks_here: _builtins.int = ...,
+        bytes_from_peers: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        bytes_from_source: _builtins.int = ...,
+        demanded_chunks: _builtins.int = ...,
+        prefetched_chunks: _builtins.int = ...,
+        hedges: _builtins.int = ...,
+        failovers: _builtins.int = ...,
+        bad_chunks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "diff_id", b"diff_id", "last_use_unix", b"last_use_unix", "leased", b"leased", "used_bytes", b"used_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bad_chunks", b"bad_chunks", "bytes_from_peers", b"bytes_from_peers", "bytes_from_source", b"bytes_from_source", "chunks", b"chunks", "chunks_here", b"chunks_here", "complete", b"complete", "demanded_chunks", b"demanded_chunks", "diff_id", b"diff_id", "failovers", b"failovers", "hedges", b"hedges", "last_use_unix", b"last_use_unix", "leased", b"leased", "prefetched_chunks", b"prefetched_chunks", "used_bytes", b"used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

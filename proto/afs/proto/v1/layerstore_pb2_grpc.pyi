@@ -37,10 +37,10 @@ class LayerstorePeerStub:
     """What an image consists of. The owner of the image asks the registry; others pass on what they know."""
     EnsureLayer: _grpc.UnaryUnaryMultiCallable[_layerstore_pb2.EnsureLayerRequest, _layerstore_pb2.EnsureLayerResponse]
     """Make a layer complete on this node: from peers that have it, else from the image's source. One pull at a time."""
-    DescribeLayer: _grpc.UnaryUnaryMultiCallable[_layerstore_pb2.DescribeLayerRequest, _layerstore_pb2.DescribeLayerResponse]
-    """Header, footer and chunk table of a layer that this node holds at least partly."""
-    ReadChunk: _grpc.UnaryUnaryMultiCallable[_layerstore_pb2.ReadChunkRequest, _layerstore_pb2.ReadChunkResponse]
-    """One chunk, NOT_FOUND if this node does not have it."""
+    DescribeLayer: _grpc.UnaryStreamMultiCallable[_layerstore_pb2.DescribeLayerRequest, _layerstore_pb2.DescribeLayerResponse]
+    """A layer that this node holds at least partly: header, footer and chunk table in the first message, then what a mount
+    reads at once, in order, a chunk per message: superblock and EROFS metadata. Chunks that are not here are left out.
+    """
 
 @_typing.type_check_only
 class LayerstorePeerAsyncStub(LayerstorePeerStub):
@@ -51,10 +51,10 @@ class LayerstorePeerAsyncStub(LayerstorePeerStub):
     """What an image consists of. The owner of the image asks the registry; others pass on what they know."""
     EnsureLayer: _aio.UnaryUnaryMultiCallable[_layerstore_pb2.EnsureLayerRequest, _layerstore_pb2.EnsureLayerResponse]  # type: ignore[assignment]
     """Make a layer complete on this node: from peers that have it, else from the image's source. One pull at a time."""
-    DescribeLayer: _aio.UnaryUnaryMultiCallable[_layerstore_pb2.DescribeLayerRequest, _layerstore_pb2.DescribeLayerResponse]  # type: ignore[assignment]
-    """Header, footer and chunk table of a layer that this node holds at least partly."""
-    ReadChunk: _aio.UnaryUnaryMultiCallable[_layerstore_pb2.ReadChunkRequest, _layerstore_pb2.ReadChunkResponse]  # type: ignore[assignment]
-    """One chunk, NOT_FOUND if this node does not have it."""
+    DescribeLayer: _aio.UnaryStreamMultiCallable[_layerstore_pb2.DescribeLayerRequest, _layerstore_pb2.DescribeLayerResponse]  # type: ignore[assignment]
+    """A layer that this node holds at least partly: header, footer and chunk table in the first message, then what a mount
+    reads at once, in order, a chunk per message: superblock and EROFS metadata. Chunks that are not here are left out.
+    """
 
 class LayerstorePeerServicer(metaclass=_abc_1.ABCMeta):
     """Between layerstores, and for afs_proxy."""
@@ -80,21 +80,19 @@ class LayerstorePeerServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _layerstore_pb2.DescribeLayerRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_layerstore_pb2.DescribeLayerResponse, _abc.Awaitable[_layerstore_pb2.DescribeLayerResponse]]:
-        """Header, footer and chunk table of a layer that this node holds at least partly."""
-
-    @_abc_1.abstractmethod
-    def ReadChunk(
-        self,
-        request: _layerstore_pb2.ReadChunkRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_layerstore_pb2.ReadChunkResponse, _abc.Awaitable[_layerstore_pb2.ReadChunkResponse]]:
-        """One chunk, NOT_FOUND if this node does not have it."""
+    ) -> _typing.Union[_abc.Iterator[_layerstore_pb2.DescribeLayerResponse], _abc.AsyncIterator[_layerstore_pb2.DescribeLayerResponse]]:
+        """A layer that this node holds at least partly: header, footer and chunk table in the first message, then what a mount
+        reads at once, in order, a chunk per message: superblock and EROFS metadata. Chunks that are not here are left out.
+        """
 
 def add_LayerstorePeerServicer_to_server(servicer: LayerstorePeerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class LayerstoreNodeStub:
-    """For the node's own snapshotter."""
+    """One more method, LayerstoreChunks/Read, takes a ReadChunkRequest and answers with the bytes of the chunk as they are,
+    for protobuf would copy each MiB twice: layerstore/afs/layerstore/chunkwire.py. NOT_FOUND if the chunk is not here.
+
+    For the node's own snapshotter.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -113,7 +111,11 @@ class LayerstoreNodeStub:
 
 @_typing.type_check_only
 class LayerstoreNodeAsyncStub(LayerstoreNodeStub):
-    """For the node's own snapshotter."""
+    """One more method, LayerstoreChunks/Read, takes a ReadChunkRequest and answers with the bytes of the chunk as they are,
+    for protobuf would copy each MiB twice: layerstore/afs/layerstore/chunkwire.py. NOT_FOUND if the chunk is not here.
+
+    For the node's own snapshotter.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     OpenImage: _aio.UnaryUnaryMultiCallable[_layerstore_pb2.OpenImageRequest, _layerstore_pb2.OpenImageResponse]  # type: ignore[assignment]
@@ -128,7 +130,11 @@ class LayerstoreNodeAsyncStub(LayerstoreNodeStub):
     """What is in the cache and how much of it could go."""
 
 class LayerstoreNodeServicer(metaclass=_abc_1.ABCMeta):
-    """For the node's own snapshotter."""
+    """One more method, LayerstoreChunks/Read, takes a ReadChunkRequest and answers with the bytes of the chunk as they are,
+    for protobuf would copy each MiB twice: layerstore/afs/layerstore/chunkwire.py. NOT_FOUND if the chunk is not here.
+
+    For the node's own snapshotter.
+    """
 
     @_abc_1.abstractmethod
     def OpenImage(

@@ -1,0 +1,85 @@
+"""Who may fetch a chunk next: readers first.
+
+State (one event loop): every fetch has a :class:`Ticket`, which waits in the queue of its priority and then holds one of a
+node's slots until its chunk is written. ``_waiting`` and ``_running`` change without an await in between, so a free slot is
+given away at once, to the first of the most urgent queue that its limit lets through. A ticket may become more urgent
+while it waits or runs, when a reader wants a chunk that is on its way already.
+
+The limits are cumulative: *limits[p]* bounds what runs with priority p or a less urgent one. So whatever is
+prefetched, the difference to the first limit is left to readers, and all of them together bound the memory: a slot is one
+chunk of 1 MiB, once in gRPC and once in our hands.
+"""
+
+import asyncio
+import contextlib
+import enum
+from collections.abc import AsyncIterator
+
+
+class Priority(enum.IntEnum):
+    """The smaller, the more urgent."""
+
+    DEMAND = 0  # a reader waits
+    PREFETCH = 1  # a reader is about to want it
+    COMPLETION = 2  # nobody waits
+
+
+# Four at once keep a link busy (4 MiB per round trip); more would only stand before a reader's chunk on the link.
+LIMITS = (32, 8, 4)
+
+
+class Ticket:
+    """One fetch."""
+
+    def __init__(self, priority: Priority) -> None:
+        self.priority = priority
+        self.granted: asyncio.Future[None] | None = None  # None: neither waits nor runs
+
+
+class Slots:
+    """The slots of a node."""
+
+    def __init__(self, limits: tuple[int, int, int] = LIMITS) -> None:
+        self._limits = limits
+        self._running = [0] * len(limits)
+        self._waiting: list[dict[Ticket, None]] = [{} for _ in limits]
+
+    @contextlib.asynccontextmanager
+    async def held(self, ticket: Ticket) -> AsyncIterator[None]:
+        """A slot while the block runs."""
+        ticket.granted = asyncio.get_running_loop().create_future()
+        self._waiting[ticket.priority][ticket] = None
+        self._grant()
+        try:
+            await ticket.granted
+            yield
+        finally:
+            if self._waiting[ticket.priority].pop(ticket, ticket) is ticket:  # it was granted, if only just now
+                self._running[ticket.priority] -= 1
+            ticket.granted = None
+            self._grant()
+
+    def promote(self, ticket: Ticket, priority: Priority) -> None:
+        """Make *ticket* as urgent as *priority*, unless it is already."""
+        if priority >= ticket.priority:
+            return
+        if ticket in self._waiting[ticket.priority]:
+            del self._waiting[ticket.priority][ticket]
+            self._waiting[priority][ticket] = None
+        elif ticket.granted is not None:
+            self._running[ticket.priority] -= 1
+            self._running[priority] += 1
+        ticket.priority = priority
+        self._grant()
+
+    def _grant(self) -> None:
+        for priority, waiting in enumerate(self._waiting):
+            while waiting and self._has_room(priority):
+                ticket = next(iter(waiting))
+                del waiting[ticket]
+                self._running[priority] += 1
+                if ticket.granted is not None and not ticket.granted.done():
+                    ticket.granted.set_result(None)
+
+    def _has_room(self, priority: int) -> bool:
+        return all(sum(self._running[p:]) < self._limits[p] for p in range(priority + 1))

@@ -1,0 +1,82 @@
+"""Chunks for other nodes. Wrong bytes are never kept by who gets them, for it compares them with its table too.
+
+So a chunk is compared here only once as long as this process lives, when it is read first: that takes 0.6 ms of the 2 to 4
+that a reader over there waits. What the disk damages after that is found by the receiver, which says so with its next
+request; then the chunk is read from the disk and compared, and repaired if it is wrong. Scrubbing finds the rest.
+
+State (one event loop): ``_verified`` has, for the complete layers that were read, the layer and a byte for each chunk that
+was compared. Partial layers know it themselves.
+"""
+
+import asyncio
+import functools
+import logging
+from collections.abc import Awaitable, Callable
+
+from afs.core.errors import InvalidArgument, NotFound
+from afs.layerstore.errors import DamagedLayer
+from afs.layerstore.partial import PartialLayer
+from afs.layerstore.repair import Repairs
+from afs.layerstore.store import CompleteLayer
+
+log = logging.getLogger(__name__)
+
+
+class Serving:
+    """*refill* fetches a chunk of a partial layer again; *in_background* runs something that logs its own errors."""
+
+    def __init__(
+        self,
+        repairs: Repairs,
+        refill: Callable[[PartialLayer, int], Awaitable[None]],
+        in_background: Callable[[Callable[[], Awaitable[object]]], None],
+    ) -> None:
+        self._repairs = repairs
+        self._refill = refill
+        self._in_background = in_background
+        self._verified: dict[str, tuple[CompleteLayer, bytearray]] = {}
+
+    def forget(self, diff_id: str) -> None:
+        """The layer is gone."""
+        self._verified.pop(diff_id, None)
+
+    async def read_chunk(self, layer: CompleteLayer | PartialLayer, index: int, *, was_bad: bool) -> bytes:
+        """A chunk. NotFound if it is not here; DamagedLayer if it is damaged, and then it is being repaired.
+
+        *was_bad*: what came for it before was wrong. The caller pins the layer.
+        """
+        if index >= layer.table.count:
+            raise InvalidArgument(f"layer {layer.diff_id} has {layer.table.count} chunks, no chunk {index}")
+        if isinstance(layer, CompleteLayer):
+            data = await self._read(layer, index, was_bad=was_bad)
+        else:
+            data = await self._read_part(layer, index, was_bad=was_bad)
+        if data is None:
+            raise DamagedLayer(layer.diff_id, f"chunk {index}")
+        return data
+
+    async def _read(self, layer: CompleteLayer, index: int, *, was_bad: bool) -> bytes | None:
+        known, verified = self._verified.get(layer.diff_id, (None, bytearray()))
+        if known is not layer:
+            verified = bytearray(layer.table.count)
+            self._verified[layer.diff_id] = layer, verified
+        verify = was_bad or not verified[index]
+        try:
+            data = await asyncio.to_thread(layer.read_chunk, index, from_disk=was_bad, verify=verify)
+        except FileNotFoundError:  # it is pinned, so this was somebody's hand
+            raise NotFound(f"{layer.path} is gone") from None
+        verified[index] = data is not None
+        if data is None:
+            self._repairs.suspect(layer)
+            self._in_background(functools.partial(self._repairs.check, layer))
+        return data
+
+    async def _read_part(self, layer: PartialLayer, index: int, *, was_bad: bool) -> bytes | None:
+        if not layer.has(index):
+            raise NotFound(f"chunk {index} of layer {layer.diff_id} is not on this node")
+        data = await layer.read_async(index, from_disk=was_bad)
+        if data is None:
+            log.error("layer %s: chunk %d is damaged on disk; fetching it again", layer.diff_id, index)
+            layer.unmark(index)
+            self._in_background(functools.partial(self._refill, layer, index))
+        return data
