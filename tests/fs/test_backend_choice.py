@@ -15,7 +15,7 @@ import pytest
 from afs.core import syscalls
 from afs.core.errors import FailedPrecondition, Internal, InvalidArgument
 from afs.core.mounts import list_mounts, unmount
-from afs.snapshotter import backends, probe
+from afs.snapshotter import probe
 from afs.snapshotter.backends import Backend, Backends, Trial, Unusable, mount_layer, parse_backend
 from tests.testbed import capabilities, tars, unpackers
 from tests.testbed.ourroots import convert_bytes
@@ -34,7 +34,7 @@ for trial in probe(Path(sys.argv[1]), Path(sys.argv[2])):
 
 def probed(tmp_path: Path, *within: str) -> dict[tuple[str, str], str]:
     """What the probe says below a command: reasons by backend and state."""
-    argv = [*within, sys.executable, "-c", _PROBE, tmp_path / "not/there/yet", tmp_path]
+    argv = [*within, sys.executable, "-c", _PROBE, f"{tmp_path}/not/there/yet", str(tmp_path)]
     done = subprocess.run(argv, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = [line.split("|") for line in done.stdout.splitlines()]
@@ -117,7 +117,7 @@ def test_what_the_kernel_refuses_is_told(
     def refuse(source: str, target: str, fstype: str, flags: int = 0, data: str = "") -> None:
         raise OSError(number, os.strerror(number), target)
 
-    monkeypatch.setattr(backends.syscalls, "mount", refuse)
+    monkeypatch.setattr(syscalls, "mount", refuse)
     for trial in probe.probe(tmp_path, tmp_path)[:2]:
         assert trial.reason.endswith(reason)
     assert not [name for name in backing_files() if str(tmp_path) in name]
@@ -247,6 +247,6 @@ def test_a_root_in_a_user_namespace(tmp_path: Path) -> None:
     within = ["unshare", "--user", "--map-root-user", "--mount"]
     if subprocess.run([*within, "true"], check=False, capture_output=True).returncode:
         capabilities.unavailable("user namespaces")
-    argv = [*within, sys.executable, "-c", _ROOT_IN_A_USER_NAMESPACE, tmp_path]
+    argv = [*within, sys.executable, "-c", _ROOT_IN_A_USER_NAMESPACE, str(tmp_path)]
     done = subprocess.run(argv, check=False, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -158,7 +158,7 @@ with open(sys.argv[1], "rb") as file, mmap.mmap(file.fileno(), 0, mmap.MAP_SHARE
 
     def check(at: Path) -> None:
         # In another process: a page fault waits with Python's lock held, which the fills need.
-        argv = [sys.executable, "-c", script, at / "data", *map(str, starts)]
+        argv = [sys.executable, "-c", script, f"{at}/data", *map(str, starts)]
         done = subprocess.run(argv, check=True, capture_output=True, text=True)
         assert done.stdout.split() == [*wanted, hashlib.sha256(content).hexdigest()]
         run = subprocess.run([at / "busybox", "echo", "run"], check=True, capture_output=True)

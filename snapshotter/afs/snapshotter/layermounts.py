@@ -208,7 +208,7 @@ class LayerMounts:
             source = Path(file)
         else:
             tree = backend is Backend.TREE
-            source = worker.tree(diff_id, user=in_user_namespace()) if tree else worker.file(diff_id)
+            source = worker.tree(diff_id, user_xattrs=in_user_namespace()) if tree else worker.file(diff_id)
         try:
             layer.opaque = await asyncio.to_thread(_mount_layer, backend, source, path)
         except BaseException:
