@@ -4,7 +4,7 @@
 - on a loop device: the source is the device, and sysfs has the file behind it;
 - a tree: mountinfo has the directory of the bind mount, and the source of the worker's file system.
 
-The file is ``.../<hex>.afslyr``, or ``<hex>`` in the directory ``f`` of a worker; a tree is ``/t/<hex>``.
+The file is ``.../<hex>.afslyr``, or ``<hex>`` in the directory ``f`` of a worker; a tree is ``/t/<hex>`` or ``/u/<hex>``.
 """
 
 import logging
@@ -51,7 +51,7 @@ def recognise(mount: MountPoint, path: Path) -> Found | None:
             behind = Path("/sys/block", Path(mount.source).name, "loop/backing_file")
             return _of_file(path, Backend.LOOP, behind.read_text().removesuffix("\n").removesuffix(_DELETED))
         kind, name = Path(mount.root).parts[-2:]
-        if mount.fstype.startswith("fuse") and kind == "t":
+        if mount.fstype.startswith("fuse") and kind in ("t", "u"):
             return Found(path, check_digest(f"sha256:{name}"), Backend.TREE, int(mount.source.removeprefix("afs/")))
     except (InvalidArgument, OSError, ValueError) as error:
         log.warning("%s on %s: %s", mount.fstype, mount.source, error)

@@ -4,9 +4,12 @@ It does as little as possible, so that it need not restart, and is small: no gRP
 unmounted by everybody, or with SIGTERM.
 """
 
+import asyncio
 import contextlib
 import logging
 import os
+import selectors
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +20,7 @@ import pyfuse3
 
 from afs.core.service import FORMAT, raise_file_limit
 from afs.layerstore.fillwire import FillClient
+from afs.snapshotter import fusedloop
 from afs.snapshotter.fusedfs import OPTIONS, LayerFiles
 from afs.snapshotter.fusedwire import PROTOCOL, serving
 
@@ -36,13 +40,7 @@ def _answer(files: LayerFiles, message: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"no operation {operation!r}")
 
 
-async def _serve(
-    directory: Path, number: int, fill_socket: str, faults: str, deadline: float, lock_fd: int, ready_fd: int
-) -> None:
-    os.truncate(lock_fd, 0)
-    os.pwrite(lock_fd, b"%d\n" % os.getpid(), 0)
-    client = FillClient(fill_socket, deadline)
-    files = LayerFiles(client, faults)
+async def _serve(files: LayerFiles, directory: Path, number: int, ready_fd: int) -> None:
     pyfuse3.init(files, str(directory / str(number)), {*OPTIONS, f"fsname=afs/{number}"})
     try:
         async with serving(directory / f"{number}.sock", lambda message: _answer(files, message)):
@@ -51,14 +49,13 @@ async def _serve(
             await pyfuse3.main()
     finally:
         pyfuse3.close(unmount=True)
-        await client.close()
 
 
 @click.command(help="Serve layers over FUSE. Started and watched by afs_snapshotter.")
 @click.version_option(package_name="afs-cluster", prog_name="afs_fused")
 @click.option("--directory", type=Path, required=True, help="Directory of the mount points.")
 @click.option("--number", type=int, required=True, help="Mount point, control socket and lock are named by it.")
-@click.option("--fill-socket", required=True)
+@click.option("--fill-socket", required=True, help="The layerstore's.")
 @click.option("--faults", required=True, help="Directory that gets a byte in a layer's file for each failed read.")
 @click.option("--deadline", default=40.0, help="Seconds that a read waits for the layerstore before EIO.")
 @click.option("--lock-fd", type=int, required=True, help="The locked lock file, to keep open.")
@@ -75,26 +72,29 @@ def main(
     log_level: str,
 ) -> None:
     """Run until the file system is unmounted or SIGTERM comes."""
-    import asyncio
-    import signal
-
-    import pyfuse3.asyncio
-
     raise_file_limit()  # an open layer takes two
     logging.basicConfig(level=log_level, format=FORMAT, stream=sys.stderr)
-    pyfuse3.asyncio.enable()
+    os.truncate(lock_fd, 0)
+    os.pwrite(lock_fd, b"%d\n" % os.getpid(), 0)
+    selector = selectors.EpollSelector()
 
     async def run() -> None:
+        client = FillClient(fill_socket, deadline)
+        files = LayerFiles(client, faults)
+        fusedloop.enable(selector.fileno(), lambda: files.pending > 0)
         loop = asyncio.get_running_loop()
-        serving_files = _serve(directory, number, fill_socket, faults, deadline, lock_fd, ready_fd)
-        task = asyncio.ensure_future(serving_files)
+        task = asyncio.ensure_future(_serve(files, directory, number, ready_fd))
         loop.add_signal_handler(signal.SIGTERM, task.cancel)
         # A terminal's Ctrl-C reaches the whole group; mounts need this process until the snapshotter has unmounted them.
         loop.add_signal_handler(signal.SIGINT, lambda: None)
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        try:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        finally:
+            await client.close()
 
-    asyncio.run(run())
+    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector)) as runner:
+        runner.run(run())
 
 
 if __name__ == "__main__":

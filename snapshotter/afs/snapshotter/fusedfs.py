@@ -68,6 +68,7 @@ def _answered(handler: Handler) -> Handler:
 
     @functools.wraps(handler)
     async def answered(self: "LayerFiles", inode: int, *args: Any) -> Any:
+        self.pending += 1
         try:
             return await handler(self, inode, *args)
         except pyfuse3.FUSEError:
@@ -78,6 +79,8 @@ def _answered(handler: Handler) -> Handler:
         except Exception as error:
             log.exception("%s", handler)
             raise pyfuse3.FUSEError(errno.EIO) from error
+        finally:
+            self.pending -= 1
 
     return cast("Handler", answered)
 
@@ -104,6 +107,7 @@ class LayerFiles(pyfuse3.Operations):
         self._slots: dict[str, int] = {}
         self._files: dict[int, _OpenFile] = {}
         self._last_slot = 0
+        self.pending = 0  # requests that are being answered; they wait for somebody, or it would be none
 
     @property
     def layers(self) -> list[ServedLayer]:

@@ -58,9 +58,9 @@ class Worker:
         """The layer as one read-only file."""
         return self.mountpoint / "f" / hex_of(diff_id)
 
-    def tree(self, diff_id: str) -> Path:
-        """The layer's tree."""
-        return self.mountpoint / "t" / hex_of(diff_id)
+    def tree(self, diff_id: str, *, user_xattrs: bool = False) -> Path:
+        """The layer's tree; *user_xattrs*: with overlayfs's marks as those mounted with ``userxattr`` read them."""
+        return self.mountpoint / ("u" if user_xattrs else "t") / hex_of(diff_id)
 
     @property
     def alive(self) -> bool:

@@ -29,6 +29,7 @@ from afs.proto.v1 import layerstore_pb2 as pb
 from afs.snapshotter.adoption import Found, find_mounts
 from afs.snapshotter.backends import Backend, Backends, Unusable, is_opaque, mount_layer
 from afs.snapshotter.fusedworkers import FusedWorkers, Worker
+from afs.snapshotter.overlay import in_user_namespace
 
 log = logging.getLogger(__name__)
 
@@ -206,7 +207,8 @@ class LayerMounts:
         if worker is None:
             source = Path(file)
         else:
-            source = worker.tree(diff_id) if backend is Backend.TREE else worker.file(diff_id)
+            tree = backend is Backend.TREE
+            source = worker.tree(diff_id, user_xattrs=in_user_namespace()) if tree else worker.file(diff_id)
         try:
             layer.opaque = await asyncio.to_thread(_mount_layer, backend, source, path)
         except BaseException:
@@ -221,7 +223,8 @@ class LayerMounts:
 
     async def _take_away(self, idle: Sequence[MountedLayer]) -> None:
         for layer in idle:
-            del self._mounted[layer.diff_id]
+            if self._mounted.get(layer.diff_id) is layer:
+                del self._mounted[layer.diff_id]
         await self._unmount_all(idle)
 
     @contextlib.contextmanager
@@ -254,9 +257,8 @@ class LayerMounts:
         stuck = [self._all[path] for path in self._stuck if self._all[path].diff_id in diff_ids]
         self._stuck -= {layer.path for layer in stuck}
         try:
-            await self._take_away(
-                [layer for layer in self._mounted.values() if layer.diff_id in diff_ids and not layer.users]
-            )
+            named = [layer for layer in self._all.values() if layer.diff_id in diff_ids]
+            await self._take_away([layer for layer in named if not layer.users and not layer.leaving])
             await self._unmount_all(stuck)
         finally:
             self.changed.set()  # an answer, even if nothing could go
