@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from benchmarks import coldroot, convert, first, measure, memory, pull, warm, warmroot
+from benchmarks import coldroot, convert, first, lazy, measure, memory, pull, warm, warmroot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,6 +22,7 @@ BENCHMARKS: dict[str, tuple[Callable[[str, int | None], measure.Report], str]] =
     "pull-debian": (pull.run, "debian"),
     "pull-img4": (pull.run, "img4"),
     "convert-img4": (convert.run, "img4"),
+    "lazy-img4": (lazy.run, "img4"),
     "memory-img4": (memory.run, "img4"),
     "warmroot-img4": (warmroot.run, "img4"),
     "coldroot-img4": (coldroot.run, "img4"),

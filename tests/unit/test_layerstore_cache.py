@@ -25,6 +25,7 @@ from afs.layerstore.partial import Description, PartialLayer
 from afs.layerstore.peers import Peers
 from afs.layerstore.scrub import Scrubber
 from afs.layerstore.store import CompleteLayer
+from afs.layerstore.supply import Providers
 from afs.layerstore.workers import Workers
 from afs.proto.v1 import layerstore_pb2 as pb
 from afs.proto.v1.layerstore_pb2_grpc import LayerstoreNodeStub
@@ -357,7 +358,7 @@ async def test_a_flipped_byte_is_never_served_and_repaired_from_a_peer(
         flip(complete.path, 2 * MIB + 12345)
         flip(complete.path, 3 * MIB)
         with pytest.raises(DamagedLayer, match=f"^layer {world.diff_id}: chunk 2 is damaged on disk"):
-            await one.layers.read_chunk(world.diff_id, 2)
+            await one.layers.read_chunk(world.diff_id, 2, was_bad=True)
         assert world.diff_id not in one.announcer._held, "others do not come for it"
         await settled(one)
         assert await one.layers.read_chunk(world.diff_id, 2) == good
@@ -366,6 +367,23 @@ async def test_a_flipped_byte_is_never_served_and_repaired_from_a_peer(
     verified(complete.path)
     assert f"layer {world.diff_id}: chunks [2, 3] are damaged on disk" in caplog.text
     assert one.announcer._held[world.diff_id][1]
+    assert world.reads == 1
+
+
+async def test_what_a_node_compared_before_it_was_damaged_is_found_out_by_who_gets_it(world: World) -> None:
+    one, two, three = [await world.node(name) for name in ("n1", "n2", "n3")]
+    complete = await pull(world, one, 0)
+    good = complete.read_chunk(2)
+    await two.layers.ensure(world.origin)
+    partial = await open_partial(world, three)
+    flip(complete.path, 2 * MIB + 12345)
+    assert await one.layers.read_chunk(world.diff_id, 2) != good, "n2 has read it, and it was right"
+    three.layers._supply.provide(world.diff_id, Providers([one.announcer.me], frozenset({"n1"})))
+    await three.layers.fill(world.diff_id, 2, 1)
+    assert partial.read(2) == good
+    assert three.layers.stats(world.diff_id).bad_chunks == 1
+    await settled(one)
+    verified(complete.path)
     assert world.reads == 1
 
 
@@ -499,11 +517,11 @@ async def test_damage_behind_a_running_check_is_repaired_too(world: World, monke
     complete = await pull(world, node, 0)
     loop, real, passed = asyncio.get_running_loop(), CompleteLayer.read_chunk, asyncio.Event()
 
-    def read_chunk(self: CompleteLayer, index: int, *, from_disk: bool = False) -> bytes | None:
+    def read_chunk(self: CompleteLayer, index: int, *, from_disk: bool = False, verify: bool = True) -> bytes | None:
         if from_disk and index == 4 and not passed.is_set():
             flip(complete.path, MIB)
             asyncio.run_coroutine_threadsafe(find_it(), loop).result()
-        return real(self, index, from_disk=from_disk)
+        return real(self, index, from_disk=from_disk, verify=verify)
 
     async def find_it() -> None:
         with pytest.raises(DamagedLayer):
@@ -527,7 +545,7 @@ async def test_a_damaged_chunk_of_a_partial_layer_is_fetched_again(world: World)
     await two.layers.fill(world.diff_id, 1, 1)
     flip(partial.data_path, MIB)
     with pytest.raises(DamagedLayer, match=f"^layer {world.diff_id}: chunk 1 is damaged on disk"):
-        await two.layers.read_chunk(world.diff_id, 1)
+        await two.layers.read_chunk(world.diff_id, 1, was_bad=True)
     assert not partial.has(1), "a reader waits from now on"
     await settled(two)
     assert await two.layers.read_chunk(world.diff_id, 1) == complete.read_chunk(1)
