@@ -27,7 +27,8 @@ from afs.snapshotter.layermounts import LayerMounts
 from afs.snapshotter.leases import report_mounts
 from afs.snapshotter.overlay import mount_overlay
 from afs.snapshotter.probe import find_backends
-from afs.snapshotter.roots import RootRequest, Roots
+from afs.snapshotter.rootmount import RootRequest
+from afs.snapshotter.roots import Roots
 from tests.testbed import tars
 
 pytestmark = pytest.mark.root

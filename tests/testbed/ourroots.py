@@ -10,7 +10,8 @@ from afs.layerstore.afslyr.convert import Converted, convert
 from afs.snapshotter.fusedworkers import FusedWorkers
 from afs.snapshotter.layermounts import LayerMounts
 from afs.snapshotter.probe import find_backends
-from afs.snapshotter.roots import RootRequest, Roots
+from afs.snapshotter.rootmount import RootRequest
+from afs.snapshotter.roots import Roots
 from tests.testbed import mounts, oci
 
 if TYPE_CHECKING:

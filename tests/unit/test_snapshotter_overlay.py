@@ -6,7 +6,7 @@ import pytest
 
 from afs.core.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from afs.snapshotter import overlay
-from afs.snapshotter.roots import RootRequest
+from afs.snapshotter.rootmount import RootRequest
 
 ALWAYS = [("index", "off"), ("redirect_dir", "off"), ("metacopy", "off")]
 

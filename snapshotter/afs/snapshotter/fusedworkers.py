@@ -174,6 +174,10 @@ class FusedWorkers:
             worker.end()
         return None
 
+    def workers(self) -> list[Worker]:
+        """The living workers, by number."""
+        return [self._workers[number] for number in sorted(self._workers)]
+
     def find(self, number: int) -> Worker | None:
         """The living worker with that number, whose layers are mounted from ``afs/<number>`` or its directory."""
         return self._workers.get(number)

@@ -69,6 +69,7 @@ class LayerMounts:
         self.changed = asyncio.Event()
         self._next = 0
         self._going: set[asyncio.Task[None]] = set()
+        self._closed = False
         self.fallbacks: Counter[str] = Counter()
 
     async def adopt(self) -> None:
@@ -120,7 +121,8 @@ class LayerMounts:
         await self._trim(self._keep)
 
     def _wanted(self, layer: MountedLayer) -> bool:
-        return bool(layer.users) or layer.leaving or self._mounted.get(layer.diff_id) is layer
+        # What close() left mounted stays, though its users' blocks end too: the event loop closes them when it ends.
+        return self._closed or bool(layer.users) or layer.leaving or self._mounted.get(layer.diff_id) is layer
 
     @contextlib.asynccontextmanager
     async def using(self, diff_id: str, file: str) -> AsyncIterator[MountedLayer]:
@@ -315,6 +317,7 @@ class LayerMounts:
             self._start_unmount(layer)
         self._stuck.clear()
         await asyncio.gather(*self._going, return_exceptions=True)
+        self._closed = True
 
 
 def _unmount_layer(path: Path) -> None:

@@ -20,26 +20,27 @@ from typing import Literal
 from afs.core import syscalls
 from afs.core.errors import ResourceExhausted
 
-SOURCE = "afs"  # what mountinfo shows, so that we know our own
+SOURCE = "afs"  # what mountinfo shows unless told otherwise
 MAX_LAYERS = 500  # OVL_MAX_STACK: the kernel's limit
 Way = Literal["fds", "page"]
+Settings = list[tuple[str, str | None]]
 _INITIAL_USER_NAMESPACE = "user:[4026531837]"  # PROC_USER_INIT_INO
 
 
-def settings(*, writable: bool) -> list[tuple[str, str | None]]:
+def settings(*, writable: bool, volatile: bool = True) -> Settings:
     """The options besides directories; a flag has None.
 
     - ``index=off``: hard links of lower files may break on copy-up, as with containerd; with the index, an upper
       directory could not be used with other lower mounts, and every layer mount is a new one.
     - ``redirect_dir=off``, ``metacopy=off``: both write xattrs into the upper directory that an OCI layer cannot express.
-    - ``volatile``: an upper directory dies with its run, so fsync inside need not reach the disk (kernel 5.10).
+    - ``volatile``: an upper directory that dies with its run, so fsync inside need not reach the disk (kernel 5.10).
     - ``userxattr``: in a user namespace overlayfs may not touch ``trusted.*``, so marks are ``user.overlay.*`` (5.11).
     """
     inside = in_user_namespace()
     # "off" may still follow redirects, which overlayfs refuses there.
     redirect = "nofollow" if inside else "off"
-    found: list[tuple[str, str | None]] = [("index", "off"), ("redirect_dir", redirect), ("metacopy", "off")]
-    if writable:
+    found: Settings = [("index", "off"), ("redirect_dir", redirect), ("metacopy", "off")]
+    if writable and volatile:
         found.append(("volatile", None))
     if inside:
         found.append(("userxattr", None))
@@ -79,25 +80,31 @@ def mount_overlay(
     upper: Path | None = None,
     work: Path | None = None,
     *,
+    source: str = SOURCE,
+    volatile: bool = True,
     way: Way | None = None,
 ) -> None:
     """Mount *lower* (topmost first) and *upper* with *work*, if given, at *target*. Blocking.
 
-    *way* is for tests; OSError names the target, ResourceExhausted is for more layers than one mount can have.
+    *source*, of less than 256 bytes, is what mountinfo shows. *volatile*: the upper directory need not outlive a crash of
+    the machine. *way* is for tests; OSError names the target, ResourceExhausted is for more layers than one mount can have.
     """
     if len(lower) > MAX_LAYERS:
         raise ResourceExhausted(
             f"{len(lower)} layers are too many for one mount at {target}: overlayfs takes {MAX_LAYERS}"
         )
+    extra = settings(writable=upper is not None, volatile=volatile)
     if (way or best_way()) == "fds":
-        _mount_fds(target, lower, upper, work)
+        _mount_fds(source, target, lower, upper, work, extra)
     else:
-        _mount_page(target, lower, upper, work)
+        _mount_page(source, target, lower, upper, work, extra)
 
 
-def _mount_fds(target: Path, lower: Sequence[Path], upper: Path | None, work: Path | None) -> None:
+def _mount_fds(
+    source: str, target: Path, lower: Sequence[Path], upper: Path | None, work: Path | None, extra: Settings
+) -> None:
     with syscalls.MountContext("overlay") as context:
-        context.set("source", SOURCE)
+        context.set("source", source)
         for path in lower:
             _set_directory(context, "lowerdir+", path)
         attributes = syscalls.MOUNT_ATTR_NODEV
@@ -107,7 +114,7 @@ def _mount_fds(target: Path, lower: Sequence[Path], upper: Path | None, work: Pa
         else:
             context.set("ro")
             attributes |= syscalls.MOUNT_ATTR_RDONLY
-        for key, value in settings(writable=upper is not None):
+        for key, value in extra:
             context.set(key, value)
         context.mount(str(target), attributes)
 
@@ -120,12 +127,14 @@ def _set_directory(context: syscalls.MountContext, key: str, path: Path) -> None
         os.close(fd)
 
 
-def _mount_page(target: Path, lower: Sequence[Path], upper: Path | None, work: Path | None) -> None:
+def _mount_page(
+    source: str, target: Path, lower: Sequence[Path], upper: Path | None, work: Path | None, extra: Settings
+) -> None:
     # nodev: devices in a layer or made by a run are nobody's; a container's own are on the tmpfs at its /dev.
     flags = syscalls.MS_NODEV | (0 if upper else syscalls.MS_RDONLY)
-    data = _options(_escape, lower, upper, work)
+    data = _options(_escape, lower, upper, work, extra)
     if len(os.fsencode(data)) < os.sysconf("SC_PAGESIZE"):
-        syscalls.mount(SOURCE, str(target), "overlay", flags, data)
+        syscalls.mount(source, str(target), "overlay", flags, data)
         return
     with contextlib.ExitStack() as stack:
 
@@ -134,8 +143,8 @@ def _mount_page(target: Path, lower: Sequence[Path], upper: Path | None, work: P
             stack.callback(os.close, fd)
             return str(fd)
 
-        data = _options(short, lower, upper, work)
-        _in_descriptors(lambda: syscalls.mount(SOURCE, os.path.abspath(target), "overlay", flags, data))
+        data = _options(short, lower, upper, work, extra)
+        _in_descriptors(lambda: syscalls.mount(source, os.path.abspath(target), "overlay", flags, data))
 
 
 def _in_descriptors(action: Callable[[], None]) -> None:
@@ -157,12 +166,14 @@ def _in_descriptors(action: Callable[[], None]) -> None:
         raise failed[0]
 
 
-def _options(name: Callable[[Path], str], lower: Sequence[Path], upper: Path | None, work: Path | None) -> str:
+def _options(
+    name: Callable[[Path], str], lower: Sequence[Path], upper: Path | None, work: Path | None, extra: Settings
+) -> str:
     """The page of options, with directories as *name* has them."""
     parts = ["lowerdir=" + ":".join(name(path) for path in lower)]
     if upper is not None and work is not None:
         parts += [f"upperdir={name(upper)}", f"workdir={name(work)}"]
-    parts += [key if value is None else f"{key}={value}" for key, value in settings(writable=upper is not None)]
+    parts += [key if value is None else f"{key}={value}" for key, value in extra]
     return ",".join(parts)
 
 
