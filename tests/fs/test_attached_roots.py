@@ -361,3 +361,11 @@ async def test_what_a_killed_one_held_is_detached(directory: Path) -> None:
             await successor.attach(at)
     stack.pop_all()
     running.mounts._closed = True  # killed
+
+
+async def test_a_directory_with_too_long_a_path(tmp_path: Path) -> None:
+    """Mounts carry it as their source, which the kernel takes 255 bytes of."""
+    deep = tmp_path / ("d" * 200) / ("e" * 100)
+    make_layer(deep)
+    with pytest.raises(InvalidArgument, match=f"^the path of {deep}/roots is longer than 230 bytes$"):
+        Snapshotter(deep).roots.prepare()

@@ -9,11 +9,12 @@ root's. Directories of roots are numbered; nothing that a client names becomes a
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from afs.core.errors import AlreadyExists, FailedPrecondition
+from afs.core.errors import AlreadyExists, FailedPrecondition, InvalidArgument
 from afs.core.files import remove_tree
 from afs.core.mounts import unmount_below
 from afs.core.rpc import calling, channel
@@ -33,6 +34,7 @@ from afs.snapshotter.rootmount import (
 
 log = logging.getLogger(__name__)
 CONNECT_S = 1.5  # channel() tries to connect at least once a second
+_MAX_PATH = 230  # a home's path has to fit fsconfig(2), which takes 255 bytes
 _BASE_DIRECTORIES = ("dev", "proc", "sys")
 
 
@@ -71,8 +73,10 @@ class Roots:
         """Make the directories and clear what a crash left. Blocking, at start.
 
         Roots that a killed snapshotter left are detached: their users are gone, or about to be, and processes that still
-        run in one keep it until they end.
+        run in one keep it until they end. InvalidArgument if the directory's path is too long.
         """
+        if len(os.fsencode(self._directory)) > _MAX_PATH:
+            raise InvalidArgument(f"the path of {self._directory} is longer than {_MAX_PATH} bytes")
         for home in homes_below(self._directory):
             log.info("unmounting the root of %s, which a crash left", home)
             detach_root(home)
