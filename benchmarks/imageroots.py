@@ -20,7 +20,7 @@ from tests.testbed.ourmounts import layer_mounts, roots_over
 from tests.testbed.ourroots import convert_layer
 
 from afs.snapshotter.overlay import mount_overlay
-from afs.snapshotter.roots import RootRequest
+from afs.snapshotter.rootmount import RootRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

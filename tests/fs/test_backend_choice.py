@@ -211,7 +211,7 @@ async def use_a_root(work: Path) -> None:
     import contextlib
 
     from afs.snapshotter.overlay import in_user_namespace
-    from afs.snapshotter.roots import RootRequest
+    from afs.snapshotter.rootmount import RootRequest
     from tests.testbed.fillsource import FillSource
     from tests.testbed.ourmounts import layer_mounts, roots_over
 

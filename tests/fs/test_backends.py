@@ -25,7 +25,7 @@ import pytest
 from afs.core.mounts import list_mounts
 from afs.layerstore.afslyr.convert import convert
 from afs.snapshotter.backends import Backend
-from afs.snapshotter.roots import RootRequest
+from afs.snapshotter.rootmount import RootRequest
 from tests.fs.test_afslyr_mount import all_paths, seen
 from tests.fs.test_fidelity_images import IMAGES, additions, generated
 from tests.fs.test_fidelity_layers import SAME, UMOCI
