@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from benchmarks import convert, first, lazy, measure, memory, pull, trace, warm
+from benchmarks import coldroot, convert, first, lazy, measure, memory, pull, trace, warm, warmroot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,6 +25,8 @@ BENCHMARKS: dict[str, tuple[Callable[[str, int | None], measure.Report], str]] =
     "lazy-img4": (lazy.run, "img4"),
     "memory-img4": (memory.run, "img4"),
     "trace-img4": (trace.run, "img4"),
+    "warmroot-img4": (warmroot.run, "img4"),
+    "coldroot-img4": (coldroot.run, "img4"),
 }
 
 

@@ -111,7 +111,7 @@ def _mounted(run_dir: Path, reference: str) -> Iterator[tuple[str, dict[str, lis
         try:
             opened = runner.run(hold.open(OpenImage(image=reference)))
             root = runner.run(hold.mount())
-            yield root.path, json.loads(opened.config)["config"]
+            yield str(root.path), json.loads(opened.config)["config"]
         finally:
             runner.run(holding.__aexit__(None, None, None))
             runner.run(mounts.close())

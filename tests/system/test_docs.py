@@ -47,8 +47,10 @@ def image(session_registry: Registry, busybox_image: BusyboxImage) -> str:
 
 @pytest.fixture
 def environment(shared_cluster: RealCluster) -> dict[str, str]:
-    """Programs of the virtual environment on PATH, and the proxy's address."""
-    return {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "AFS_PROXY": shared_cluster.proxy}
+    """Programs of the virtual environment on PATH, the proxy's address, and where a node's sockets are."""
+    run_dir = str(shared_cluster.nodes[0].run_dir)
+    path = f"{BIN}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "AFS_PROXY": shared_cluster.proxy, "AFS_RUN_DIR": run_dir}
 
 
 @pytest.mark.parametrize("block", [block for block in blocks("sh") if "grpcd &" not in str(block)])  # see the last test

@@ -124,7 +124,8 @@ class RealCluster:
             status = asyncio.run(_status(node.afslet.address))
             if status.running_containers or status.used_cpu_cores or status.used_memory_mb:
                 found.append(f"{node.node_id}: reserved {status}")
-            for scratch in ("snapshotter/roots", "afslet/runs", "layerstore/tmp", "run/runtime"):
+            scratches = ("snapshotter/roots", "snapshotter/attached", "afslet/runs", "layerstore/tmp", "run/runtime")
+            for scratch in scratches:
                 directory = node.directory / scratch
                 found += [f"{path}" for path in directory.iterdir()]
                 found += [f"mount {mount.target}" for mount in list_mounts(str(directory))]

@@ -18,10 +18,10 @@ import sys
 import threading
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 Mode = Literal["kill", "enospc"]
 _CALLS = ("pwrite", "rename", "replace", "fsync", "unlink", "rmdir", "ftruncate", "mkdir", "utime")
@@ -31,6 +31,11 @@ _MOST = 500
 
 class Scenario:
     """What a test does to a directory; each method runs in a process of its own."""
+
+    calls: ClassVar[Sequence[tuple[Any, str, bool]]] = ()
+    """Further functions to end the work at: a module or class, the name in it, and whether it fails without space."""
+    modes: ClassVar[Sequence[Mode]] = get_args(Mode)
+    """What to do to it; of the others there are 0 calls."""
 
     def prepare(self, root: Path) -> None:
         """Make what is there before."""
@@ -50,15 +55,17 @@ class Scenario:
 class _Faults:
     """Counts calls that change the file system, and strikes at number `at`."""
 
-    def __init__(self, at: int, mode: Mode) -> None:
+    def __init__(self, at: int, mode: Mode, calls: Sequence[tuple[Any, str, bool]]) -> None:
         self._at, self._mode = at, mode
+        self._calls = calls
+        self._need_space = _NEED_SPACE | {name for _, name, needs_space in calls if needs_space}
         self._count = 0
         self._lock = threading.Lock()
         self.struck = False
 
     def _strike(self, name: str) -> bool:
         with self._lock:
-            if self._mode == "enospc" and name not in _NEED_SPACE:
+            if self._mode == "enospc" and name not in self._need_space:
                 return False
             self._count += 1
             self.struck = self.struck or self._count == self._at
@@ -71,8 +78,8 @@ class _Faults:
 
     def install(self) -> None:
         """Replace the functions of this process."""
-        for name in _CALLS:
-            setattr(os, name, self._wrapped(name, getattr(os, name)))
+        for owner, name in (*((os, name) for name in _CALLS), *(call[:2] for call in self._calls)):
+            setattr(owner, name, self._wrapped(name, getattr(owner, name)))
         for module in (io, builtins):
             vars(module)["open"] = self._opening(vars(module)["open"])
 
@@ -122,7 +129,7 @@ _DONE, _STRUCK = 0, 3
 
 
 def _work(scenario: Scenario, root: Path, at: int, mode: Mode) -> int:
-    faults = _Faults(at, mode)
+    faults = _Faults(at, mode, scenario.calls)
     faults.install()
     try:
         scenario.work(root)
@@ -175,7 +182,7 @@ def main() -> None:
     module, name, directory = sys.argv[1:]
     scenario: Scenario = getattr(importlib.import_module(module), name)()
     for mode in get_args(Mode):
-        print(run_scenario(scenario, mode, Path(directory) / mode))
+        print(run_scenario(scenario, mode, Path(directory) / mode) if mode in scenario.modes else 0)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,11 @@ import io
 from typing import TYPE_CHECKING
 
 from afs.layerstore.afslyr.convert import Converted, convert
-from afs.snapshotter.fusedprocess import FusedProcess
+from afs.snapshotter.fusedworkers import FusedWorkers
 from afs.snapshotter.layermounts import LayerMounts
-from afs.snapshotter.roots import RootRequest, Roots
+from afs.snapshotter.probe import find_backends
+from afs.snapshotter.rootmount import RootRequest
+from afs.snapshotter.roots import Roots
 from tests.testbed import mounts, oci
 
 if TYPE_CHECKING:
@@ -48,8 +50,9 @@ async def merged(work: Path, layers: Sequence[tuple[str, Path]]) -> AsyncIterato
     the root directory is that of its upper directory.
     """
     work.mkdir()
-    fused = FusedProcess(work / "f", work / "faults", work / "fill.sock", 1.0)
-    layer_mounts = LayerMounts(work / "l", fused, 0)
+    fused = FusedWorkers(work / "f", work / "faults", work / "fill.sock", 1.0)
+    backends = find_backends(work, work, None)
+    layer_mounts = LayerMounts(work / "l", fused, backends, 0)
     roots = Roots(work / "r", work / "base", layer_mounts, f"unix:{work}/none")
     roots.prepare()
     try:

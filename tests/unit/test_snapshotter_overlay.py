@@ -1,31 +1,31 @@
-"""Options of overlay mounts."""
+"""Options of overlay mounts, and what is refused before the kernel is asked."""
 
 from pathlib import Path
 
 import pytest
 
 from afs.core.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
-from afs.snapshotter.overlay import mount_overlay, options
-from afs.snapshotter.roots import RootRequest
+from afs.snapshotter import overlay
+from afs.snapshotter.rootmount import RootRequest
 
-ALWAYS = "index=off,redirect_dir=off,metacopy=off"
-
-
-def test_options() -> None:
-    assert options([Path("/a"), Path("/b")], None, None) == f"lowerdir=/a:/b,{ALWAYS}"
-    assert options([Path("/a")], Path("/u"), Path("/w")) == f"lowerdir=/a,upperdir=/u,workdir=/w,volatile,{ALWAYS}"
+ALWAYS = [("index", "off"), ("redirect_dir", "off"), ("metacopy", "off")]
 
 
-def test_separators_are_escaped() -> None:
-    assert options([Path("/a:b"), Path("/c,d"), Path("/e\\f")], None, None).startswith(
-        "lowerdir=/a\\:b:/c\\,d:/e\\\\f,"
-    )
+def test_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overlay, "in_user_namespace", lambda: False)
+    assert overlay.settings(writable=False) == ALWAYS
+    assert overlay.settings(writable=True) == [*ALWAYS, ("volatile", None)]
+    monkeypatch.setattr(overlay, "in_user_namespace", lambda: True)
+    inside = [("index", "off"), ("redirect_dir", "nofollow"), ("metacopy", "off")]
+    assert overlay.settings(writable=True) == [*inside, ("volatile", None), ("userxattr", None)]
 
 
 def test_too_many_layers_are_told(tmp_path: Path) -> None:
-    lower = [Path(f"/run/afs/layer/{number}") for number in range(300)]
-    with pytest.raises(ResourceExhausted, match=f"^300 layers are too many for one mount at {tmp_path}: mount options"):
-        mount_overlay(tmp_path, lower)
+    lower = [Path(f"/run/afs/layer/{number}") for number in range(501)]
+    with pytest.raises(
+        ResourceExhausted, match=f"^501 layers are too many for one mount at {tmp_path}: overlayfs takes"
+    ):
+        overlay.mount_overlay(tmp_path, lower)
 
 
 def test_directories_that_a_client_names(tmp_path: Path) -> None:

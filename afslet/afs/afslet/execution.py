@@ -26,8 +26,9 @@ from afs.afslet.upload import Attributes, Staging
 from afs.core.errors import Internal, InvalidArgument
 from afs.core.files import remove_tree
 from afs.proto.v1 import afslet_pb2 as pb
-from afs.proto.v1.mounts_pb2 import MountedRoot, OpenImage
+from afs.proto.v1.mounts_pb2 import OpenImage
 from afs.snapshotter.client import Hold, Mounts
+from afs.snapshotter.messages import MountedRoot, root_request
 
 TIMED_OUT, NOT_EXECUTABLE, NOT_FOUND, KILLED = 124, 126, 127, 137  # as timeout(1) and sh
 DIFF_NAME = "writable-upper.tar.gz"
@@ -80,7 +81,7 @@ class Execution:
             image, staging = await self._prepare(stack, hold, requests)
             root = await self._make_root(hold, staging)
             result: pb.Result | None = None
-            async with contextlib.aclosing(self._run(hold, image, Path(root.path))) as events:
+            async with contextlib.aclosing(self._run(hold, image, root.path)) as events:
                 async for event in events:
                     if isinstance(event, pb.Result):
                         result = event
@@ -90,7 +91,8 @@ class Execution:
                 raise Internal(f"run {self._name} ended without a result")
             yield pb.ExecuteResponse(result=result)
             yield pb.ExecuteResponse(tar_header=pb.TarHeader(name=DIFF_NAME))
-            chunks = diff_chunks(Path(root.upper), [Path(path) for path in root.lower])
+            assert root.upper is not None
+            chunks = diff_chunks(root.upper, root.lower)
             while chunk := await asyncio.to_thread(next, chunks, b""):
                 yield pb.ExecuteResponse(tar_chunk=pb.TarChunk(data=chunk))
         # Only now is everything given back: a client that saw `done` can count on it.
@@ -151,9 +153,9 @@ class Execution:
         with self._timed("root_us"):
             if staging is None:
                 return await hold.mount()
-            view = await hold.mount(read_only=True)
-            await asyncio.to_thread(staging.settle, Path(view.path))
-            return await hold.mount([str(staging.directory)])
+            view = await hold.mount(root_request(read_only=True))
+            await asyncio.to_thread(staging.settle, view.path)
+            return await hold.mount(root_request([staging.directory]))
 
     async def _run(
         self, hold: Hold, image: dict[str, Any], root: Path

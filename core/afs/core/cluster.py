@@ -114,6 +114,7 @@ class Settings:
     afslet_port: int = 0
     proxy_port: int = 0
     layerstore_flags: tuple[str, ...] = ()
+    snapshotter_flags: tuple[str, ...] = ()
     afslet_flags: tuple[str, ...] = ()
 
 
@@ -172,7 +173,8 @@ class Cluster:
                     settings.directory,
                 )
             )
-            arguments = [f"--root={directory}/snapshotter", f"--run-dir={run_dir}"]
+            arguments = [f"--root={directory}/snapshotter", f"--run-dir={run_dir}", "--no-keep-mounts"]
+            arguments += [f"--layerstore-root={directory}/layerstore", *settings.snapshotter_flags]
             started.append(
                 await start_process(f"{node_id}-snapshotter", "afs.snapshotter", arguments, settings.directory)
             )

@@ -20,6 +20,10 @@ class MountPoint:
     target: str
     fstype: str
     source: str
+    root: str
+    """The directory of the file system that is mounted: ``/`` but for bind mounts."""
+    device: str
+    """major:minor of the file system; all mounts of one share it."""
 
 
 def _unescape(field: str) -> str:
@@ -30,13 +34,14 @@ def list_mounts(below: str = "/") -> list[MountPoint]:
     """The mounts at or below directory *below*, in the order they were made: unmount them backwards."""
     prefix = below.rstrip("/") + "/"
     found = []
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
         for line in lines:
             before, _, after = line.partition(" - ")
-            target = _unescape(before.split(" ")[4])
+            device, root, target = before.split(" ")[2:5]
             fstype, source = after.split(" ")[:2]
+            target = _unescape(target)
             if target == below or target.startswith(prefix):
-                found.append(MountPoint(target, fstype, _unescape(source)))
+                found.append(MountPoint(target, fstype, _unescape(source), _unescape(root), device))
     return found
 
 

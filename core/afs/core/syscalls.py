@@ -1,26 +1,54 @@
 """Linux system calls that Python's os module lacks. One thin wrapper each; OSError names the object."""
 
+import contextlib
 import ctypes
 import errno
 import fcntl
 import os
 import struct
 import sys
+from typing import Self
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
 _libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
 _libc.syscall.restype = ctypes.c_long
 _libc.prctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong)
+_libc.unshare.argtypes = (ctypes.c_int,)
 _libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 MS_RDONLY = 1
 MS_NOSUID = 2
 MS_NODEV = 4
+MS_NOEXEC = 8
+MS_REMOUNT = 32
+MS_BIND = 4096
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
+CLONE_FS = 0x200
 
-_NR_OPENAT2 = 437  # the same number on every architecture: it came after the tables were unified
+# The same numbers on every architecture: these came after the tables were unified.
+_NR_MOVE_MOUNT = 429
+_NR_FSOPEN = 430
+_NR_FSCONFIG = 431
+_NR_FSMOUNT = 432
+_NR_OPENAT2 = 437
+
+_FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1
+_FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_SET_FD, _FSCONFIG_CMD_CREATE = 0, 1, 5, 6
+_MOVE_MOUNT_F_EMPTY_PATH = 0x4
+_AT_FDCWD = -100
+MOUNT_ATTR_RDONLY = 0x1
+MOUNT_ATTR_NODEV = 0x4
+
+LOOP_CONTROL = "/dev/loop-control"
+_LOOP_CONFIGURE = 0x4C0A
+_LOOP_CTL_GET_FREE = 0x4C82
+_LO_FLAGS_READ_ONLY, _LO_FLAGS_AUTOCLEAR = 1, 4
+_LOOP_INFO_SIZE, _LOOP_INFO_FLAGS = 232, 52  # struct loop_info64: its size, and where lo_flags is
+_LOOP_CONFIG_RESERVED = 64
+_LOOP_ATTEMPTS = 256
+
 RESOLVE_NO_MAGICLINKS = 0x02
 RESOLVE_NO_SYMLINKS = 0x04
 RESOLVE_BENEATH = 0x08
@@ -108,3 +136,106 @@ def has_verity(fd: int) -> bool:
             return False
         raise
     return bool(int.from_bytes(flags[:4], sys.byteorder) & _FS_VERITY_FL)
+
+
+def unshare(flags: int) -> None:
+    """unshare(2) of the calling thread."""
+    _check(_libc.unshare(flags), "unshare")
+
+
+class MountContext:
+    """A file system that is being set up, by fsopen(2) and its relatives (Linux 5.2). Used within a ``with`` block.
+
+    Every error carries what the kernel wrote about it, which mount(2) leaves in its log.
+    """
+
+    def __init__(self, fstype: str) -> None:
+        self._fstype = fstype
+        self._fd = _check(
+            _libc.syscall(ctypes.c_long(_NR_FSOPEN), ctypes.c_char_p(fstype.encode()), ctypes.c_uint(_FSOPEN_CLOEXEC)),
+            fstype,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+    def set(self, key: str, value: str | None = None) -> None:
+        """Set an option, or a flag if *value* is None. A value has at most 255 bytes."""
+        command = _FSCONFIG_SET_FLAG if value is None else _FSCONFIG_SET_STRING
+        self._configure(command, key, None if value is None else os.fsencode(value), 0)
+
+    def set_fd(self, key: str, fd: int) -> None:
+        """Set an option that takes a file, to the one that *fd* (perhaps of O_PATH) has open."""
+        self._configure(_FSCONFIG_SET_FD, key, None, fd)
+
+    def mount(self, target: str, attributes: int) -> None:
+        """Make the file system and mount it at *target*; *attributes* are MOUNT_ATTR_*."""
+        self._configure(_FSCONFIG_CMD_CREATE, None, None, 0)
+        call = ctypes.c_long(_NR_FSMOUNT), ctypes.c_int(self._fd), ctypes.c_uint(_FSMOUNT_CLOEXEC)
+        mounted = self._checked(_libc.syscall(*call, ctypes.c_uint(attributes)), target)
+        try:
+            source = ctypes.c_int(mounted), ctypes.c_char_p(b"")
+            to = ctypes.c_int(_AT_FDCWD), ctypes.c_char_p(os.fsencode(target))
+            done = _libc.syscall(ctypes.c_long(_NR_MOVE_MOUNT), *source, *to, ctypes.c_uint(_MOVE_MOUNT_F_EMPTY_PATH))
+            _check(done, target)
+        finally:
+            os.close(mounted)
+
+    def _configure(self, command: int, key: str | None, value: bytes | None, aux: int) -> None:
+        done = _libc.syscall(
+            ctypes.c_long(_NR_FSCONFIG),
+            ctypes.c_int(self._fd),
+            ctypes.c_uint(command),
+            ctypes.c_char_p(key.encode() if key is not None else None),
+            ctypes.c_char_p(value),
+            ctypes.c_int(aux),
+        )
+        self._checked(done, key or self._fstype)
+
+    def _checked(self, result: int, what: str) -> int:
+        try:
+            return _check(result, what)
+        except OSError as error:
+            if said := self._messages():
+                raise OSError(error.errno, f"{error.strerror} ({said})", what) from None
+            raise
+
+    def _messages(self) -> str:
+        """What the kernel has to say, without the letter that tells errors from warnings."""
+        lines = []
+        with contextlib.suppress(OSError):  # ENODATA ends them
+            while line := os.read(self._fd, 4096):
+                lines.append(line.decode(errors="replace").strip()[2:])
+        return "; ".join(lines)
+
+
+def attach_loop(file: int, block_size: int) -> tuple[int, str]:
+    """A read-only loop device over the file of descriptor *file*: a descriptor of it and its path (Linux 5.8).
+
+    The device is set up in one step and goes with its last user (autoclear), so whoever is killed in between leaves
+    none. OSError names /dev/loop-control or the device.
+    """
+    info = bytearray(_LOOP_INFO_SIZE)
+    struct.pack_into("=I", info, _LOOP_INFO_FLAGS, _LO_FLAGS_READ_ONLY | _LO_FLAGS_AUTOCLEAR)
+    config = struct.pack("=II", file, block_size) + bytes(info) + bytes(_LOOP_CONFIG_RESERVED)
+    control = os.open(LOOP_CONTROL, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        attempts = 0
+        while True:
+            path = f"/dev/loop{fcntl.ioctl(control, _LOOP_CTL_GET_FREE)}"
+            device = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            attempts += 1
+            try:
+                fcntl.ioctl(device, _LOOP_CONFIGURE, config)
+            except OSError as error:
+                os.close(device)
+                # EBUSY: somebody else was quicker to take it.
+                if error.errno != errno.EBUSY or attempts == _LOOP_ATTEMPTS:
+                    raise OSError(error.errno, error.strerror, path) from error
+            else:
+                return device, path
+    finally:
+        os.close(control)

@@ -4,11 +4,18 @@ import asyncio
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from afs.core.cli import daemon_command
 from afs.core.config import setting
 from afs.core.service import notify
 from afs.core.units import parse_duration
+
+if TYPE_CHECKING:
+    from afs.snapshotter.attached import AttachedRoots
+    from afs.snapshotter.fusedworkers import FusedWorkers
+    from afs.snapshotter.layermounts import LayerMounts
+    from afs.snapshotter.roots import Roots
 
 SERVICE = "snapshotter"
 
@@ -20,23 +27,36 @@ class Config:
     root: Path = setting(Path("/var/lib/afs/snapshotter"), "Directory of upper directories.")
     run_dir: Path = setting(Path("/run/afs"), "Directory of the layer mounts and of the unix sockets.")
     read_deadline: float = setting(40.0, "How long a read of a partial layer waits for the layerstore.", parse_duration)
+    fuse_workers: int = setting(2, "Processes that serve layers over FUSE; a crash of one touches its own layers only.")
+    backend: str = setting(
+        "auto", "How layers are mounted: erofs-file, erofs-loop, tree, or auto: the best that works."
+    )
+    layerstore_root: Path = setting(
+        Path("/var/lib/afs/layerstore"), "The layerstore's root: where mounts are tried out."
+    )
     keep_layers: int = setting(200, "Unused layers that stay mounted for the next run.")
+    keep_mounts: bool = setting(
+        True, "Leave what afs_mount --detach mounted when this service stops, for the next one."
+    )
     log_level: str = setting("INFO", "Least level to log.")
 
 
 async def serve(config: Config, stop: asyncio.Event) -> None:
     """Serve until *stop* is set."""
-    from afs.core.files import locked, remove_tree
-    from afs.core.mounts import unmount_below
+    from afs.core.files import locked
     from afs.core.rpc import serving
     from afs.proto.v1.mounts_pb2_grpc import add_MountsServicer_to_server
-    from afs.snapshotter.fusedprocess import FusedProcess
-    from afs.snapshotter.layermounts import LayerMounts, check_kernel
+    from afs.snapshotter.attached import AttachedRoots
+    from afs.snapshotter.backends import parse_backend
+    from afs.snapshotter.fusedworkers import FusedWorkers
+    from afs.snapshotter.layermounts import LayerMounts
     from afs.snapshotter.leases import report_mounts
+    from afs.snapshotter.probe import check_overlay, find_backends
     from afs.snapshotter.roots import Roots
     from afs.snapshotter.server import MountsService
 
-    check_kernel()
+    check_overlay()
+    forced = parse_backend(config.backend)
     run_dir = config.run_dir
     for path in (run_dir, config.root):
         path.mkdir(parents=True, exist_ok=True)
@@ -44,33 +64,40 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         # The directory of mounts as well: whoever starts clears it of what a crash left.
         stack.enter_context(locked(config.root / "lock", "afs_snapshotter"))
         stack.enter_context(locked(run_dir / "snapshotter.lock", "afs_snapshotter"))
-        # Layers below roots: what a killed process left goes from the top down.
-        fused = FusedProcess(run_dir / "fuse", run_dir / "faults", run_dir / "fill.sock", config.read_deadline)
-        mounts = LayerMounts(run_dir / "l", fused, config.keep_layers)
+        workers = FusedWorkers(
+            run_dir / "fuse", run_dir / "faults", run_dir / "fill.sock", config.read_deadline, config.fuse_workers
+        )
+        backends = await asyncio.to_thread(find_backends, config.layerstore_root, run_dir, forced)
+        mounts = LayerMounts(run_dir / "l", workers, backends, config.keep_layers)
         roots = Roots(config.root / "roots", run_dir / "base", mounts, f"unix:{run_dir}/layerstore.sock")
+        attached = AttachedRoots(config.root / "attached", roots, mounts)
+        # What an earlier snapshotter left: roots that nobody holds any more go from the top down, the rest is adopted
+        # from the bottom up. If that fails all stays as it is, for the next start.
         await asyncio.to_thread(roots.prepare)
-        for name in ("l", "fuse"):
-            (run_dir / name).mkdir(exist_ok=True)
-            await asyncio.to_thread(unmount_below, run_dir / name)
-            for path in (run_dir / name).iterdir():
-                path.rmdir()
-        remove_tree(run_dir / "faults")
-        (run_dir / "faults").mkdir()
-        stack.callback(remove_tree, run_dir / "faults")
-        stack.push_async_callback(fused.close)
-        stack.push_async_callback(mounts.close)
-        stack.push_async_callback(roots.close)
+        await workers.adopt()
+        await mounts.adopt()
+        await attached.adopt()
+        await mounts.drop_unclaimed()
+        stack.push_async_callback(_close, attached, roots, mounts, workers, keep=config.keep_mounts)
         # Ended before the mounts are: what it said last holds for the layerstore's grace period.
         reporting = asyncio.create_task(report_mounts(f"unix:{run_dir}/layerstore.sock", mounts))
         stack.push_async_callback(_cancelled, reporting)
-        # Started now, not at the first partial layer: importing it takes 0.15 s, and 0.5 s from a cold disk.
-        await fused.directory()
-        service = MountsService(roots, mounts)
+        service = MountsService(roots, attached, mounts, workers)
         await stack.enter_async_context(
             serving([f"unix:{run_dir}/mounts.sock"], lambda server: add_MountsServicer_to_server(service, server))
         )
         notify("READY=1")
         await stop.wait()
+
+
+async def _close(
+    attached: "AttachedRoots", roots: "Roots", mounts: "LayerMounts", workers: "FusedWorkers", *, keep: bool
+) -> None:
+    """Unmount everything from the top down; with *keep*, but for attached roots and what they need."""
+    await attached.close(keep=keep)
+    await roots.close(keep_base=bool(attached.records()))
+    await mounts.close(keep_used=keep)
+    await workers.close(keep=mounts.workers())
 
 
 async def _cancelled(task: "asyncio.Task[None]") -> None:

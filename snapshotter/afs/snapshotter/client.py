@@ -1,7 +1,9 @@
 """The asking side of the Mounts service, for afslet and afs_mount."""
 
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+import os
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import grpc.aio
@@ -10,6 +12,7 @@ from afs.core.errors import Unavailable
 from afs.core.rpc import EOF, calling, channel
 from afs.proto.v1 import mounts_pb2 as pb
 from afs.proto.v1.mounts_pb2_grpc import MountsStub
+from afs.snapshotter.messages import MountedRoot
 
 
 class Hold:
@@ -26,12 +29,10 @@ class Hold:
         self._lazy = opened.lazy
         return opened
 
-    async def mount(
-        self, extra_dirs: Sequence[str] = (), *, read_only: bool = False, target: str = ""
-    ) -> pb.MountedRoot:
-        """Have a root mounted; *extra_dirs* topmost first."""
-        wanted = pb.MountRoot(extra_dirs=list(extra_dirs), read_only=read_only, target=target)
-        return (await self._ask(pb.HoldRequest(mount=wanted))).mounted
+    async def mount(self, wanted: pb.MountRoot | None = None) -> MountedRoot:
+        """Have a root mounted; *wanted* comes from :func:`~afs.snapshotter.messages.root_request`."""
+        answer = await self._ask(pb.HoldRequest(mount=wanted or pb.MountRoot()))
+        return MountedRoot.from_message(answer.mounted)
 
     async def check(self) -> None:
         """Unavailable if a read of the image's layers failed since it was opened: what ran on it cannot be trusted."""
@@ -68,6 +69,10 @@ class Hold:
         """The error for work that needed what was mounted."""
         return Unavailable(f"{self._peer} went away while a root of it was in use")
 
+    def cancel(self) -> None:
+        """End the call at once, whatever is under way; what was mounted goes soon."""
+        self._call.cancel()
+
     async def release(self) -> None:
         """Give everything back; on return it is unmounted and removed."""
         with calling(self._peer):
@@ -97,6 +102,17 @@ class Mounts:
             yield hold
         finally:
             await hold.release()
+
+    async def attach(self, image: pb.OpenImage, wanted: pb.MountRoot) -> MountedRoot:
+        """Have a root mounted at its target that stays until :meth:`detach`; *wanted* comes from :func:`~afs.snapshotter.messages.root_request`."""
+        with calling(self._peer):
+            return MountedRoot.from_message(await self._stub.Attach(pb.AttachRequest(open=image, mount=wanted)))
+
+    async def detach(self, target: str | Path) -> Path | None:
+        """Unmount an attached root; the upper directory that stays, if it has one."""
+        with calling(self._peer):
+            answer = await self._stub.Detach(pb.DetachRequest(target=os.fsencode(target)))
+        return Path(os.fsdecode(answer.kept_upper)) if answer.kept_upper else None
 
     async def stats(self) -> pb.StatsResponse:
         """What is mounted."""

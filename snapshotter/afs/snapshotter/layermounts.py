@@ -1,12 +1,13 @@
-"""Layer mounts: one EROFS mount per layer and node, shared by all roots, counted, unmounted when idle.
+"""Layer mounts: one mount per layer and node, shared by all roots, counted, unmounted when idle.
 
-State and locks (one event loop): ``_mounted`` maps diff_ids to mounts in the order of last use. A mount is made under
-single flight by diff_id. ``users`` changes without an await between the look-up and the change, so a mount that
-:meth:`LayerMounts._trim` takes away (users == 0, removed from the map before the first await) is never handed out again.
-A mount whose afs_fused died leaves the map at the next look-up and is unmounted by its last user.
+State and locks (one event loop): ``_mounted`` maps diff_ids to the mounts for new users, in the order of last use. A mount
+is made under single flight by diff_id. ``users`` changes without an await between the look-up and the change, so a mount
+that :meth:`LayerMounts._trim` takes away (users == 0, removed from the map before the first await) is never handed out
+again. A mount whose afs_fused died, or that is lazy while the layer is complete now, leaves the map at the next look-up
+and is unmounted by its last user.
 
 ``_all`` holds every mount that exists, in the map or not, until it is unmounted: :meth:`LayerMounts.leases` tells the
-layerstore of them. ``_opening`` has the numbers of the OpenImage calls whose layers are on their way into it, and the
+layerstore of them. A mount that is ``leaving`` is being unmounted, and nobody gets it any more. ``_opening`` has the numbers of the OpenImage calls whose layers are on their way into it, and the
 layers once they are known: a layerstore that starts anew in between knows nothing of its answer, so they count as in use.
 ``_stuck`` are those of ``_all`` that left the map and whose unmount failed; :meth:`LayerMounts.release` tries again.
 ``changed`` is set whenever any of them has changed.
@@ -14,46 +15,50 @@ layers once they are known: a layerstore that starts anew in between knows nothi
 
 import asyncio
 import contextlib
-import errno
 import logging
-import os
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from afs.core import syscalls
-from afs.core.digests import hex_of
-from afs.core.errors import FailedPrecondition, Internal
+from afs.core.errors import FailedPrecondition, Internal, NotFound
 from afs.core.mounts import unmount
 from afs.core.singleflight import SingleFlight
 from afs.proto.v1 import layerstore_pb2 as pb
-from afs.snapshotter.fusedprocess import FusedProcess
+from afs.snapshotter.adoption import Found, find_mounts
+from afs.snapshotter.backends import Backend, Backends, Unusable, is_opaque, mount_layer
+from afs.snapshotter.fusedworkers import FusedWorkers, Worker
+from afs.snapshotter.overlay import in_user_namespace
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class MountedLayer:
-    """*backend* is ``erofs-file`` (a local file) or ``erofs-fuse`` (a partial layer)."""
+    """One mount of a layer at *path*. *lazy*: it was made while the layer was partial, and bytes may come from elsewhere."""
 
     diff_id: str
     path: Path
-    backend: str
+    backend: Backend
+    lazy: bool
     opaque: bool = False  # its root hides all layers below it
-    served_from: Path | None = None  # afs_fused's directory
+    worker: Worker | None = None  # the afs_fused that it is read through
+    fallback: str = ""  # why a backend that is better here could not be used
     users: int = 0
+    leaving: bool = False
 
 
 class LayerMounts:
-    """Mounts below *directory* with short names: their paths have to fit the one page of overlayfs options.
+    """Mounts below *directory*, named by numbers. :attr:`fallbacks` counts why a backend could not be used for a layer.
 
     *keep* is how many layers that nobody uses stay mounted for the next run.
     """
 
-    def __init__(self, directory: Path, fused: FusedProcess, keep: int) -> None:
+    def __init__(self, directory: Path, fused: FusedWorkers, backends: Backends, keep: int) -> None:
         self._directory = directory
         self._fused = fused
+        self._backends = backends
         self._keep = keep
         self._mounted: dict[str, MountedLayer] = {}
         self._all: dict[Path, MountedLayer] = {}
@@ -64,49 +69,154 @@ class LayerMounts:
         self.changed = asyncio.Event()
         self._next = 0
         self._going: set[asyncio.Task[None]] = set()
+        self._closed = False
+        self.fallbacks: Counter[str] = Counter()
+
+    async def adopt(self) -> None:
+        """Take over what an earlier snapshotter left mounted below the directory; the workers have been adopted.
+
+        What is mounted through a worker that is gone, and what is no layer, is unmounted.
+        """
+        self._directory.mkdir(parents=True, exist_ok=True)
+        found = await asyncio.to_thread(find_mounts, self._directory)
+        numbers = [int(path.name) for path in self._directory.iterdir() if path.name.isdecimal()]
+        self._next = max(numbers, default=0)
+        given: Counter[tuple[Worker, str]] = Counter()
+        for mount in found:
+            layer = await self._adopted(mount)
+            if layer is None:
+                continue
+            self._all[layer.path] = layer
+            if layer.worker is not None:
+                given[layer.worker, layer.diff_id] += 1
+            better = self._mounted.get(layer.diff_id)
+            usable = layer.backend in {choice.backend for choice in self._backends.choices(lazy=layer.lazy)}
+            if usable and (better is None or better.lazy):
+                self._mounted[layer.diff_id] = layer
+        for (worker, diff_id), count in given.items():
+            worker.layers[diff_id] = count
+        for path in self._directory.iterdir():
+            if path not in self._all:
+                await asyncio.to_thread(_unmount_layer, path)
+        if found:
+            log.info("adopted %d of %d layer mounts", len(self._all), len(found))
+        self.changed.set()
+
+    async def _adopted(self, mount: Found) -> MountedLayer | None:
+        worker = None if mount.worker is None else self._fused.find(mount.worker)
+        if mount.worker is not None and (worker is None or not worker.alive):
+            log.error("layer %s at %s: its afs_fused is gone; unmounting it", mount.diff_id, mount.path)
+            return None
+        try:
+            opaque = await asyncio.to_thread(is_opaque, mount.path)
+        except OSError as error:
+            log.error("layer %s at %s: %s; unmounting it", mount.diff_id, mount.path, error.strerror)
+            return None
+        return MountedLayer(mount.diff_id, mount.path, mount.backend, worker is not None, opaque, worker)
+
+    async def drop_unclaimed(self) -> None:
+        """Unmount the adopted mounts that nobody uses and new users will not get; call it when all who can claim have."""
+        idle = [layer for layer in self._all.values() if not self._wanted(layer)]
+        await self._unmount_all(idle)
+        await self._trim(self._keep)
+
+    def _wanted(self, layer: MountedLayer) -> bool:
+        # What close() left mounted stays, though its users' blocks end too: the event loop closes them when it ends.
+        return self._closed or bool(layer.users) or layer.leaving or self._mounted.get(layer.diff_id) is layer
 
     @contextlib.asynccontextmanager
     async def using(self, diff_id: str, file: str) -> AsyncIterator[MountedLayer]:
         """The mount of a layer while the block runs; *file* is its complete file, "" if it is partial."""
-        await self._drop_dead(diff_id)
-        # Another user's _trim may take a new mount away between the end of the single flight and here.
-        while (layer := self._mounted.get(diff_id)) is None:
+        # Another user's _trim may take a new mount away between the end of the single flight and here; and that flight
+        # may have been somebody's who was told that the layer is partial.
+        while (layer := await self._current(diff_id, file)) is None:
             await self._mounting.run(diff_id, lambda: self._mount(diff_id, file))
         self._mounted[diff_id] = self._mounted.pop(diff_id)  # now the most recently used
-        layer.users += 1
+        async with self._holding(layer):
+            yield layer
+
+    @contextlib.asynccontextmanager
+    async def claiming(self, path: Path) -> AsyncIterator[MountedLayer]:
+        """The mount at *path*, which was adopted, while the block runs; NotFound if there is none."""
+        layer = self._all.get(path)
+        if layer is None or layer.leaving:
+            raise NotFound(f"no layer is mounted at {path} any more")
+        async with self._holding(layer):
+            yield layer
+
+    @contextlib.asynccontextmanager
+    async def _holding(self, layer: MountedLayer) -> AsyncIterator[None]:
+        layer.users += 1  # with no await since the caller found it
         self.changed.set()
         try:
-            yield layer
+            yield
         finally:
             layer.users -= 1
             self.changed.set()
-            if layer.users == 0 and self._mounted.get(diff_id) is not layer:
-                await self._unmount(layer)
+            if not self._wanted(layer):
+                await self._unmount_all([layer])
             await self._trim(self._keep)
 
-    async def _drop_dead(self, diff_id: str) -> None:
+    async def _current(self, diff_id: str, file: str) -> MountedLayer | None:
+        """The mount for a new user, if there is one that is good enough; does not suspend when it finds one."""
         layer = self._mounted.get(diff_id)
-        if layer is None or layer.served_from is None or self._fused.serves(layer.served_from):
-            return
-        log.error("layer %s: its afs_fused died; mounting it anew", diff_id)
+        if layer is None:
+            return None
+        if layer.worker is not None and not layer.worker.alive:
+            log.error("layer %s: its afs_fused died; mounting it anew", diff_id)
+        elif layer.lazy and file:
+            if layer.backend is Backend.TREE and self._backends.choices(lazy=False)[0].backend is Backend.TREE:
+                layer.lazy = False  # a new mount would be the same tree
+                return layer
+            log.info("layer %s is complete now: mounting its file", diff_id)
+        else:
+            return layer
         del self._mounted[diff_id]
-        if layer.users == 0:
-            await self._unmount(layer)
+        if not layer.users:
+            try:
+                await self._unmount_all([layer])
+            except OSError as error:  # it is among the stuck ones; the new user has nothing to do with it
+                log.error("cannot unmount %s: %s", layer.path, error.strerror)
+        return None
 
     async def _mount(self, diff_id: str, file: str) -> MountedLayer:
-        served_from = None if file else await self._fused.directory()
-        source = file if served_from is None else str(served_from / hex_of(diff_id))
+        """Mount it with the best backend that can."""
+        lazy = not file
+        why: list[str] = []
+        for choice in self._backends.choices(lazy=lazy):
+            try:
+                layer = await self._mount_with(choice.backend, diff_id, file)
+            except Unusable as error:
+                log.warning("layer %s: %s", diff_id, error.line)
+                self.fallbacks[error.line] += 1
+                why.append(error.line)
+                continue
+            except Internal as error:
+                raise Internal(f"layer {diff_id}: {error.line}") from error
+            layer.fallback = "; ".join(why)
+            self._mounted[diff_id] = self._all[layer.path] = layer
+            self.changed.set()
+            return layer
+        raise FailedPrecondition(f"cannot mount layer {diff_id}: {'; '.join(why) or self._backends.refusal(lazy=lazy)}")
+
+    async def _mount_with(self, backend: Backend, diff_id: str, file: str) -> MountedLayer:
+        worker = None
+        if not file or backend is Backend.TREE:
+            worker = await self._fused.place(diff_id)
         self._next += 1
         path = self._directory / str(self._next)
-        layer = MountedLayer(diff_id, path, "erofs-file" if file else "erofs-fuse", served_from=served_from)
-        layer.path.mkdir(parents=True)
+        layer = MountedLayer(diff_id, path, backend, lazy=not file, worker=worker)
+        if worker is None:
+            source = Path(file)
+        else:
+            tree = backend is Backend.TREE
+            source = worker.tree(diff_id, user_xattrs=in_user_namespace()) if tree else worker.file(diff_id)
         try:
-            layer.opaque = await asyncio.to_thread(_mount_erofs, source, layer.path, diff_id)
+            layer.opaque = await asyncio.to_thread(_mount_layer, backend, source, path)
         except BaseException:
-            layer.path.rmdir()
+            if worker is not None:
+                await worker.release(diff_id)
             raise
-        self._mounted[diff_id] = self._all[path] = layer
-        self.changed.set()
         return layer
 
     async def _trim(self, keep: int) -> None:
@@ -115,8 +225,9 @@ class LayerMounts:
 
     async def _take_away(self, idle: Sequence[MountedLayer]) -> None:
         for layer in idle:
-            del self._mounted[layer.diff_id]
-        await asyncio.gather(*(asyncio.shield(task) for task in [self._start_unmount(layer) for layer in idle]))
+            if self._mounted.get(layer.diff_id) is layer:
+                del self._mounted[layer.diff_id]
+        await self._unmount_all(idle)
 
     @contextlib.contextmanager
     def opening(self) -> Iterator[int]:
@@ -148,23 +259,26 @@ class LayerMounts:
         stuck = [self._all[path] for path in self._stuck if self._all[path].diff_id in diff_ids]
         self._stuck -= {layer.path for layer in stuck}
         try:
-            await self._take_away(
-                [layer for layer in self._mounted.values() if layer.diff_id in diff_ids and not layer.users]
-            )
-            await asyncio.gather(*(asyncio.shield(task) for task in [self._start_unmount(layer) for layer in stuck]))
+            named = [layer for layer in self._all.values() if layer.diff_id in diff_ids]
+            await self._take_away([layer for layer in named if not layer.users and not layer.leaving])
+            await self._unmount_all(stuck)
         finally:
             self.changed.set()  # an answer, even if nothing could go
 
-    async def _unmount(self, layer: MountedLayer) -> None:
-        await asyncio.shield(self._start_unmount(layer))
+    async def _unmount_all(self, layers: Iterable[MountedLayer]) -> None:
+        await asyncio.gather(*(asyncio.shield(task) for task in [self._start_unmount(layer) for layer in layers]))
 
     def _start_unmount(self, layer: MountedLayer) -> "asyncio.Task[None]":
         """A task of its own, begun at once: the layer has left the map already, so no cancelled caller may stop it."""
+
+        layer.leaving = True
 
         async def unmount_it() -> None:
             try:
                 await asyncio.to_thread(_unmount_layer, layer.path)
                 del self._all[layer.path]
+                if layer.worker is not None:
+                    await layer.worker.release(layer.diff_id)
             except BaseException:
                 self._stuck.add(layer.path)
                 raise
@@ -178,19 +292,32 @@ class LayerMounts:
 
     def faults(self, layer: MountedLayer) -> int:
         """How many reads of *layer* failed so far; one more if its afs_fused is gone, for then all do."""
-        if layer.served_from is None:
+        if layer.worker is None:
             return 0
-        return self._fused.faults(layer.diff_id) + (not self._fused.serves(layer.served_from))
+        return self._fused.faults(layer.diff_id) + (not layer.worker.alive)
 
     def mounted(self) -> list[MountedLayer]:
         """All layer mounts, least recently used first."""
         return list(self._mounted.values())
 
-    async def close(self) -> None:
-        """Unmount all; roots must be gone."""
+    def workers(self) -> set[Worker]:
+        """The workers that a mount is read through."""
+        return {layer.worker for layer in self._all.values() if layer.worker is not None}
+
+    async def close(self, *, keep_used: bool = False) -> None:
+        """Unmount all, or with *keep_used* all that nobody uses: what stays is there for :meth:`adopt`."""
         await self._mounting.close(cancel=False)
-        await self._trim(0)
+        if not keep_used:
+            for layer in self._all.values():
+                if layer.users:
+                    log.error("layer %s at %s is unmounted, though %d use it", layer.diff_id, layer.path, layer.users)
+        going = [layer for layer in self._all.values() if not layer.leaving and not (keep_used and layer.users)]
+        self._mounted.clear()
+        for layer in (*going, *(self._all[path] for path in self._stuck)):
+            self._start_unmount(layer)
+        self._stuck.clear()
         await asyncio.gather(*self._going, return_exceptions=True)
+        self._closed = True
 
 
 def _unmount_layer(path: Path) -> None:
@@ -198,34 +325,16 @@ def _unmount_layer(path: Path) -> None:
     path.rmdir()
 
 
-def _mount_erofs(source: str, target: Path, diff_id: str) -> bool:
-    """Mount it; whether its root is opaque."""
+def _mount_layer(backend: Backend, source: Path, target: Path) -> bool:
+    """Mount it at the new directory *target*; whether its root is opaque."""
+    target.mkdir(parents=True)
     try:
-        # nosuid and nodev hold for whoever looks below this path; overlayfs goes by the flags of its own mount.
-        flags = syscalls.MS_RDONLY | syscalls.MS_NODEV | syscalls.MS_NOSUID
-        syscalls.mount(source, str(target), "erofs", flags)
-    except OSError as error:
-        if error.errno == errno.ENOTBLK:
-            # EROFS asks for a block device where a file will not do: before kernel 6.12, or because the file's file
-            # system lacks read_folio, as tmpfs does.
-            why = "EROFS on a file needs kernel 6.12 and a layerstore root on a disk file system such as ext4 or xfs"
-            raise FailedPrecondition(f"cannot mount layer {diff_id} from {source}: {why}") from error
-        raise Internal(f"cannot mount layer {diff_id} from {source}: {error.strerror}") from error
-    try:
-        return "trusted.overlay.opaque" in os.listxattr(target)
-    except OSError as error:
-        unmount(str(target))
-        raise Internal(f"cannot read layer {diff_id} from {source}: {error.strerror}") from error
-
-
-def check_kernel() -> None:
-    """Raise FailedPrecondition if this kernel lacks a file system that AFS needs."""
-    with open("/proc/filesystems", encoding="ascii") as lines:
-        known = {line.split()[-1] for line in lines}
-    missing = {"erofs", "overlay", "fuse"} - known
-    if missing:
-        # Modules load at the first mount, which the kernel asks modprobe for; say so only if none is there to load.
-        import shutil
-
-        if shutil.which("modprobe") is None:
-            raise FailedPrecondition(f"this kernel has no {', '.join(sorted(missing))} (see /proc/filesystems)")
+        mount_layer(backend, source, target)
+        try:
+            return is_opaque(target)
+        except OSError as error:
+            unmount(str(target))
+            raise Internal(f"cannot read {source}: {error.strerror}") from error
+    except BaseException:
+        target.rmdir()
+        raise

@@ -1,72 +1,104 @@
 """Root file systems: an overlay of an image's layers, an upper directory and optional read-only directories.
 
-State: ``_removing`` are removals under way, so that a stop waits for them. Each :class:`Hold` is used by one call only.
-Directories of roots are numbered; nothing that a client names becomes a file name, except a mount target it asked for.
+State (one event loop): ``_removing`` are removals under way, so that a stop waits for them. ``_targets`` and ``_uppers``
+are the places that clients named and that a root has now, from before it is mounted until it is removed: they change
+without an await between the look and the change. Each root belongs to one exit stack: a Hold call's, or an attached
+root's. Directories of roots are numbered; nothing that a client names becomes a file name, except the places it asked for.
 """
 
 import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from afs.core.errors import FailedPrecondition, InvalidArgument
+from afs.core.errors import AlreadyExists, FailedPrecondition, InvalidArgument
 from afs.core.files import remove_tree
-from afs.core.mounts import list_mounts, unmount, unmount_below
+from afs.core.mounts import unmount_below
 from afs.core.rpc import calling, channel
 from afs.proto.v1 import layerstore_pb2 as pb
 from afs.proto.v1.layerstore_pb2_grpc import LayerstoreNodeStub
 from afs.snapshotter.layermounts import LayerMounts, MountedLayer
-from afs.snapshotter.overlay import mount_overlay
+from afs.snapshotter.messages import MountedRoot
+from afs.snapshotter.rootmount import (
+    Root,
+    RootRequest,
+    detach_root,
+    homes_below,
+    lower_directories,
+    make_root,
+    remove_root,
+)
 
 log = logging.getLogger(__name__)
 CONNECT_S = 1.5  # channel() tries to connect at least once a second
-_TARGET = "target"  # holds the path of a root that is mounted elsewhere
+_MAX_PATH = 230  # a home's path has to fit fsconfig(2), which takes 255 bytes
 _BASE_DIRECTORIES = ("dev", "proc", "sys")
 
 
+class Steps(NamedTuple):
+    """What is called in the thread that mounts a root: before and after that, and before it is taken down."""
+
+    before: Callable[[], None]
+    mounted: Callable[[], None]
+    leaving: Callable[[], None]
+
+
+NO_STEPS = Steps(*[lambda: None] * 3)
+
+
 class Roots:
-    """Makes roots below *directory*, which has to be on a file system that overlayfs takes as upper (ext4, xfs, tmpfs)."""
+    """Makes roots below *directory*, which has to be on a file system that overlayfs takes as upper (ext4, xfs, tmpfs).
+
+    *base* is the lowest directory of every root: the mount points that a container runtime needs. Without it the runtime
+    would make them in the upper directory of an image that lacks them, and they would be in the diff.
+    """
 
     def __init__(self, directory: Path, base: Path, mounts: LayerMounts, layerstore: str) -> None:
-        self._directory = directory
-        self._base = base
+        self._directory = directory.resolve()  # as mountinfo has it
+        self._base = base.resolve()
         self._mounts = mounts
         self._layerstore = f"layerstore {layerstore}"
         self._channel = channel(layerstore)
         self._stub = LayerstoreNodeStub(self._channel)
         self._next = 0
         self._removing: set[asyncio.Task[None]] = set()
+        self._targets: set[Path] = set()
+        self._uppers: set[Path] = set()
         self.count = 0
 
     def prepare(self) -> None:
         """Make the directories and clear what a crash left. Blocking, at start.
 
-        *base* is the lowest directory of every root: the mount points that a container runtime needs. Without it the
-        runtime would make them in the upper directory of an image that lacks them, and they would be in the diff.
+        Roots that a killed snapshotter left are detached: their users are gone, or about to be, and processes that still
+        run in one keep it until they end. InvalidArgument if the directory's path is too long.
         """
-        for file in self._directory.glob(f"*/{_TARGET}"):
-            target = Path(os.fsdecode(file.read_bytes()))
-            if _is_ours(target):
-                log.info("unmounting %s, which a crash left", target)
-                unmount(str(target))
-        for path in (self._directory, self._base):
-            if count := unmount_below(path):
-                log.info("unmounted %d mounts below %s, which a crash left", count, path)
-            remove_tree(path)
-            path.mkdir(parents=True)
+        if len(os.fsencode(self._directory)) > _MAX_PATH:
+            raise InvalidArgument(f"the path of {self._directory} is longer than {_MAX_PATH} bytes")
+        for home in homes_below(self._directory):
+            log.info("unmounting the root of %s, which a crash left", home)
+            detach_root(home)
+        if count := unmount_below(self._directory):
+            log.info("unmounted %d mounts below %s, which a crash left", count, self._directory)
+        still = {home.name for home in homes_below(self._directory)}
+        self._directory.mkdir(parents=True, exist_ok=True)
+        for home in self._directory.iterdir():
+            if home.name not in still:
+                remove_tree(home)
+        self._next = max((int(name) for name in still), default=0)
         # Not for others to enter: a run may leave setuid files in its upper directory, and here no nosuid holds.
         self._directory.chmod(0o700)
         for name in _BASE_DIRECTORIES:
-            (self._base / name).mkdir()
+            (self._base / name).mkdir(parents=True, exist_ok=True)
 
-    async def close(self) -> None:
-        """Wait for removals and remove the base directory."""
+    async def close(self, *, keep_base: bool = False) -> None:
+        """Wait for removals and remove the base directory, if no root is left that needs it."""
         await asyncio.gather(*self._removing, return_exceptions=True)
         await self._channel.close()
-        remove_tree(self._base)
+        if not keep_base:
+            remove_tree(self._base)
 
     async def open_image(
         self, stack: contextlib.AsyncExitStack, name: pb.ImageName, *, force_local: bool
@@ -96,104 +128,88 @@ class Roots:
         return [result for result in results if not isinstance(result, BaseException)]
 
     async def mount_root(
-        self, stack: contextlib.AsyncExitStack, layers: Sequence[MountedLayer], request: "RootRequest"
-    ) -> "MountedRoot":
-        """Mount a root over *layers* (bottom first) until *stack* closes."""
-        self._next += 1
-        home = self._directory / str(self._next)
-        merged = request.target or home / "merged"
-        image = _visible(layers)
-        root = MountedRoot(
-            merged, None if request.read_only else home / "upper", (*request.extra_dirs, *image, self._base)
-        )
-        # An image without layers is legal; its root directory is the base's.
-        attributes = image[0] if image else self._base
-        making = asyncio.create_task(asyncio.to_thread(_make_root, home, root, attributes), name=f"make {home}")
-        stack.push_async_callback(self._remove, making, home, merged)
-        self.count += 1
-        await asyncio.shield(making)
-        return root
+        self,
+        stack: contextlib.AsyncExitStack,
+        layers: Sequence[MountedLayer],
+        request: RootRequest,
+        home: Path | None = None,
+        steps: Steps = NO_STEPS,
+    ) -> MountedRoot:
+        """Mount a root over *layers* (bottom first) until *stack* closes; without *home* it gets a new one.
 
-    async def _remove(self, making: "asyncio.Task[None]", home: Path, merged: Path) -> None:
+        AlreadyExists or FailedPrecondition if another root has its target or upper directory.
+        """
+        if home is None:
+            self._next += 1
+            home = self._directory / str(self._next)
+        root, lower = Root.of(home, request), lower_directories(layers, request, self._base)
+        self.check_free(root)
+
+        def make() -> None:
+            root.home.mkdir()
+            steps.before()
+            make_root(root, lower)
+            steps.mounted()
+
+        making = self._push(stack, root, asyncio.to_thread(make), steps.leaving)
+        await asyncio.shield(making)
+        return MountedRoot(root.path, root.upper, lower.directories)
+
+    def check_free(self, root: Root) -> None:
+        """AlreadyExists or FailedPrecondition if another root has the target or upper directory of *root*."""
+        if root.path in self._targets:
+            raise AlreadyExists(f"a root is mounted at {root.path} already")
+        if root.kept_upper in self._uppers:
+            raise FailedPrecondition(f"upper directory {root.kept_upper} is in use by another root")
+
+    def adopt_root(self, stack: contextlib.AsyncExitStack, root: Root, leaving: Callable[[], None]) -> None:
+        """Take over a mounted *root*: it goes when *stack* closes; *leaving* is called before."""
+        self._push(stack, root, _nothing(), leaving)
+
+    def has(self, target: Path) -> bool:
+        """Whether a root is mounted at *target*."""
+        return target in self._targets
+
+    def _push(
+        self,
+        stack: contextlib.AsyncExitStack,
+        root: Root,
+        make: Coroutine[Any, Any, None],
+        leaving: Callable[[], None],
+    ) -> "asyncio.Task[None]":
+        """Begin *make*, after which *stack* has to remove *root*."""
+        self._targets.add(root.path)
+        if root.kept_upper is not None:
+            self._uppers.add(root.kept_upper)
+        self.count += 1
+        making = asyncio.create_task(make, name=f"make {root.home}")
+        stack.push_async_callback(self._remove, making, root, leaving)
+        return making
+
+    async def _remove(self, making: "asyncio.Task[None]", root: Root, leaving: Callable[[], None]) -> None:
         """Unmount and delete a root. Runs to its end even if the caller is cancelled meanwhile."""
 
         async def remove() -> None:
             await asyncio.wait([making])  # a thread cannot be cancelled: what it mounts has to be unmounted after it
-            made = not making.cancelled() and making.exception() is None
-            await asyncio.to_thread(_remove_root, home, merged if made else None)
+            try:
+                await asyncio.to_thread(_take_down, root, leaving)
+            finally:
+                self._targets.discard(root.path)
+                if root.kept_upper is not None:
+                    self._uppers.discard(root.kept_upper)
 
-        task = asyncio.create_task(remove(), name=f"remove {home}")
+        task = asyncio.create_task(remove(), name=f"remove {root.home}")
         self._removing.add(task)
         task.add_done_callback(self._removing.discard)
         self.count -= 1
         await asyncio.shield(task)
 
 
-@dataclass(frozen=True, slots=True)
-class MountedRoot:
-    """A mounted root; *lower* is topmost first, *upper* is None for a read-only root."""
-
-    path: Path
-    upper: Path | None
-    lower: tuple[Path, ...]
+async def _nothing() -> None:
+    pass
 
 
-class RootRequest:
-    """What kind of root is wanted. *extra_dirs* are read-only, topmost first, over the image."""
-
-    __slots__ = ("extra_dirs", "read_only", "target")
-
-    def __init__(self, extra_dirs: Sequence[str] = (), *, read_only: bool = False, target: str = "") -> None:
-        for path in (*extra_dirs, *([target] if target else [])):
-            if not os.path.isabs(path):
-                raise InvalidArgument(f"{path!r} is not an absolute path")
-            if not os.path.isdir(path):
-                raise FailedPrecondition(f"{path} is not a directory")
-        self.extra_dirs = tuple(Path(path) for path in extra_dirs)
-        self.read_only = read_only
-        self.target = Path(target) if target else None
-
-
-def _visible(layers: Sequence[MountedLayer]) -> list[Path]:
-    """The lower directories for *layers* (bottom first), topmost first.
-
-    A layer whose root is opaque hides all below it; overlayfs itself ignores the mark on a root. And overlayfs refuses
-    a directory that is given twice: an image may hold one layer several times, the topmost one decides.
-    """
-    paths: dict[Path, None] = {}
-    for layer in reversed(layers):
-        paths.setdefault(layer.path)
-        if layer.opaque:
-            break
-    return list(paths)
-
-
-def _make_root(home: Path, root: MountedRoot, attributes: Path) -> None:
-    home.mkdir()
-    work = None
-    if root.upper is not None:
-        root.upper.mkdir()
-        work = home / "work"
-        work.mkdir()
-        # The merged root directory takes its attributes from the upper one, so give it the image's.
-        status = os.stat(attributes)
-        os.chown(root.upper, status.st_uid, status.st_gid)
-        os.chmod(root.upper, status.st_mode & 0o7777)
-    if root.path.parent == home:
-        root.path.mkdir()
-    else:  # for whoever cleans up after a crash
-        (home / _TARGET).write_bytes(os.fsencode(root.path))
-    mount_overlay(root.path, root.lower, root.upper, work)
-
-
-def _remove_root(home: Path, merged: Path | None) -> None:
-    """Unmount the overlay at *merged*, if it was made, and delete *home*. A target may be below somebody else's mount."""
-    if merged is not None and _is_ours(merged):
-        unmount(str(merged))
-    remove_tree(home)
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether what is mounted at *path*, topmost, is an overlay of ours: its user may have unmounted it by hand."""
-    at = [mount for mount in list_mounts(os.path.realpath(path)) if mount.target == os.path.realpath(path)]
-    return bool(at) and (at[-1].fstype, at[-1].source) == ("overlay", "afs")
+def _take_down(root: Root, leaving: Callable[[], None]) -> None:
+    leaving()
+    if detach_root(root.home):
+        remove_root(root)

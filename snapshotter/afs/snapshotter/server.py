@@ -1,7 +1,9 @@
 """The Mounts gRPC service; see proto/afs/proto/v1/mounts.proto."""
 
 import contextlib
+import os
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc.aio
@@ -10,8 +12,12 @@ from typing_extensions import override
 from afs.core.errors import InvalidArgument
 from afs.proto.v1 import layerstore_pb2, mounts_pb2_grpc
 from afs.proto.v1 import mounts_pb2 as pb
+from afs.snapshotter.attached import AttachedRoots, Record
+from afs.snapshotter.fusedwire import ReadStats
+from afs.snapshotter.fusedworkers import FusedWorkers
 from afs.snapshotter.layermounts import LayerMounts, MountedLayer
-from afs.snapshotter.roots import RootRequest, Roots
+from afs.snapshotter.rootmount import RootRequest
+from afs.snapshotter.roots import Roots
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -19,9 +25,11 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class MountsService(mounts_pb2_grpc.MountsServicer):
     """Roots for programs of this node."""
 
-    def __init__(self, roots: Roots, mounts: LayerMounts) -> None:
+    def __init__(self, roots: Roots, attached: AttachedRoots, mounts: LayerMounts, workers: FusedWorkers) -> None:
         self._roots = roots
+        self._attached = attached
         self._mounts = mounts
+        self._workers = workers
 
     @override
     async def Hold(
@@ -41,13 +49,8 @@ class MountsService(mounts_pb2_grpc.MountsServicer):
                 elif request.HasField("mount"):
                     if layers is None:
                         raise InvalidArgument("open an image before mounting it")
-                    wanted = RootRequest(
-                        request.mount.extra_dirs, read_only=request.mount.read_only, target=request.mount.target
-                    )
-                    root = await self._roots.mount_root(stack, layers, wanted)
-                    lower = [str(path) for path in root.lower]
-                    mounted = pb.MountedRoot(path=str(root.path), upper=str(root.upper or ""), lower=lower)
-                    yield pb.HoldResponse(mounted=mounted)
+                    root = await self._roots.mount_root(stack, layers, _root_request(request.mount))
+                    yield pb.HoldResponse(mounted=root.message())
                 elif request.HasField("check"):
                     pairs = zip(layers or [], faults, strict=True)
                     failed = {layer.diff_id for layer, before in pairs if self._mounts.faults(layer) != before}
@@ -58,22 +61,78 @@ class MountsService(mounts_pb2_grpc.MountsServicer):
     async def _open(
         self, stack: contextlib.AsyncExitStack, request: pb.OpenImage
     ) -> tuple[pb.OpenedImage, list[MountedLayer]]:
-        name = layerstore_pb2.ImageName(
-            image=request.image,
-            tag=request.tag,
-            os=request.os,
-            architecture=request.architecture,
-            variant=request.variant,
-        )
-        image, layers = await self._roots.open_image(stack, name, force_local=request.force_local_fetch)
-        lazy = any(layer.served_from is not None for layer in layers)
+        image, layers = await self._roots.open_image(stack, _name(request), force_local=request.force_local_fetch)
+        lazy = any(layer.worker is not None for layer in layers)
         opened = pb.OpenedImage(key=image.key, manifest_digest=image.manifest_digest, config=image.config, lazy=lazy)
         return opened, layers
 
     @override
+    async def Attach(self, request: pb.AttachRequest, context: Context) -> pb.MountedRoot:
+        wanted, image = _root_request(request.mount), request.open
+        root = await self._attached.attach(_name(image), wanted, force_local=image.force_local_fetch)
+        return root.message()
+
+    @override
+    async def Detach(self, request: pb.DetachRequest, context: Context) -> pb.DetachResponse:
+        kept = await self._attached.detach(Path(os.fsdecode(request.target)))
+        return pb.DetachResponse(kept_upper=os.fsencode(kept) if kept else b"")
+
+    @override
     async def Stats(self, request: pb.StatsRequest, context: Context) -> pb.StatsResponse:
-        layers = [
-            pb.MountedLayer(diff_id=layer.diff_id, backend=layer.backend, users=layer.users)
-            for layer in self._mounts.mounted()
+        await self._attached.sweep()
+        reads = await self._workers.stats()
+        workers = [
+            pb.FusedWorker(number=worker.number, pid=worker.pid, alive=worker.alive, layers=len(worker.layers))
+            for worker in self._workers.workers()
         ]
-        return pb.StatsResponse(layers=layers, roots=self._roots.count)
+        return pb.StatsResponse(
+            layers=[self._layer(layer, reads.get(layer.diff_id, ReadStats())) for layer in self._mounts.mounted()],
+            roots=self._roots.count,
+            attached=[_attached(record) for record in self._attached.records()],
+            workers=workers,
+            worker_deaths=self._workers.deaths,
+        )
+
+    def _layer(self, layer: MountedLayer, reads: ReadStats) -> pb.MountedLayer:
+        return pb.MountedLayer(
+            diff_id=layer.diff_id,
+            backend=layer.backend,
+            users=layer.users,
+            lazy=layer.lazy,
+            worker=layer.worker.number if layer.worker else None,
+            reads=reads.reads,
+            bytes_read=reads.bytes,
+            waits=reads.waits,
+            faults=self._mounts.faults(layer),
+            fallback=layer.fallback,
+        )
+
+
+def _attached(record: Record) -> pb.AttachedRoot:
+    root = record.root
+    return pb.AttachedRoot(
+        target=os.fsencode(root.path),
+        image=record.image,
+        upper=os.fsencode(root.upper) if root.upper else b"",
+        layers=[diff_id for diff_id, _ in record.layers],
+    )
+
+
+def _name(request: pb.OpenImage) -> layerstore_pb2.ImageName:
+    return layerstore_pb2.ImageName(
+        image=request.image,
+        tag=request.tag,
+        os=request.os,
+        architecture=request.architecture,
+        variant=request.variant,
+    )
+
+
+def _root_request(request: pb.MountRoot) -> RootRequest:
+    return RootRequest(
+        request.extra_dirs,
+        read_only=request.read_only,
+        target=request.target,
+        upper_dir=request.upper_dir,
+        proc_dev=request.proc_dev,
+    )

@@ -215,15 +215,22 @@ class IndexReader:
 
     def lookup(self, nid: int, name: bytes) -> Dirent | None:
         """The entry *name* of the directory *nid*, ``.`` and ``..`` among them, by binary search."""
-        directory = self._directory(nid)
+        return self.find(self._directory(nid), name)
+
+    def find(self, directory: Inode, name: bytes) -> Dirent | None:
+        """As :meth:`lookup`, of a directory whose inode is known."""
         low, high = 0, _blocks(directory.size)  # the name is not in a block before low, nor in high or behind
         while high - low > 1:
             middle = (low + high) // 2
-            if self._block(directory, middle)[0].name <= name:
+            if self._first_name(directory, middle) <= name:
                 low = middle
             else:
                 high = middle
         return next((entry for entry in self._block(directory, low) if entry.name == name), None)
+
+    def block(self, directory: Inode, number: int) -> list[Dirent]:
+        """The entries of block *number* of a directory, ``.`` and ``..`` among them; none behind the last block."""
+        return self._block(directory, number) if number < _blocks(directory.size) else []
 
     def _directory(self, nid: int) -> Inode:
         inode = self.inode(nid)
@@ -246,6 +253,18 @@ class IndexReader:
                 yield entry
         if dots != len(_DOTS):
             self._bad(f'directory {directory.nid} lacks "." or ".."')
+
+    def _first_name(self, directory: Inode, number: int) -> bytes:
+        """The first name in block *number*; the rest of the block is not looked at."""
+        start = directory.offset - self.layout.meta_offset + number * BLOCK_SIZE
+        length = min(BLOCK_SIZE, directory.size - number * BLOCK_SIZE)
+        data = self._bytes(start, length)
+        begin = int.from_bytes(data[8:10], "little")
+        if not _DIRENT.size <= begin < length:
+            self._bad(f"directory {directory.nid}: block {number} has its names at {begin} of {length}")
+        # It ends where the second one begins, or at the zeros behind the only one.
+        end = int.from_bytes(data[20:22], "little") if begin > _DIRENT.size else length
+        return data[begin:end].rstrip(b"\0")
 
     def _block(self, directory: Inode, number: int) -> list[Dirent]:
         """The entries of block *number*, at least one."""

@@ -39,6 +39,16 @@ class MountsStub:
                 request_serializer=afs_dot_proto_dot_v1_dot_mounts__pb2.HoldRequest.SerializeToString,
                 response_deserializer=afs_dot_proto_dot_v1_dot_mounts__pb2.HoldResponse.FromString,
                 _registered_method=True)
+        self.Attach = channel.unary_unary(
+                '/afs.v1.Mounts/Attach',
+                request_serializer=afs_dot_proto_dot_v1_dot_mounts__pb2.AttachRequest.SerializeToString,
+                response_deserializer=afs_dot_proto_dot_v1_dot_mounts__pb2.MountedRoot.FromString,
+                _registered_method=True)
+        self.Detach = channel.unary_unary(
+                '/afs.v1.Mounts/Detach',
+                request_serializer=afs_dot_proto_dot_v1_dot_mounts__pb2.DetachRequest.SerializeToString,
+                response_deserializer=afs_dot_proto_dot_v1_dot_mounts__pb2.DetachResponse.FromString,
+                _registered_method=True)
         self.Stats = channel.unary_unary(
                 '/afs.v1.Mounts/Stats',
                 request_serializer=afs_dot_proto_dot_v1_dot_mounts__pb2.StatsRequest.SerializeToString,
@@ -60,6 +70,21 @@ class MountsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Attach(self, request, context):
+        """A root that outlives the caller and a restart of the snapshotter, until Detach or the end of the machine. If the call
+        fails with UNAVAILABLE because the snapshotter went away, the root may be mounted or not; Stats tells.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detach(self, request, context):
+        """Unmount an attached root and remove what it wrote, but for an upper_dir. FAILED_PRECONDITION if it is in use.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Stats(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -73,6 +98,16 @@ def add_MountsServicer_to_server(servicer, server):
                     servicer.Hold,
                     request_deserializer=afs_dot_proto_dot_v1_dot_mounts__pb2.HoldRequest.FromString,
                     response_serializer=afs_dot_proto_dot_v1_dot_mounts__pb2.HoldResponse.SerializeToString,
+            ),
+            'Attach': grpc.unary_unary_rpc_method_handler(
+                    servicer.Attach,
+                    request_deserializer=afs_dot_proto_dot_v1_dot_mounts__pb2.AttachRequest.FromString,
+                    response_serializer=afs_dot_proto_dot_v1_dot_mounts__pb2.MountedRoot.SerializeToString,
+            ),
+            'Detach': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detach,
+                    request_deserializer=afs_dot_proto_dot_v1_dot_mounts__pb2.DetachRequest.FromString,
+                    response_serializer=afs_dot_proto_dot_v1_dot_mounts__pb2.DetachResponse.SerializeToString,
             ),
             'Stats': grpc.unary_unary_rpc_method_handler(
                     servicer.Stats,
@@ -107,6 +142,60 @@ class Mounts:
             '/afs.v1.Mounts/Hold',
             afs_dot_proto_dot_v1_dot_mounts__pb2.HoldRequest.SerializeToString,
             afs_dot_proto_dot_v1_dot_mounts__pb2.HoldResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Attach(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/afs.v1.Mounts/Attach',
+            afs_dot_proto_dot_v1_dot_mounts__pb2.AttachRequest.SerializeToString,
+            afs_dot_proto_dot_v1_dot_mounts__pb2.MountedRoot.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detach(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/afs.v1.Mounts/Detach',
+            afs_dot_proto_dot_v1_dot_mounts__pb2.DetachRequest.SerializeToString,
+            afs_dot_proto_dot_v1_dot_mounts__pb2.DetachResponse.FromString,
             options,
             channel_credentials,
             insecure,

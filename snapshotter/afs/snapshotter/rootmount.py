@@ -1,0 +1,213 @@
+"""One root: what is wanted, mounting it, and taking it down again. Blocking functions without state.
+
+Every root has a *home*, a directory of the snapshotter's, and all that is mounted for it has the home's path as its
+source: mountinfo alone tells whose a mount is, wherever it is, and after a crash as well.
+"""
+
+import errno
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from afs.core import syscalls
+from afs.core.errors import FailedPrecondition, InvalidArgument
+from afs.core.files import remove_tree
+from afs.core.mounts import MountPoint, list_mounts, unmount
+from afs.snapshotter.layermounts import MountedLayer
+from afs.snapshotter.overlay import mount_overlay
+from afs.snapshotter.procdev import mount_proc_dev
+
+log = logging.getLogger(__name__)
+
+
+class RootRequest:
+    """What kind of root is wanted. *extra_dirs* are read-only, topmost first, over the image.
+
+    *upper_dir* gets the directories ``upper``, which stays when the root goes, and ``work``, which does not. All paths are
+    resolved here, once: what a symlink leads to later changes nothing.
+    """
+
+    __slots__ = ("extra_dirs", "proc_dev", "read_only", "target", "upper_dir")
+
+    def __init__(
+        self,
+        extra_dirs: Sequence[str | bytes] = (),
+        *,
+        read_only: bool = False,
+        target: str | bytes = "",
+        upper_dir: str | bytes = "",
+        proc_dev: bool = False,
+    ) -> None:
+        if read_only and upper_dir:
+            raise InvalidArgument("a read-only root has no upper directory")
+        # overlayfs refuses a directory that is given twice.
+        self.extra_dirs = tuple(dict.fromkeys(_directory(path) for path in extra_dirs))
+        self.read_only = read_only
+        self.target = _directory(target) if target else None
+        self.upper_dir = _directory(upper_dir) if upper_dir else None
+        self.proc_dev = proc_dev
+        if self.target == Path("/"):
+            raise InvalidArgument("a root cannot be mounted over /")
+
+
+def _directory(path: str | bytes) -> Path:
+    name = os.fsdecode(path)
+    if not os.path.isabs(name):
+        raise InvalidArgument(f"{name!r} is not an absolute path")
+    if not os.path.isdir(name):
+        raise FailedPrecondition(f"{name} is not a directory")
+    return Path(os.path.realpath(name))
+
+
+@dataclass(frozen=True, slots=True)
+class Root:
+    """A root as it is mounted and taken down. *upper* and *work* are None for a read-only one.
+
+    What is not below *home* is the user's: the upper directory stays then.
+    """
+
+    home: Path
+    path: Path
+    upper: Path | None
+    work: Path | None
+    proc_dev: bool
+
+    @classmethod
+    def of(cls, home: Path, request: RootRequest) -> "Root":
+        """The root that *request* asks for."""
+        path, written = request.target or home / "merged", request.upper_dir or home
+        upper, work = (None, None) if request.read_only else (written / "upper", written / "work")
+        return cls(home, path, upper, work, request.proc_dev)
+
+    @property
+    def kept_upper(self) -> Path | None:
+        """The upper directory that stays when the root goes."""
+        return None if self.upper is None or self.upper.parent == self.home else self.upper
+
+
+class Lower(NamedTuple):
+    """What is below the upper directory, topmost first, and the directory whose owner and mode the root takes."""
+
+    directories: tuple[Path, ...]
+    attributes: Path
+
+
+def lower_directories(layers: Sequence[MountedLayer], request: RootRequest, base: Path) -> Lower:
+    """The lower directories of a root over *layers* (bottom first); *base* is the lowest one of every root."""
+    image = _visible(layers)
+    # An image without layers is legal; its root directory is the base's.
+    return Lower((*request.extra_dirs, *image, base), image[0] if image else base)
+
+
+def _visible(layers: Sequence[MountedLayer]) -> list[Path]:
+    """The lower directories for *layers* (bottom first), topmost first.
+
+    A layer whose root is opaque hides all below it; overlayfs itself ignores the mark on a root. And overlayfs refuses
+    a directory that is given twice: an image may hold one layer several times, the topmost one decides.
+    """
+    paths: dict[Path, None] = {}
+    for layer in reversed(layers):
+        paths.setdefault(layer.path)
+        if layer.opaque:
+            break
+    return list(paths)
+
+
+def make_root(root: Root, lower: Lower) -> None:
+    """Make the directories of *root* in its home and mount it.
+
+    If it fails, :func:`detach_root` and :func:`remove_root` clear what is there.
+    """
+    if root.upper is not None and root.work is not None:
+        _make_upper(root.upper, lower.attributes)
+        root.work.mkdir(exist_ok=True)
+    if root.path.parent == root.home:
+        root.path.mkdir()
+    try:
+        volatile = root.kept_upper is None
+        mount_overlay(root.path, lower.directories, root.upper, root.work, source=str(root.home), volatile=volatile)
+    except OSError as error:
+        where = f", writing to {root.upper}" if root.upper else ""
+        raise FailedPrecondition(f"cannot mount a root at {root.path}{where}: {error.strerror}") from error
+    if root.proc_dev:
+        mount_proc_dev(root.path, str(root.home))
+
+
+def _make_upper(upper: Path, attributes: Path) -> None:
+    # The merged root directory takes its attributes from the upper one, so a new one gets the image's.
+    try:
+        upper.mkdir()
+    except FileExistsError:
+        return  # the user's, from an earlier mount
+    status = os.stat(attributes)
+    os.chown(upper, status.st_uid, status.st_gid)
+    os.chmod(upper, status.st_mode & 0o7777)
+
+
+def mounts_of(home: Path) -> list[MountPoint]:
+    """What is mounted for the root with that *home*, oldest first; the first one is the root itself."""
+    return [mount for mount in list_mounts() if mount.source == str(home)]
+
+
+def unmount_root(root: Root) -> None:
+    """Unmount *root* and what was mounted in it for it.
+
+    FailedPrecondition if it is in use. If anything fails all is as before.
+    """
+    table = list_mounts()
+    found = [mount for mount in table if mount.source == str(root.home)]
+    if not found:
+        return
+    for mount in found:
+        if _topmost(table, mount.target) != mount:
+            raise FailedPrecondition(f"another file system is mounted over {mount.target}")
+    path = found[0].target
+    try:
+        for mount in reversed(found):
+            syscalls.umount(mount.target)
+    except OSError as error:
+        if root.proc_dev:
+            mount_proc_dev(Path(path), str(root.home))  # those that went before the busy one
+        if error.errno != errno.EBUSY:
+            raise
+        foreign = [mount.target for mount in table if mount.target.startswith(f"{path}/") and mount not in found]
+        why = f"{foreign[0]} is mounted in it" if foreign else "a process works in it or has a file of it open"
+        raise FailedPrecondition(f"{path} is in use: {why}") from error
+
+
+def _topmost(table: Sequence[MountPoint], target: str) -> MountPoint:
+    """What a path that is mounted on leads to."""
+    return [mount for mount in table if mount.target == target][-1]
+
+
+def detach_root(home: Path) -> bool:
+    """Take down what is mounted for the root with that *home*, in use or not; whether nothing is left.
+
+    What is in use leaves the tree at once and goes when its last user does. What somebody mounted over it stays, with all
+    that is below.
+    """
+    table = list_mounts()
+    found = [mount for mount in table if mount.source == str(home)]
+    for mount in reversed(found):
+        if _topmost(table, mount.target) == mount:
+            unmount(mount.target)
+    if found and (left := mounts_of(home)):
+        log.warning("%s stays mounted: something else is mounted over it", left[0].target)
+        return False
+    return True
+
+
+def remove_root(root: Root) -> None:
+    """Delete the directories of an unmounted root, but for an upper directory of the user's."""
+    if root.kept_upper is not None and root.work is not None:
+        remove_tree(root.work)
+    remove_tree(root.home)
+
+
+def homes_below(directory: Path) -> list[Path]:
+    """The homes below *directory* that something is mounted for."""
+    sources = {Path(mount.source) for mount in list_mounts() if mount.source.startswith("/")}
+    return sorted(source for source in sources if source.parent == directory)
