@@ -34,7 +34,7 @@ def run(name: str, samples: int | None) -> measure.Report:
             yield imageroots.command(root, work)
 
         actions = {label: lambda root=root: cold(root) for label, root in roots.items()}
-        taken = measure.interleave(actions, samples or SAMPLES)  # type: ignore[arg-type]
+        taken = measure.interleave(actions, samples or SAMPLES)
         dropped = measure.drop_caches()
     targets = [measure.ratio(taken, str(backend), EXT4, limit) for backend, limit in LIMITS.items()]
     cache = "The page cache was emptied before each sample." if dropped else "The page cache could not be emptied."
