@@ -66,6 +66,7 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         await fused.adopt()
         stack.push_async_callback(mounts.close)
         await mounts.adopt()
+        await mounts.drop_unclaimed()
         stack.push_async_callback(roots.close)
         # Ended before the mounts are: what it said last holds for the layerstore's grace period.
         reporting = asyncio.create_task(report_mounts(f"unix:{run_dir}/layerstore.sock", mounts))
