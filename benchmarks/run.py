@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from benchmarks import convert, first, measure, memory, pull, warm
+from benchmarks import convert, first, fused, measure, memory, pull, warm
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +23,7 @@ BENCHMARKS: dict[str, tuple[Callable[[str, int | None], measure.Report], str]] =
     "pull-img4": (pull.run, "img4"),
     "convert-img4": (convert.run, "img4"),
     "memory-img4": (memory.run, "img4"),
+    "fused-img4": (fused.run, "img4"),
 }
 
 
