@@ -8,11 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-<<<<<<< HEAD
-from benchmarks import coldroot, convert, first, measure, memory, pull, warm, warmroot
-=======
-from benchmarks import convert, first, fused, measure, memory, pull, warm
->>>>>>> 45d5780bec39254c9f6101637ea6fbbaf31d70d5
+from benchmarks import coldroot, convert, first, fused, measure, memory, pull, warm, warmroot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,12 +23,9 @@ BENCHMARKS: dict[str, tuple[Callable[[str, int | None], measure.Report], str]] =
     "pull-img4": (pull.run, "img4"),
     "convert-img4": (convert.run, "img4"),
     "memory-img4": (memory.run, "img4"),
-<<<<<<< HEAD
     "warmroot-img4": (warmroot.run, "img4"),
     "coldroot-img4": (coldroot.run, "img4"),
-=======
     "fused-img4": (fused.run, "img4"),
->>>>>>> 45d5780bec39254c9f6101637ea6fbbaf31d70d5
 }
 
 

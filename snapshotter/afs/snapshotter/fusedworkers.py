@@ -102,8 +102,9 @@ class Worker:
 
     def signal(self, signum: int) -> None:
         """Send *signum*; nothing happens if the process has ended."""
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, signum)
+        if not self.died.is_set():  # else the pidfd is closed, and its number perhaps another file's
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signum)
 
 
 class FusedWorkers:
