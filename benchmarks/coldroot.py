@@ -5,8 +5,6 @@ from __future__ import annotations
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from tests.testbed import build
-
 from afs.snapshotter.backends import Backend
 from benchmarks import imageroots, measure, subjects
 
@@ -23,10 +21,10 @@ def run(name: str, samples: int | None) -> measure.Report:
     """Measure with the image *name*; only img4 has W."""
     work = subjects.image(name).commands["W"]
     with ExitStack() as stack:
+        files = stack.enter_context(imageroots.converted())
         roots = {EXT4: stack.enter_context(imageroots.unpacked_root())}
         for backend in Backend:
-            source = stack.enter_context(imageroots.converted(build.default_cache_dir()))
-            roots[str(backend)] = stack.enter_context(imageroots.afs_root(source, backend))
+            roots[str(backend)] = stack.enter_context(imageroots.afs_root(files, backend))
 
         @contextmanager
         def cold(root: Path) -> Iterator[Callable[[], object]]:
@@ -34,7 +32,7 @@ def run(name: str, samples: int | None) -> measure.Report:
             yield imageroots.command(root, work)
 
         actions = {label: lambda root=root: cold(root) for label, root in roots.items()}
-        taken = measure.interleave(actions, samples or SAMPLES)  # type: ignore[arg-type]
+        taken = measure.interleave(actions, samples or SAMPLES)
         dropped = measure.drop_caches()
     targets = [measure.ratio(taken, str(backend), EXT4, limit) for backend, limit in LIMITS.items()]
     cache = "The page cache was emptied before each sample." if dropped else "The page cache could not be emptied."

@@ -23,7 +23,7 @@ from afs.snapshotter.overlay import mount_overlay
 from afs.snapshotter.rootmount import RootRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from afs.snapshotter.backends import Backend
 
@@ -32,21 +32,29 @@ _OPAQUE, _WHITEOUT = ".wh..wh..opq", ".wh."
 
 
 @contextmanager
-def converted(directory: Path) -> Iterator[FillSource]:
-    """The layers of IMG4 as complete layer files below *directory*, bottom up."""
+def converted() -> Iterator[dict[str, Path]]:
+    """The layers of IMG4 as complete layer files, by diff_id and bottom up."""
     image = images.img4(build.default_cache_dir())
-    with tempfile.TemporaryDirectory(dir=directory, prefix="afs-bench-") as name:
-        source = FillSource(Path(name))
-        for number, layer in enumerate(image.layers):
-            file = source.directory / f"layer{number}"
-            convert_layer(image.layout, layer, file)
-            source.add_file(layer.diff_id, file)
-        yield source
+    with tempfile.TemporaryDirectory(dir=build.default_cache_dir(), prefix="afs-bench-") as name:
+        files = {layer.diff_id: Path(name, f"layer{number}") for number, layer in enumerate(image.layers)}
+        for layer in image.layers:
+            convert_layer(image.layout, layer, files[layer.diff_id])
+        yield files
 
 
 @contextmanager
-def afs_root(source: FillSource, backend: Backend) -> Iterator[Path]:
-    """A writable root over the layers of *source*. The loop that serves afs_fused runs in a thread meanwhile."""
+def afs_root(files: Mapping[str, Path], backend: Backend) -> Iterator[Path]:
+    """A writable root over layer files. The loop that serves afs_fused runs in a thread meanwhile."""
+    with tempfile.TemporaryDirectory(dir=build.default_cache_dir(), prefix="afs-bench-") as name:
+        source = FillSource(Path(name))
+        for diff_id, file in files.items():
+            source.add_file(diff_id, file)
+        with _mounted(source, backend) as root:
+            yield root
+
+
+@contextmanager
+def _mounted(source: FillSource, backend: Backend) -> Iterator[Path]:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()

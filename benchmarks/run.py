@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from benchmarks import coldroot, convert, first, lazy, measure, memory, pull, trace, warm, warmroot
+from benchmarks import coldroot, convert, first, fused, lazy, measure, memory, pull, trace, warm, warmroot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,6 +27,7 @@ BENCHMARKS: dict[str, tuple[Callable[[str, int | None], measure.Report], str]] =
     "trace-img4": (trace.run, "img4"),
     "warmroot-img4": (warmroot.run, "img4"),
     "coldroot-img4": (coldroot.run, "img4"),
+    "fused-img4": (fused.run, "img4"),
 }
 
 

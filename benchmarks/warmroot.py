@@ -5,8 +5,6 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from tests.testbed import build
-
 from afs.snapshotter.backends import Backend
 from benchmarks import imageroots, measure, subjects
 
@@ -37,9 +35,9 @@ def commands(root: Path, name: str) -> dict[str, list[str]]:
 def run(name: str, samples: int | None) -> measure.Report:
     """Measure with the image *name*; only img4 has what it takes."""
     with ExitStack() as stack:
-        source = stack.enter_context(imageroots.converted(build.default_cache_dir()))
+        files = stack.enter_context(imageroots.converted())
         roots = {
-            "EROFS": stack.enter_context(imageroots.afs_root(source, Backend.FILE)),
+            "EROFS": stack.enter_context(imageroots.afs_root(files, Backend.FILE)),
             "ext4": stack.enter_context(imageroots.unpacked_root()),
         }
         series, targets = [], []

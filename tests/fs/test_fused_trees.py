@@ -20,7 +20,7 @@ from afs.layerstore.afslyr.reader import layout_from_bytes
 from afs.snapshotter.fusedworkers import FusedWorkers
 from tests.testbed import layerkinds, mounts, tars, treediff
 from tests.testbed.fillsource import CHUNK, FillSource, SourceLayer
-from tests.testbed.fusedpool import open_files, program, running
+from tests.testbed.fusedpool import bind, open_files, program, running
 
 pytestmark = pytest.mark.root
 MANY = 20_000
@@ -249,8 +249,7 @@ async def test_permissions_are_those_of_the_layer(tmp_path: Path, source: FillSo
     layer = source.add(tar)
     worker = await pool.place(layer.diff_id)
     at = tmp_path / "bound"
-    at.mkdir()
-    await asyncio.to_thread(subprocess.run, ["mount", "--bind", worker.tree(layer.diff_id), at], check=True)
+    await asyncio.to_thread(bind, worker.tree(layer.diff_id), at)
     code = """
 import os, sys
 os.setgroups([]); os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[2]))
@@ -306,11 +305,10 @@ async def test_reads_wait_over_a_restart_of_the_layerstore(tmp_path: Path, rng: 
             worker = await pool.place(layer.diff_id)
             path = worker.tree(layer.diff_id) / "file" if view == "tree" else worker.file(layer.diff_id)
             size = (await asyncio.to_thread(os.stat, path)).st_size
-            before = len(layer.asked)
             layer.gate.clear()
+            layer.questioned.clear()
             reading = await asyncio.create_subprocess_exec(sys.executable, "-c", READ, path, stdout=subprocess.PIPE)
-            while len(layer.asked) == before:
-                await asyncio.sleep(0.01)
+            await layer.questioned.wait()
         layer.gate.set()
         asked = len(layer.asked)
         async with source.serving():

@@ -29,6 +29,8 @@ class SourceLayer:
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     asked: list[tuple[int, int]] = field(default_factory=list)
     """(first, count) of each fill."""
+    questioned: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set by each fill."""
     broken: bool = False
     """Fills are answered with an error."""
 
@@ -108,6 +110,7 @@ class FillSource:
             answer = {"size": size, "chunk_size": CHUNK, "data": str(layer.data), "chunks": str(layer.chunks or "")}
         else:
             layer.asked.append((question["first"], question["count"]))
+            layer.questioned.set()
             await layer.gate.wait()
             answer = {"error": "no chunk", "errno": 5} if layer.broken else {}
             if not layer.broken:

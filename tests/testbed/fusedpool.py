@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 from afs.core.mounts import list_mounts, unmount_below
 from afs.snapshotter.fusedworkers import FusedWorkers
-from tests.testbed.fillsource import FillSource
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
     from afs.snapshotter.fusedworkers import Worker
+    from tests.testbed.fillsource import FillSource
 
 _LIMIT_S = 60.0
 
@@ -57,6 +57,12 @@ def open_files(worker: Worker, below: Path) -> list[str]:
     return found
 
 
+def bind(tree: Path, at: Path) -> None:
+    """Bind-mount a tree at a new directory, as layer mounts do. Blocking: not on the loop that serves the fill socket."""
+    at.mkdir()
+    subprocess.run(["mount", "--bind", tree, at], check=True)
+
+
 @dataclass
 class Program:
     """A process whose output comes when it is asked for."""
@@ -86,5 +92,4 @@ async def program(code: str, *args: object) -> AsyncIterator[Program]:
     finally:
         if process.returncode is None:
             process.kill()
-        await process.wait()
-        process._transport.close()  # type: ignore[attr-defined]
+        await process.communicate()

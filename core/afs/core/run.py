@@ -17,6 +17,7 @@ from afs.core.errors import DeadlineExceeded, Internal
 log = logging.getLogger(__name__)
 Child = subprocess.Popen[bytes]
 PIPE = subprocess.PIPE
+DEVNULL = subprocess.DEVNULL
 
 
 class CommandFailed(Internal):

@@ -33,7 +33,10 @@ class Found:
 def find_mounts(directory: Path) -> list[Found]:
     """The layers that are mounted in *directory*, oldest first; others are logged. Blocking."""
     found = []
-    for mount in list_mounts(str(directory.resolve())):
+    resolved = directory.resolve()
+    for mount in list_mounts(str(resolved)):
+        if Path(mount.target).parent != resolved:  # the directory itself may be a mount point
+            continue
         layer = recognise(mount, directory / Path(mount.target).name)
         if layer is None:
             log.warning("%s (%s on %s) is no layer of ours", mount.target, mount.fstype, mount.source)

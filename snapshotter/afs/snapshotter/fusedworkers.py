@@ -18,6 +18,7 @@ import fcntl
 import logging
 import os
 import select
+import signal
 import sys
 from collections import Counter
 from collections.abc import Collection
@@ -28,7 +29,7 @@ from afs.core.digests import hex_of
 from afs.core.errors import AfsError, Internal, Unavailable
 from afs.core.files import remove_tree
 from afs.core.mounts import unmount
-from afs.core.run import Child, popen
+from afs.core.run import DEVNULL, Child, popen
 from afs.snapshotter.fusedwire import PROTOCOL, ReadStats, ask
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 _ANSWER_S = 5.0  # for what a worker says without asking anybody
 _START_S = 20.0  # for a worker that was being started when its snapshotter was killed
-_GRACE_S = 5.0  # between unmounting, SIGTERM and SIGKILL
+_GRACE_S = 5.0  # between SIGTERM and SIGKILL
 
 
 class Worker:
@@ -88,19 +89,22 @@ class Worker:
         """Call *ended* when the process has ended."""
         asyncio.get_running_loop().add_reader(self._pidfd, ended, self)
 
-    def end(self) -> str:
-        """Note that the process has ended; its status for people, "unknown" if it was not our child."""
+    def forget(self) -> None:
+        """Watch it no more; the process goes on."""
         asyncio.get_running_loop().remove_reader(self._pidfd)
         os.close(self._pidfd)
+
+    def end(self) -> str:
+        """Note that the process has ended; its status for people, "unknown" if it was not our child."""
+        self.forget()
         self.died.set()
         return "unknown" if self.child is None else str(self.child.wait())
 
     def signal(self, signum: int) -> None:
         """Send *signum*; nothing happens if the process has ended."""
-        import signal
-
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, signum)
+        if not self.died.is_set():  # else the pidfd is closed, and its number perhaps another file's
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signum)
 
 
 class FusedWorkers:
@@ -131,7 +135,7 @@ class FusedWorkers:
             directory.mkdir(parents=True, exist_ok=True)
         for mark in self._faults.iterdir():
             mark.unlink()
-        numbers = sorted({int(path.stem) for path in self._directory.iterdir() if path.stem.isdecimal()})
+        numbers = _numbers(self._directory)
         self._next = max(numbers, default=-1) + 1
         await asyncio.gather(*(self._find(number) for number in numbers))
         async with self._starting:
@@ -171,9 +175,10 @@ class FusedWorkers:
             if _is_held(lock):  # so the pid was still its own when the pidfd was made
                 worker.layers.update(hello["layers"])
                 return worker
-            worker.end()
+            worker.forget()
         return None
 
+    @property
     def workers(self) -> list[Worker]:
         """The living workers, by number."""
         return [self._workers[number] for number in sorted(self._workers)]
@@ -236,7 +241,8 @@ class FusedWorkers:
             argv = [sys.executable, "-m", "afs.snapshotter.fused", f"--directory={self._directory}"]
             argv += [f"--number={number}", f"--lock-fd={lock}", f"--ready-fd={child_end}", f"--faults={self._faults}"]
             argv += [f"--fill-socket={self._fill_socket}", f"--deadline={self._deadline}"]
-            process = popen(argv, pass_fds=[lock, child_end], new_session=True)
+            # It outlives us: whoever waits for the end of our stdout must not wait for its.
+            process = popen(argv, stdout=DEVNULL, pass_fds=[lock, child_end], new_session=True)
         except BaseException:
             os.close(ready)
             raise
@@ -259,8 +265,8 @@ class FusedWorkers:
     def _end(self, worker: Worker) -> None:
         status = worker.end()
         del self._workers[worker.number]
-        if self._closing or (not worker.usable and not worker.layers):
-            log.info("afs_fused %d (pid %d) ended", worker.number, worker.pid)
+        if self._closing or not worker.usable:  # it ends with its last mount, which may be gone before release()
+            log.info("afs_fused %d (pid %d) ended with status %s", worker.number, worker.pid, status)
             return
         self.deaths += 1
         served = f"{len(worker.layers)} layers were mounted on it"
@@ -287,30 +293,22 @@ class FusedWorkers:
         ending = [worker for worker in self._workers.values() if worker not in keep]
         await asyncio.gather(*(self._stop(worker) for worker in ending))
         for worker in keep:
-            self._workers.pop(worker.number, None)
+            if self._workers.pop(worker.number, None) is not None:
+                worker.forget()
+        await asyncio.to_thread(_clear_dead, self._directory)
         if not keep:
-            await asyncio.to_thread(self._clear_all)
+            await asyncio.to_thread(remove_tree, self._faults)
 
     async def _stop(self, worker: Worker) -> None:
-        import signal
-
         await asyncio.to_thread(unmount, str(worker.mountpoint))
-        for signum in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                await asyncio.wait_for(worker.died.wait(), _GRACE_S)
-            except TimeoutError:
-                log.warning("afs_fused %d (pid %d) goes on after %g s: %s", worker.number, worker.pid, _GRACE_S, signum)
-                worker.signal(signum)
-            else:
-                break
-        await worker.died.wait()
-        await asyncio.to_thread(_clear, self._directory, worker.number, keep_lock=True)
-
-    def _clear_all(self) -> None:
-        for lock in self._directory.glob("*.lock"):
-            if not _is_held(lock):
-                lock.unlink()
-        remove_tree(self._faults)
+        # Without it too it would end, unless a mount namespace made meanwhile has a copy of the mount.
+        worker.signal(signal.SIGTERM)
+        try:
+            await asyncio.wait_for(worker.died.wait(), _GRACE_S)
+        except TimeoutError:
+            log.warning("afs_fused %d (pid %d) ignores SIGTERM: killing it", worker.number, worker.pid)
+            worker.signal(signal.SIGKILL)
+            await worker.died.wait()
 
 
 async def _started(ready: int, process: Child) -> None:
@@ -339,6 +337,21 @@ def _is_held(lock: Path) -> bool:
     finally:
         os.close(fd)
     return False
+
+
+def _numbers(directory: Path) -> list[int]:
+    """Those that have been given away, as far as anything of theirs is left."""
+    if not directory.exists():  # no worker was ever needed
+        return []
+    return sorted({int(path.stem) for path in directory.iterdir() if path.stem.isdecimal()})
+
+
+def _clear_dead(directory: Path) -> None:
+    """Remove what dead workers left; their lock files too if none lives, so that the next pool begins at 0. Blocking."""
+    dead = [number for number in _numbers(directory) if not _is_held(directory / f"{number}.lock")]
+    last = len(dead) == len(_numbers(directory))
+    for number in dead:
+        _clear(directory, number, keep_lock=not last)
 
 
 def _clear(directory: Path, number: int, *, keep_lock: bool) -> None:

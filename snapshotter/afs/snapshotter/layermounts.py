@@ -7,8 +7,9 @@ again. A mount whose afs_fused died, or that is lazy while the layer is complete
 and is unmounted by its last user.
 
 ``_all`` holds every mount that exists, in the map or not, until it is unmounted: :meth:`LayerMounts.leases` tells the
-layerstore of them. A mount that is ``leaving`` is being unmounted, and nobody gets it any more. ``_opening`` has the numbers of the OpenImage calls whose layers are on their way into it, and the
-layers once they are known: a layerstore that starts anew in between knows nothing of its answer, so they count as in use.
+layerstore of them. A mount that is ``leaving`` is being unmounted, and nobody gets it any more. ``_opening`` has the numbers
+of the OpenImage calls whose layers are on their way into ``_all``, and the layers once they are known: a layerstore that
+starts anew in between knows nothing of its answer, so they count as in use.
 ``_stuck`` are those of ``_all`` that left the map and whose unmount failed; :meth:`LayerMounts.release` tries again.
 ``changed`` is set whenever any of them has changed.
 """
@@ -90,8 +91,7 @@ class LayerMounts:
             if layer.worker is not None:
                 given[layer.worker, layer.diff_id] += 1
             better = self._mounted.get(layer.diff_id)
-            usable = layer.backend in {choice.backend for choice in self._backends.choices(lazy=layer.lazy)}
-            if usable and (better is None or better.lazy):
+            if self._is_for_new_users(layer) and (better is None or better.lazy):
                 self._mounted[layer.diff_id] = layer
         for (worker, diff_id), count in given.items():
             worker.layers[diff_id] = count
@@ -113,6 +113,11 @@ class LayerMounts:
             log.error("layer %s at %s: %s; unmounting it", mount.diff_id, mount.path, error.strerror)
             return None
         return MountedLayer(mount.diff_id, mount.path, mount.backend, worker is not None, opaque, worker)
+
+    def _is_for_new_users(self, layer: MountedLayer) -> bool:
+        """Whether an adopted mount is as a new one would be: the backend may be another one now, or the worker too old."""
+        choices = {choice.backend for choice in self._backends.choices(lazy=layer.lazy)}
+        return layer.backend in choices and (layer.worker is None or layer.worker.usable)
 
     async def drop_unclaimed(self) -> None:
         """Unmount the adopted mounts that nobody uses and new users will not get; call it when all who can claim have."""

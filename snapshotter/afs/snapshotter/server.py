@@ -83,7 +83,7 @@ class MountsService(mounts_pb2_grpc.MountsServicer):
         reads = await self._workers.stats()
         workers = [
             pb.FusedWorker(number=worker.number, pid=worker.pid, alive=worker.alive, layers=len(worker.layers))
-            for worker in self._workers.workers()
+            for worker in self._workers.workers
         ]
         return pb.StatsResponse(
             layers=[self._layer(layer, reads.get(layer.diff_id, ReadStats())) for layer in self._mounts.mounted()],
