@@ -112,6 +112,9 @@ async def replaced(pool: FusedWorkers) -> None:
 async def test_layers_are_spread_and_released(tmp_path: Path, source: FillSource, layers: list[SourceLayer]) -> None:
     async with running(tmp_path, source, count=2) as pool:
         placed = [await pool.place(layer.diff_id) for layer in layers]
+        device = (await asyncio.to_thread(placed[0].mountpoint.stat)).st_dev
+        bdi = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}")
+        assert (bdi / "read_ahead_kb").read_text() == "512\n"
         assert sorted(worker.number for worker in placed) == [0, 0, 1, 1]
         await placed[0].release(layers[0].diff_id)
         assert await pool.place(layers[0].diff_id) is placed[0], "it has the fewest now"
@@ -219,7 +222,7 @@ async def test_what_dead_workers_left_is_cleared(tmp_path: Path, source: FillSou
         async with running(tmp_path, source) as pool:
             assert list(pool._workers) == [2]
             assert [mount.source for mount in list_mounts(str(tmp_path))] == ["afs/2"]
-            assert sorted(path.name for path in (tmp_path / "fuse").iterdir()) == ["2", "2.lock", "2.sock"]
+            assert sorted(path.name for path in (tmp_path / "fuse").iterdir()) == ["1.lock", "2", "2.lock", "2.sock"]
             assert list((tmp_path / "faults").iterdir()) == []
             assert (pool.deaths, await pool.stats()) == (0, {})
 

@@ -18,6 +18,7 @@ import select
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 import pyfuse3
 import pyfuse3.asyncio
@@ -107,6 +108,6 @@ def _set(future: "asyncio.Future[None]") -> None:
 def enable(loop_fd: int, busy: Callable[[], bool]) -> None:
     """Have pyfuse3 run on the event loop whose selector is *loop_fd*. *busy*: whether an answer is being waited for."""
     pyfuse3.asyncio.enable()
-    stand_in = vars(pyfuse3.asyncio)
-    stand_in["Lock"] = _Lock
-    stand_in["wait_readable"] = _Waiting(loop_fd, busy).wait_readable
+    stand_in: Any = pyfuse3.asyncio
+    stand_in.Lock = _Lock
+    stand_in.wait_readable = _Waiting(loop_fd, busy).wait_readable

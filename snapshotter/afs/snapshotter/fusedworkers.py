@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 _ANSWER_S = 5.0  # for what a worker says without asking anybody
 _START_S = 20.0  # for a worker that was being started when its snapshotter was killed
+# What the kernel reads ahead of readers of the FUSE mount; its default is 128. Importing numpy and pandas from partial layers
+# of 1.3 GB, with EROFS on the files and with trees, touches 160 and 144 chunks with 128, 167 and 150 with 512, 173 and 151
+# with 1024; reading a layer of 122 MB from end to end takes 935, 235 and 120 requests, and 0.35, 0.07 and 0.08 s of CPU.
+_READ_AHEAD_KIB = 512
 _GRACE_S = 5.0  # between SIGTERM and SIGKILL
 
 
@@ -260,6 +264,7 @@ class FusedWorkers:
             os.close(ready)
         worker = self._workers[number] = Worker(self._directory, number, process.pid, child=process, usable=True)
         worker.watch(self._end)
+        await asyncio.to_thread(_set_read_ahead, worker.mountpoint)
         return worker
 
     def _end(self, worker: Worker) -> None:
@@ -322,6 +327,16 @@ async def _started(ready: int, process: Child) -> None:
         loop.remove_reader(ready)
     if not os.read(ready, 1):  # EOF without a byte: it died
         raise Internal(f"afs_fused did not start: status {process.wait()}")
+
+
+def _set_read_ahead(mountpoint: Path) -> None:
+    """Blocking: it asks the worker."""
+    try:
+        device = mountpoint.stat().st_dev
+        setting = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
+        Path(setting).write_text(str(_READ_AHEAD_KIB))
+    except OSError as error:  # /sys may be read-only, as in containers; or the worker has died, which is told elsewhere
+        log.warning("%s keeps the kernel's read-ahead: %s", mountpoint, error)
 
 
 def _is_held(lock: Path) -> bool:
