@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
-from tests.testbed import mounts
+from tests.testbed import mounts, netns
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -100,6 +100,20 @@ def _erofs() -> None:
         mounts.umount(root)
 
 
+def _netns() -> None:
+    """Network namespaces with links that can be slowed (tbf) and filtered (nftables)."""
+    for name in ("ip", "tc", "nft", "nsenter", "unshare"):
+        if shutil.which(name) is None:
+            raise CapabilityMissing(f"no program {name}")
+    try:
+        with netns.hosts([1]) as hosts:
+            hosts[1].slow("8mbit")
+            hosts[1].lossy(1)
+            hosts[1].reset()
+    except AssertionError as error:
+        raise CapabilityMissing(str(error)) from error
+
+
 def _cgroup() -> None:
     tried = []
     for parent in MEMORY_CGROUPS:
@@ -140,6 +154,7 @@ PROBES: dict[str, Callable[[], None]] = {
     "overlay": _overlay,
     "erofs": _erofs,
     "cgroup": _cgroup,
+    "netns": _netns,
     "runc": _program("runc"),
     "containerd": _program("containerd", "ctr"),
     "docker-registry": _program("docker-registry"),
