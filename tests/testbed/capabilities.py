@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
-from tests.testbed import mounts
+from tests.testbed import mounts, netns
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -127,6 +127,20 @@ def _fsverity() -> None:
             mounts.umount(root)
 
 
+def _netns() -> None:
+    """Network namespaces with links that can be slowed (tbf) and filtered (nftables)."""
+    for name in ("ip", "tc", "nft", "nsenter", "unshare"):
+        if shutil.which(name) is None:
+            raise CapabilityMissing(f"no program {name}")
+    try:
+        with netns.hosts([1]) as hosts:
+            hosts[1].slow("8mbit")
+            hosts[1].lossy(1)
+            hosts[1].reset()
+    except AssertionError as error:
+        raise CapabilityMissing(str(error)) from error
+
+
 def _cgroup() -> None:
     tried = []
     for parent in MEMORY_CGROUPS:
@@ -168,6 +182,7 @@ PROBES: dict[str, Callable[[], None]] = {
     "erofs": _erofs,
     "fsverity": _fsverity,
     "cgroup": _cgroup,
+    "netns": _netns,
     "runc": _program("runc"),
     "containerd": _program("containerd", "ctr"),
     "docker-registry": _program("docker-registry"),

@@ -75,6 +75,8 @@ def snapshot(paths: Iterable[Path] = (), entries_of: Iterable[Path] = ()) -> Sna
 def exempt(paths: Iterable[Path | str] = (), pids: Iterable[int] = ()) -> Iterator[None]:
     """Let nothing count that is under `paths` (mounts, loop devices, cgroups) or descends from `pids`.
 
+    Nor processes with one of `paths` in their command line: some outlive on purpose who started them.
+
     For what outlives a test on purpose and changes while tests run, as a cluster shared by a session does.
     """
     added_paths, added_pids = [str(path) for path in paths], list(pids)
@@ -116,7 +118,7 @@ def _look(scope: Scope) -> dict[str, frozenset[str]]:
         "mounts": (mount.describe() for mount in mounts.table() if _mount_counts(mount, scope)),
         "cgroups": _cgroups(scope),
         "loop devices": _loops(scope),
-        "network namespaces": _named(Path("/run/netns"), scope, ()),
+        "network namespaces": (*_named(Path("/run/netns"), scope, ()), *_open_namespaces()),
         "network interfaces": _named(Path("/sys/class/net"), scope, _INTERFACES),
         "files": (f"{path}/{name}" for path in scope.entries_of for name in _names(Path(path))),
     }
@@ -153,6 +155,14 @@ def _named(directory: Path, scope: Scope, prefixes: tuple[str, ...]) -> Iterator
     for name in _names(directory):
         if scope.tag in name or (not scope.shared and (not prefixes or name.startswith(prefixes))):
             yield name
+
+
+def _open_namespaces() -> Iterator[str]:
+    """Namespaces without a name that a descriptor of this process keeps alive; those that a process does go with it."""
+    for name in _names(Path("/proc/self/fd")):
+        with suppress(OSError):  # the descriptor of this very listing
+            if (target := os.readlink(f"/proc/self/fd/{name}")).startswith("net:["):
+                yield target
 
 
 def _names(directory: Path) -> list[str]:
@@ -198,7 +208,7 @@ def _is_ours(pid: int, parents: Mapping[int, int], scope: Scope) -> str | None:
     if ancestors & set(_exempt_pids):
         return None
     command = _read(pid, "cmdline").replace("\0", " ").strip() or f"[{_read(pid, 'comm').strip()}]"
-    if _HELPERS.search(command):
+    if _HELPERS.search(command) or _is_exempt(command):
         return None
     if os.getpid() in ancestors:
         return command

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from types import TracebackType
 
+    from tests.testbed.netns import Host
+
 __all__ = ["PASSWORD", "USER", "Fault", "FaultServer", "PushError", "Registry", "Request", "push"]
 
 USER, PASSWORD = "afs", "testbed"
@@ -62,6 +64,8 @@ class Registry:
         certificate: paths of a certificate and its key; the registry then speaks TLS.
         client_authority: path of the certificate that clients' certificates must be signed with.
         mirror_of: URL of another registry; this one then passes on what that one has, and keeps it.
+        host: a host in a network namespace of its own to run on. Its other methods but start and stop talk to the registry,
+            so they are called there, too.
 
     """
 
@@ -72,7 +76,10 @@ class Registry:
         certificate: tuple[Path, Path] | None = None,
         client_authority: Path | None = None,
         mirror_of: str | None = None,
+        host: Host | None = None,
     ) -> None:
+        self._host = "127.0.0.1" if host is None else host.address
+        self._prefix = [] if host is None else host.prefix
         self._auth = auth
         self._certificate = certificate
         self._client_authority = client_authority
@@ -92,7 +99,7 @@ class Registry:
     @property
     def address(self) -> str:
         """Host and port, as they begin an image's name."""
-        return f"127.0.0.1:{self.port}"
+        return f"{self._host}:{self.port}"
 
     @property
     def pid(self) -> int:
@@ -109,10 +116,10 @@ class Registry:
         self._directory = Path(tempfile.mkdtemp(prefix="afs-test-registry-"))
         config = self._directory / "config.yml"
         config.write_text(json.dumps(self._config(self._directory)))  # JSON is YAML
-        self._daemon = Daemon(["docker-registry", "serve", config])
+        self._daemon = Daemon([*self._prefix, "docker-registry", "serve", config])
         try:
             self._daemon.start()
-            self.port = int(self._daemon.wait_for(r"listening on 127\.0\.0\.1:(\d+)").group(1))
+            self.port = int(self._daemon.wait_for(rf"listening on {re.escape(self._host)}:(\d+)").group(1))
         except BaseException:
             self.stop()
             raise
@@ -166,7 +173,7 @@ class Registry:
         return self._daemon
 
     def _config(self, directory: Path) -> dict[str, Any]:
-        http_section: dict[str, Any] = {"addr": "127.0.0.1:0", "secret": "testbed"}
+        http_section: dict[str, Any] = {"addr": f"{self._host}:0", "secret": "testbed"}
         if self._certificate is not None:
             tls: dict[str, Any] = {"certificate": str(self._certificate[0]), "key": str(self._certificate[1])}
             if self._client_authority is not None:

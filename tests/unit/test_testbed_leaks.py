@@ -52,6 +52,15 @@ def test_exempt_processes_do_not_count() -> None:
         child.kill()
 
 
+def test_processes_that_work_below_an_exempt_path_do_not_count(tmp_path: Path) -> None:
+    before = leaks.snapshot()
+    with subprocess.Popen(["sh", "-c", "read line", tmp_path], stdin=subprocess.PIPE) as child:
+        with leaks.exempt(paths=[tmp_path]):
+            assert leaks.new_since(before) == {}
+        assert "processes" in leaks.new_since(before)
+        child.kill()
+
+
 def test_new_entries_of_a_directory(tmp_path: Path) -> None:
     before = leaks.snapshot(entries_of=[tmp_path])
     (tmp_path / "left").touch()

@@ -30,8 +30,13 @@ class Process:
     address: str = ""
 
 
-async def start_process(name: str, module: str, arguments: Sequence[str], directory: Path) -> Process:
-    """Start ``python -m module`` and wait until it says READY=1; Internal with the end of its log if it dies."""
+async def start_process(
+    name: str, module: str, arguments: Sequence[str], directory: Path, *, prefix: Sequence[str] = ()
+) -> Process:
+    """Start ``python -m module`` and wait until it says READY=1; Internal with the end of its log if it dies.
+
+    *prefix* is the beginning of a command line that executes the rest in place of itself, as nsenter(1) does.
+    """
     (directory / "logs").mkdir(parents=True, exist_ok=True)
     log = directory / "logs" / f"{name}.log"
     path = directory / f"{name}.notify"
@@ -44,7 +49,7 @@ async def start_process(name: str, module: str, arguments: Sequence[str], direct
         stack.callback(path.unlink, missing_ok=True)
         with log.open("ab") as out:
             child = popen(
-                [sys.executable, "-m", module, *arguments],
+                [*prefix, sys.executable, "-m", module, *arguments],
                 stdout=out,
                 stderr=out,
                 env={**os.environ, "NOTIFY_SOCKET": str(path), "AFS_PARENT_PID": str(os.getpid())},
