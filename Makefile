@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SYSTEM_PACKAGES := runc erofs-utils libfuse3-dev fuse3 kmod ca-certificates pkg-config gcc libc6-dev python3-dev python3-venv busybox-static
-TEST_PACKAGES := containerd docker-registry umoci debootstrap iproute2 nftables
+TEST_PACKAGES := containerd docker-registry umoci debootstrap iproute2 nftables crun qemu-system-x86 e2fsprogs
 SOURCES := core discovery layerstore snapshotter afslet proxy client tests benchmarks examples
 
 .PHONY: help
@@ -49,6 +49,12 @@ fuzz: system venv  ## Fuzz the layer format: FUZZ_SECONDS per target, FUZZ_EFFOR
 	$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r tests/fuzz/requirements.lock
 	$(BIN)/python -m tests.fuzz.run --seconds $(FUZZ_SECONDS)
 	AFS_FUZZ_EFFORT=$(FUZZ_EFFORT) $(BIN)/pytest tests/fuzz -o timeout=3600
+
+KERNEL ?= bookworm/linux-image-cloud-amd64
+RUN ?= uname -a
+.PHONY: vm
+vm: system test-system venv  ## Run the command RUN under the KERNEL of a Debian release, in an emulated machine
+	@$(BIN)/python -m tests.testbed.vm --kernel $(KERNEL) -- $(RUN)
 
 .PHONY: bench
 bench: system test-system venv  ## Measure against runc and containerd; writes benchmarks/results

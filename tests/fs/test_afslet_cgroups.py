@@ -1,4 +1,4 @@
-"""Control groups: v1 on the machine's own, v2 on a directory that looks like one."""
+"""Control groups: those of the machine (v1 or v2), and v2 on a directory that looks like one."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from afs.afslet.cgroups import CONTAINER, CgroupV1, CgroupV2, Limits, clean_up, hierarchies
+from afs.afslet.cgroups import CONTAINER, Cgroup, CgroupV2, Limits, clean_up, hierarchies, open_cgroup
 
 pytestmark = pytest.mark.root
 LIMITS = Limits(1.5, 64 << 20, 50)
@@ -25,68 +25,68 @@ def parent() -> Iterator[str]:
 
 
 @pytest.fixture
-def v1(parent: str) -> Iterator[CgroupV1]:
-    """A v1 group."""
-    mounts = hierarchies()
-    if "memory" not in mounts:
-        pytest.skip("needs cgroup v1")
-    made = CgroupV1(mounts, parent, "run", LIMITS)
+def group(parent: str) -> Iterator[Cgroup]:
+    """A group of the version that this machine has."""
+    made = open_cgroup(parent, "run", LIMITS)
     yield made
     made.kill()
     made.remove()
 
 
+def directory(controller: str, parent: str) -> Path:
+    """The directory of the group where a controller's files are."""
+    found = hierarchies()
+    return found.get("", found.get(controller, Path())) / parent / "run"
+
+
 def inside(parent: str, program: str) -> "subprocess.Popen[bytes]":
     """A Python program in the container's group, as the runtime would start it."""
-    files = []
+    files = set()
     for controller in ("memory", "pids"):
-        directory = hierarchies()[controller] / parent / "run" / CONTAINER
-        directory.mkdir(exist_ok=True)
-        files.append(directory / "cgroup.procs")
+        container = directory(controller, parent) / CONTAINER
+        container.mkdir(exist_ok=True)
+        files.add(container / "cgroup.procs")
     enter = "".join(f"open({str(file)!r}, 'w').write('0'); " for file in files)
     argv = [sys.executable, "-S", "-c", f"{enter}print('in', flush=True); {program}"]
     return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
-def test_limits_are_written(parent: str, v1: CgroupV1) -> None:
-    mounts = hierarchies()
+def test_limits_are_written(parent: str, group: Cgroup) -> None:
+    assert group.path == f"/{parent}/run/{CONTAINER}"
+    v1 = {
+        ("memory", "memory.limit_in_bytes"): str(64 << 20),
+        ("cpu", "cpu.cfs_quota_us"): "150000",
+        ("cpu", "cpu.cfs_period_us"): "100000",
+        ("pids", "pids.max"): "50",
+    }
+    v2 = {("memory", "memory.max"): str(64 << 20), ("cpu", "cpu.max"): "150000 100000", ("pids", "pids.max"): "50"}
+    for (controller, name), value in (v2 if "" in hierarchies() else v1).items():
+        assert (directory(controller, parent) / name).read_text().strip() == value
+    assert not group.counters().oom
+    assert not group.kill()
 
-    def value(controller: str, name: str) -> str:
-        return (mounts[controller] / parent / "run" / name).read_text().strip()
 
-    assert v1.path == f"/{parent}/run/{CONTAINER}"
-    assert value("memory", "memory.limit_in_bytes") == str(64 << 20)
-    assert value("cpu", "cpu.cfs_quota_us") == "150000"
-    assert value("cpu", "cpu.cfs_period_us") == "100000"
-    assert value("pids", "pids.max") == "50"
-    assert not v1.counters().oom
-    assert not v1.kill()
-
-
-def test_processes_are_killed(parent: str, v1: CgroupV1) -> None:
+def test_processes_are_killed(parent: str, group: Cgroup) -> None:
     with inside(parent, "import sys; sys.stdin.read()") as child:
         assert child.stdout is not None
         assert child.stdout.readline() == b"in\n"
-        assert v1.kill()
+        assert group.kill()
         assert child.wait() == -9
-        assert not v1.counters().oom
+        assert not group.counters().oom
 
 
-def test_running_out_of_memory_is_counted(parent: str, v1: CgroupV1) -> None:
+def test_running_out_of_memory_is_counted(parent: str, group: Cgroup) -> None:
     with inside(parent, "x = bytearray(256 << 20)") as child:
         assert child.stdout is not None
         assert child.stdout.read() == b"in\n"
         assert child.wait() == -9
-    counters = v1.counters()
+    counters = group.counters()
     assert counters.oom
     assert 32 << 20 < counters.peak_memory <= 64 << 20
 
 
 def test_leftovers_are_cleaned_up(parent: str) -> None:
-    mounts = hierarchies()
-    if "memory" not in mounts:
-        pytest.skip("needs cgroup v1")
-    left = CgroupV1(mounts, parent, "run", LIMITS)
+    left = open_cgroup(parent, "run", LIMITS)
     with inside(parent, "import sys; sys.stdin.read()") as child:
         assert child.stdout is not None
         assert child.stdout.readline() == b"in\n"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from afs.core.mounts import list_mounts
-from tests.testbed import oci
+from tests.testbed import mounts, oci
 from tests.testbed.cluster import BIN
 from tests.testbed.images import BUSYBOX
 
@@ -111,7 +111,7 @@ def rootfs(tmp_path: Path) -> Path:
 
 def runc_cgroups() -> set[Path]:
     """The cgroups of runs of afs_runc."""
-    return set(Path("/sys/fs/cgroup").glob("*/afs-runc-*"))
+    return mounts.cgroups("afs-runc-*")
 
 
 RUNS = {

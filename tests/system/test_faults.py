@@ -15,7 +15,7 @@ import pytest
 from afs.client import AfsClient, Log
 from afs.core.errors import AfsError, Internal, Unavailable
 from afs.core.mounts import list_mounts
-from tests.testbed import oci, tars
+from tests.testbed import mounts, oci, tars
 from tests.testbed.cluster import cluster, exempt
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def cgroup_processes(running: RealCluster, node: NodeProcesses) -> list[int]:
     """What runs in the cgroups of a node's runs."""
     (name,) = [name for name in running.cgroups() if f"-{node.node_id}-" in name]
     found = []
-    for path in Path("/sys/fs/cgroup").glob(f"memory/{name}/**/cgroup.procs"):
+    for path in mounts.cgroups(f"{name}/**/cgroup.procs"):
         found += [int(line) for line in path.read_text().split()]
     return found
 
@@ -180,7 +180,7 @@ async def test_afslet_is_stopped(fragile: RealCluster, busybox_image: BusyboxIma
         assert not roots(node)
         assert [path.name for path in (node.directory / "afslet").iterdir()] == ["lock"]
         (name,) = [name for name in fragile.cgroups() if "-node2-" in name]
-        assert not list(Path("/sys/fs/cgroup").glob(f"*/{name}"))
+        assert not mounts.cgroups(name)
     await fragile.restart(node.afslet)
 
 

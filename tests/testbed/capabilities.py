@@ -147,6 +147,8 @@ def _cgroup() -> None:
         for limit in ("memory.limit_in_bytes", "memory.max"):
             child = parent / f"afs-probe-{uuid.uuid4().hex[:8]}"
             try:
+                if limit == "memory.max" and "memory" in (parent / "cgroup.controllers").read_text().split():
+                    (parent / "cgroup.subtree_control").write_text("+memory")  # as AFS does
                 child.mkdir()
             except OSError as error:
                 tried.append(f"{parent}: {error.strerror}")
@@ -188,4 +190,5 @@ PROBES: dict[str, Callable[[], None]] = {
     "docker-registry": _program("docker-registry"),
     "umoci": _program("umoci"),
     "debootstrap": _program("debootstrap"),
+    "qemu": _program("qemu-system-x86_64", "depmod", "dpkg-deb"),
 }

@@ -22,6 +22,7 @@ from afs.core.rpc import channel
 from afs.proto.v1 import afslet_pb2
 from afs.proto.v1.afslet_pb2_grpc import AfsletStub
 from tests.testbed import leaks
+from tests.testbed.mounts import cgroups
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -130,7 +131,7 @@ class RealCluster:
                 found += [f"{path}" for path in directory.iterdir()]
                 found += [f"mount {mount.target}" for mount in list_mounts(str(directory))]
         for parent in self.cgroups():
-            found += [str(path) for path in Path("/sys/fs/cgroup").glob(f"*/{parent}/*/")]
+            found += [str(path) for path in cgroups(f"{parent}/*/")]
         return found
 
     def assert_idle(self, grace: float = 5.0) -> None:

@@ -6,21 +6,20 @@ cache with the libraries that they need, and nothing is installed.
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 import subprocess
 import sys
 from typing import TYPE_CHECKING
 
-from tests.testbed import build
+from tests.testbed import build, debs
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 SUITE = "trixie"
 _OLDEST = (1, 6)
-_KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
-_FIELDS = ("recommends", "suggests", "conflicts", "breaks", "replaces", "enhances")
 
 
 def fsck(cache_dir: Path) -> list[str]:
@@ -34,7 +33,8 @@ def fsck(cache_dir: Path) -> list[str]:
     own = shutil.which("fsck.erofs")
     if own is not None and _version(own) >= _OLDEST:
         return [own]
-    tree = build.cached(cache_dir, "erofs-utils", f"{SUITE}-{build.source_key(sys.modules[__name__], build)}", _build)
+    key = f"{SUITE}-{build.source_key(sys.modules[__name__], build, debs)}"
+    tree = build.cached(cache_dir, "erofs-utils", key, functools.partial(debs.unpack, SUITE, "erofs-utils"))
     (loader,) = tree.glob("usr/lib/*-linux-gnu*/ld-linux*.so.*")
     return [str(loader), "--library-path", str(loader.parent), str(tree / "usr/bin/fsck.erofs")]
 
@@ -43,28 +43,3 @@ def _version(program: str) -> tuple[int, ...]:
     done = subprocess.run([program, "--version"], check=False, capture_output=True, text=True)
     found = re.search(r"(\d+)\.(\d+)", done.stdout + done.stderr)
     return tuple(map(int, found.groups())) if found else (0,)
-
-
-def _build(tree: Path) -> None:
-    """Download erofs-utils and all that it depends on with an apt that has state and sources of its own."""
-    work = tree.with_name(f"{tree.name}-apt")
-    try:
-        for name in ("lists/partial", "cache/archives/partial", "debs"):
-            (work / name).mkdir(parents=True)
-        (work / "sources.list").write_text(f"deb [signed-by={_KEYRING}] {build.debian_mirror()} {SUITE} main\n")
-        options = [
-            *("-o", f"Dir::Etc::sourcelist={work}/sources.list", "-o", "Dir::Etc::sourceparts=-"),
-            *("-o", f"Dir::State::lists={work}/lists", "-o", f"Dir::Cache={work}/cache"),
-            *("-o", "APT::Sandbox::User=root", "-o", "Acquire::Languages=none"),
-            *("-o", "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false"),
-        ]
-        build.run(["apt-get", *options, "-qq", "update"])
-        found = build.run(
-            ["apt-cache", *options, "depends", "--recurse", *(f"--no-{field}" for field in _FIELDS), "erofs-utils"]
-        )
-        packages = sorted({line for line in found.splitlines() if re.fullmatch(r"[a-z0-9][a-z0-9+.-]+", line)})
-        build.run(["sh", "-ec", 'cd "$0" && exec apt-get "$@"', work / "debs", *options, "-qq", "download", *packages])
-        for package in sorted((work / "debs").glob("*.deb")):
-            build.run(["dpkg-deb", "--extract", package, tree])
-    finally:
-        shutil.rmtree(work, ignore_errors=True)

@@ -40,6 +40,12 @@ def table() -> list[Mount]:
     return found
 
 
+def cgroups(pattern: str) -> set[Path]:
+    """What matches a glob pattern below the root of any cgroup hierarchy, v1 or v2."""
+    roots = [Path(mount.target) for mount in table() if mount.fstype in ("cgroup", "cgroup2")]
+    return {path for root in roots for path in root.glob(pattern)}
+
+
 def mount(source: str | Path, target: str | Path, fstype: str, options: str = "", *, read_only: bool = False) -> None:
     """Mount a filesystem.
 

@@ -248,7 +248,7 @@ class Execution:
 
     def _start_failure(self, process: Process, ended: Ended) -> pb.Result:
         """The runtime could not start the command: the image's fault, or ours."""
-        message = ended.start_error
+        message = ended.start_error.lower()  # runc and crun differ in that
         if "no such file or directory" in message and "exec" in message:  # a script whose interpreter is missing
             return _cannot_run(process.argv[0], self._start.image, Command(found=False, executable=False))
         if "argument list too long" in message:
@@ -256,7 +256,7 @@ class Execution:
             return _cannot_run(process.argv[0], self._start.image, why)
         if "exec format error" in message or ("permission denied" in message and "exec" in message):
             return _cannot_run(process.argv[0], self._start.image, Command(found=True, executable=False))
-        raise Internal(f"the runtime could not start the container of {self._start.image}: {message}")
+        raise Internal(f"the runtime could not start the container of {self._start.image}: {ended.start_error}")
 
 
 def _cannot_run(name: str, image: str, command: Command) -> pb.Result:

@@ -92,6 +92,7 @@ class _Container:
         self._bundle = bundle
         self._cgroup = cgroup
         self._log = bundle / "log.json"
+        self._is_crun = Path(runtime.program).name == "crun"
 
     async def run(self, timeout: float, output: Output) -> tuple[int, bool]:
         """(status, timed out)."""
@@ -203,9 +204,10 @@ class _Container:
             except ValueError:
                 continue
             message = str(entry.get("msg", ""))
-            # runc logs every failure of its own so; a command's exit code it logs not at all.
+            # A command's exit code no runtime logs. runc logs as errors also what it got over, but a failure to start so;
+            # crun's errors are all failures, and have no common beginning.
             own = ("runc run failed", "unable to start container", "container_linux.go")
-            if entry.get("level") == "error" and message.startswith(own):
+            if entry.get("level") == "error" and (self._is_crun or message.startswith(own)):
                 return message
         return ""
 

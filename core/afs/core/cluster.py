@@ -16,7 +16,7 @@ from pathlib import Path
 from afs.core.errors import Internal
 from afs.core.run import Child, popen, stop, wait
 
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 120.0  # for hangs: a death is noticed at once, and in an emulated machine a start takes half a minute
 STOP_GRACE_S = 10.0
 
 

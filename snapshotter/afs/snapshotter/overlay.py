@@ -66,7 +66,8 @@ def best_way() -> Way:
         try:
             context.set_fd("lowerdir+", fd)
         except OSError as error:
-            if error.errno != errno.EINVAL:
+            # EOPNOTSUPP: before 6.5 overlayfs's options are one string and no descriptor can be among them.
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise
             return "page"
         finally:
