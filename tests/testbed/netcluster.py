@@ -26,6 +26,7 @@ from afs.proto.v1 import layerstore_pb2 as pb
 from afs.proto.v1.layerstore_pb2_grpc import LayerstoreNodeStub
 from afs.proto.v1.mounts_pb2 import OpenImage
 from afs.snapshotter.client import Mounts
+from afs.snapshotter.messages import root_request
 from tests.testbed import leaks, netns, oci, readers, tars
 from tests.testbed.registry import Registry
 
@@ -281,7 +282,7 @@ class NetworkCluster:
         try:
             async with mounts.holding() as hold:
                 await hold.open(OpenImage(image=image.name))
-                yield Path((await hold.mount(read_only=True)).path)
+                yield (await hold.mount(root_request(read_only=True))).path
                 if faultless:
                     await hold.check()
         finally:

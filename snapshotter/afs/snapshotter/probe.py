@@ -18,7 +18,7 @@ from afs.core.errors import AfsError, FailedPrecondition
 from afs.core.mounts import unmount
 from afs.layerstore.afslyr.erofs import SUPERBLOCK_OFFSET, Index, pack_superblock
 from afs.layerstore.afslyr.layout import BLOCK_SIZE, TAR_OFFSET, make_layout, pack_header
-from afs.layerstore.afslyr.tarstream import Entry
+from afs.layerstore.afslyr.tarheader import Entry
 from afs.layerstore.afslyr.tree import build
 from afs.snapshotter import overlay
 from afs.snapshotter.backends import Backend, Backends, Trial, Unusable, mount_layer
