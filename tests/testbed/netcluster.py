@@ -309,7 +309,7 @@ class NetworkCluster:
 
     def assert_unfinished(self, image: NetworkImage) -> None:
         """Fail if the reading node has all of the image: what happened to its peers then came too late to matter."""
-        assert not self.reader.complete_path(image).exists()
+        assert not self.reader.complete_path(image).exists(), self.reader.layerstore.log()[-4000:]
         assert not all((self.reader.partial_path(image) / "chunks").read_bytes())
 
     async def all_right(self, found: list[Reader]) -> None:
