@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import socket
 import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
@@ -183,6 +185,13 @@ class Host(Namespace):
             if name.strip() == "eth0":
                 return [int(field) for field in counters.split()]
         raise AssertionError("no eth0")
+
+    def connected_to(self, address: str) -> bool:
+        """Whether somebody here has a TCP connection to `address`, as `198.51.100.1:80`."""
+        host, _, port = address.rpartition(":")
+        # proc(5): the address is shown as a number of the machine's byte order; 01 is ESTABLISHED.
+        remote = f"{int.from_bytes(socket.inet_aton(host), sys.byteorder):08X}:{int(port):04X}"
+        return any(line.split()[2:4] == [remote, "01"] for line in self.run("cat", "/proc/net/tcp").splitlines())
 
     def tcp(self, counter: str) -> int:
         """A counter of TCP (RFC 4022), such as `RetransSegs`."""
