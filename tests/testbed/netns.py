@@ -189,9 +189,11 @@ class Host(Namespace):
     def connected_to(self, address: str) -> bool:
         """Whether somebody here has a TCP connection to `address`, as `198.51.100.1:80`."""
         host, _, port = address.rpartition(":")
-        # proc(5): the address is shown as a number of the machine's byte order; 01 is ESTABLISHED.
+        # proc(5): an address is shown as a number of the machine's byte order, 01 is ESTABLISHED. A socket of IPv6 shows the
+        # one of IPv4 that it is connected to behind a prefix.
         remote = f"{int.from_bytes(socket.inet_aton(host), sys.byteorder):08X}:{int(port):04X}"
-        return any(line.split()[2:4] == [remote, "01"] for line in self.run("cat", "/proc/net/tcp").splitlines())
+        lines = self.run("cat", "/proc/net/tcp", "/proc/net/tcp6").splitlines()
+        return any(line.split()[2].endswith(remote) and line.split()[3] == "01" for line in lines)
 
     def tcp(self, counter: str) -> int:
         """A counter of TCP (RFC 4022), such as `RetransSegs`."""
