@@ -17,6 +17,7 @@ from afs.core.errors import NotFound
 from afs.core.rpc import channel
 from afs.layerstore import describing, supply
 from afs.layerstore.afslyr.convert import convert
+from afs.layerstore.chunkserver import serving_chunks
 from afs.layerstore.completion import Completing, Mode
 from afs.layerstore.errors import LayerUnavailable
 from afs.layerstore.partial import Description, PartialLayer
@@ -169,9 +170,8 @@ async def test_readers_wait_for_nodes_that_come_back(world: World) -> None:
     filling = asyncio.create_task(two.layers.fill(world.diff_id, 1, 1))
     await failed.wait()
     async with contextlib.AsyncExitStack() as stack:
-        from afs.core.rpc import serving
-
-        await stack.enter_async_context(serving([one.address], one.service.add_to, grace_s=0))
+        port = one.announcer.me.chunk_port
+        await stack.enter_async_context(serving_chunks("127.0.0.1", port, one.service.read_chunk))
         await filling
     assert partial.read(1) == complete_of(one, world).read_chunk(1)
 
@@ -179,16 +179,20 @@ async def test_readers_wait_for_nodes_that_come_back(world: World) -> None:
 async def test_connections_are_closed_when_there_are_too_many(world: World) -> None:
     nodes = [await holder(world, name) for name in ("n1", "n2", "n3")]
     peers = Peers(most=2)
+
+    async def call(node: Node) -> None:
+        with pytest.raises(NotFound):
+            await peers.read_trace(node.announcer.me, world.diff_id)
+
     for node in nodes:
-        await peers.read_chunk(node.announcer.me, world.diff_id, 0)
-    assert [endpoint for endpoint, _ in peers._connections] == [node.address for node in nodes[1:]]
-    nodes[0].service.gate = asyncio.Event()
-    reading = asyncio.create_task(peers.read_chunk(nodes[0].announcer.me, world.diff_id, 0))
-    await asyncio.sleep(0)
-    for node in nodes[1:]:
-        await peers.read_chunk(node.announcer.me, world.diff_id, 0)
-    nodes[0].service.gate.set()
-    assert len(await reading) == MIB, "not one with a call under way"
+        await call(node)
+    assert list(peers._connections) == [node.address for node in nodes[1:]]
+    async with contextlib.aclosing(peers.describe_layer(nodes[0].announcer.me, world.diff_id)) as parts:
+        assert isinstance(await anext(parts), Description)
+        for node in nodes[1:]:
+            await call(node)
+        assert nodes[0].address in peers._connections, "it has a call under way"
+        assert [part async for part in parts]
     await peers.close()
 
 
