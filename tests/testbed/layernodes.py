@@ -51,9 +51,9 @@ if TYPE_CHECKING:
     from afs.proto.v1 import layerstore_pb2 as pb
 
 AMD64 = Platform("linux", "amd64")
-TAR = tars.tar_of({name: bytes([number]) * 900_000 for number, name in enumerate("abcdef")})
+TAR = tars.tar_of({name: bytes([number]) * 225_000 for number, name in enumerate("abcdef")})
 TAGS = ("v1", "v2", "v3", "v4")
-LAYER_SIZE = 5_500_000
+LAYER_SIZE = 1_380_000
 """About what the layer of each takes in the cache, in bytes."""
 OTHER = "sha256:" + "0" * 64
 
