@@ -281,6 +281,19 @@ async def test_a_root(tmp_path: Path, layers: dict[str, str]) -> None:
         assert list((tmp_path / "r").iterdir()) == []
 
 
+@pytest.mark.parametrize("read_only", [False, True])
+async def test_a_root_of_an_image_without_layers(tmp_path: Path, read_only: bool) -> None:
+    async with mounting(tmp_path, 1) as mounts, making_roots(tmp_path, mounts) as roots:
+        async with contextlib.AsyncExitStack() as stack:
+            root = await roots.mount_root(stack, [], RootRequest(read_only=read_only))
+            assert sorted(path.name for path in root.path.iterdir()) == ["dev", "proc", "sys"]
+            assert list(root.lower) == [tmp_path / "base"]
+            expected = pytest.raises(OSError, match="Read-only") if read_only else contextlib.nullcontext()
+            with expected:
+                (root.path / "x").touch()
+        assert list((tmp_path / "r").iterdir()) == []
+
+
 async def test_prepare_clears_what_a_crash_left(tmp_path: Path, layers: dict[str, str]) -> None:
     async with mounting(tmp_path, 1) as mounts:
         home = tmp_path / "r" / "7"
