@@ -81,7 +81,7 @@ def test_what_the_probes_find(vm: VM) -> None:
         *("erofs-loop complete", "erofs-loop lazy"),
         *("tree complete", "tree lazy"),
     }
-    assert all("needs kernel 6.12" in reason for reason in reasons.values() if reason)
+    assert all("from Linux 6.12 on" in reason for reason in reasons.values() if reason)
     assert found["overlay"] == "page"
 
 

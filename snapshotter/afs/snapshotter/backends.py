@@ -175,7 +175,8 @@ def _general(backend: Backend, source: Path, error: OSError) -> str:
     if error.errno == errno.ENOTBLK:
         # EROFS asks for a block device where a file will not do: before 6.12, or because the file's file system lacks
         # read_folio, as tmpfs does.
-        return f"EROFS on a file needs kernel 6.12 and a file system such as ext4 or xfs, not {fstype_of(source)}"
+        here = f"here are Linux {os.uname().release} and {fstype_of(source)}"
+        return f"EROFS mounts files from Linux 6.12 on, and those of file systems such as ext4 or xfs; {here}"
     return ""
 
 
