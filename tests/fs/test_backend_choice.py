@@ -76,7 +76,9 @@ def test_files_of_a_tmpfs_take_a_loop_device(tmp_path: Path) -> None:
     with unpackers.tmpfs(tmp_path / "tmpfs") as at:
         file, loop, *_ = probe.probe(at, tmp_path)
     here = f"here are Linux {os.uname().release} and tmpfs"
-    assert file.reason == f"EROFS mounts files from Linux 6.12 on, and those of file systems such as ext4 or xfs; {here}"
+    assert (
+        file.reason == f"EROFS mounts files from Linux 6.12 on, and those of file systems such as ext4 or xfs; {here}"
+    )
     assert loop.works
 
 

@@ -133,11 +133,13 @@ def _loop(file: int) -> tuple[int, str]:
     except OSError as error:
         raise Unusable(Backend.LOOP, _no_loop(error)) from error
     try:
-        if not syscalls.loop_is_direct(device):
-            raise Unusable(Backend.LOOP, _no_direct(file))
+        reason = "" if syscalls.loop_is_direct(device) else _no_direct(file)
     except BaseException:
         os.close(device)
         raise
+    if reason:
+        os.close(device)
+        raise Unusable(Backend.LOOP, reason)
     return device, path
 
 
