@@ -130,6 +130,20 @@ async def test_leases_are_what_is_mounted(tmp_path: Path, layers: dict[str, str]
     assert leased(mounts) == ([], [])
 
 
+async def test_a_second_container_changes_no_lease(tmp_path: Path, layers: dict[str, str]) -> None:
+    """But for the number of its opening, which is told once, when it is over."""
+    one, two, _ = layers
+    async with mounting(tmp_path, 2) as mounts, mounts.using(one, layers[one]), mounts.using(two, layers[two]):
+        before = leased(mounts)
+        with mounts.opening() as number:
+            mounts.opened(number, [one, two])
+            async with mounts.using(one, layers[one]), mounts.using(two, layers[two]):
+                assert not mounts.changed.is_set()
+            assert not mounts.changed.is_set()
+        assert leased(mounts) == before
+        assert mounts.leases().last_opened == number
+
+
 async def test_a_cancelled_release_still_unmounts(tmp_path: Path, layers: dict[str, str]) -> None:
     async with mounting(tmp_path, 3) as mounts:
         for diff_id, file in layers.items():

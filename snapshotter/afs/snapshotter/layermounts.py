@@ -11,7 +11,7 @@ layerstore of them. A mount that is ``leaving`` is being unmounted, and nobody g
 of the OpenImage calls whose layers are on their way into ``_all``, and the layers once they are known: a layerstore that
 starts anew in between knows nothing of its answer, so they count as in use.
 ``_stuck`` are those of ``_all`` that left the map and whose unmount failed; :meth:`LayerMounts.release` tries again.
-``changed`` is set whenever any of them has changed.
+``changed`` is set whenever what :meth:`LayerMounts.leases` says has changed.
 """
 
 import asyncio
@@ -162,12 +162,14 @@ class LayerMounts:
     @contextlib.asynccontextmanager
     async def _holding(self, layer: MountedLayer) -> AsyncIterator[None]:
         layer.users += 1  # with no await since the caller found it
-        self.changed.set()
+        if layer.users == 1:
+            self.changed.set()
         try:
             yield
         finally:
             layer.users -= 1
-            self.changed.set()
+            if not layer.users:
+                self.changed.set()
             if not self._wanted(layer):
                 await self._unmount_all([layer])
             await self._trim(self._keep)
@@ -262,8 +264,9 @@ class LayerMounts:
 
     def opened(self, number: int, diff_ids: Iterable[str]) -> None:
         """OpenImage call *number* gave these layers; they are leased from now on, until :meth:`opening` ends."""
-        self._opening[number] = frozenset(diff_ids)
-        self.changed.set()
+        self._opening[number] = found = frozenset(diff_ids)
+        if not found <= {layer.diff_id for layer in self._all.values() if layer.users}:
+            self.changed.set()
 
     def leases(self) -> pb.LeaseUpdate:
         """What is mounted and what is on its way, for the layerstore."""
