@@ -17,7 +17,7 @@ from afs.core.errors import AfsError, Internal, Unavailable
 from afs.core.mounts import list_mounts
 from tests.system.test_mount_command import attached
 from tests.testbed import mounts, oci, tars
-from tests.testbed.cluster import cluster, exempt
+from tests.testbed.cluster import cluster
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -30,16 +30,9 @@ pytestmark = pytest.mark.root
 GRACE = 5.0
 
 
-@pytest.fixture(scope="module")
-def fragile_cluster() -> Iterator[RealCluster]:
-    """Two nodes whose services these tests kill and start anew; node2 has everything over FUSE from node1."""
-    with cluster(2) as running, exempt(running):
-        yield running
-
-
 @pytest.fixture
 def fragile(fragile_cluster: RealCluster, busybox_image: BusyboxImage) -> Iterator[RealCluster]:
-    """That cluster, whole and idle before and after, with runs working on both nodes."""
+    """That cluster, whole and idle before and after, with runs working on both nodes; node2 gets its layers from node1."""
 
     async def both_nodes_run() -> None:
         async with fragile_cluster.client() as client:
