@@ -90,6 +90,14 @@ def shared_cluster(session_cluster: RealCluster) -> Iterator[RealCluster]:
     session_cluster.assert_idle()
 
 
+@pytest.fixture(scope="session")
+def fragile_cluster() -> Iterator[RealCluster]:
+    """Two nodes whose services tests kill and start anew; attached roots stay when a snapshotter stops."""
+    capabilities.require("root", "fuse", "overlay", "erofs", "cgroup", "runc")
+    with cluster(2, snapshotter_flags=("--keep-mounts",)) as running, exempt(running):
+        yield running
+
+
 @pytest.fixture(autouse=True)
 def _capabilities_of_markers(request: pytest.FixtureRequest) -> None:
     """Skip tests marked `root` or `containerd` where that cannot be had (under CI=true: fail them)."""

@@ -166,7 +166,7 @@ class Restarting(Attaching):
         asyncio.run(act())
 
 
-@pytest.mark.parametrize("scenario", [Attaching, Restarting])
+@pytest.mark.parametrize("scenario", [Attaching, pytest.param(Restarting, marks=pytest.mark.slow)])
 def test_whatever_ends_it_the_next_one_adopts_or_clears(tmp_path: Path, scenario: type[Scenario]) -> None:
     """Ended at every call that changes something, and failed there."""
     killed, failed = crash_everywhere(scenario, tmp_path)

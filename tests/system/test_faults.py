@@ -15,8 +15,9 @@ import pytest
 from afs.client import AfsClient, Log
 from afs.core.errors import AfsError, Internal, Unavailable
 from afs.core.mounts import list_mounts
+from tests.system.test_mount_command import attached
 from tests.testbed import mounts, oci, tars
-from tests.testbed.cluster import cluster, exempt
+from tests.testbed.cluster import cluster
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -29,16 +30,9 @@ pytestmark = pytest.mark.root
 GRACE = 5.0
 
 
-@pytest.fixture(scope="module")
-def fragile_cluster() -> Iterator[RealCluster]:
-    """Two nodes whose services these tests kill and start anew; node2 has everything over FUSE from node1."""
-    with cluster(2) as running, exempt(running):
-        yield running
-
-
 @pytest.fixture
 def fragile(fragile_cluster: RealCluster, busybox_image: BusyboxImage) -> Iterator[RealCluster]:
-    """That cluster, whole and idle before and after, with runs working on both nodes."""
+    """That cluster, whole and idle before and after, with runs working on both nodes; node2 gets its layers from node1."""
 
     async def both_nodes_run() -> None:
         async with fragile_cluster.client() as client:
@@ -276,24 +270,21 @@ def test_fuse_readers_see_no_hole_when_the_layer_was_pulled_meanwhile(
     layer = builder.add_layer(tars.tar_of(files))
     builder.add_image("big", [*busybox_image.layers, layer], {"Env": ["PATH=/bin"]})
 
-    async def read(node: NodeProcesses, name: str) -> bytes:
-        async with AfsClient(node.afslet.address) as client:
-            result = await client.run(f"oci:{layout}:big", ["cat", name])
-            assert result.ok, result.stderr
-            return result.stdout
-
-    with cluster(1, proxy=False) as running:
-        asyncio.run(read(running.nodes[0], "/first"))
-        node2 = running.start_node(2)
-        assert asyncio.run(read(node2, "/first")) == secret
-        mounted = [mount.target for mount in list_mounts(str(node2.run_dir / "l")) if "/fuse/" in mount.source]
-        running.kill(running.nodes[0].layerstore)
-        assert asyncio.run(read(node2, "/late")) == secret[::-1]  # nobody has it any more: pulled here
-        assert (node2.directory / "layerstore/layers" / f"{layer.diff_id.partition(':')[2]}.afslyr").exists()
-        running.kill(node2.layerstore)
-        asyncio.run(running.restart(node2.layerstore))
-        assert asyncio.run(read(node2, "/later")) == secret
-        assert set(mounted) <= {mount.target for mount in list_mounts(str(node2.run_dir / "l"))}, "mounted anew"
+    image, target, diff_id = f"oci:{layout}:big", tmp_path / "root", layer.diff_id.partition(":")[2]
+    target.mkdir()
+    with cluster(1, proxy=False) as running, attached(running.nodes[0], image, target):
+        node2, target2 = running.start_node(2), tmp_path / "root2"
+        target2.mkdir()
+        with attached(node2, "--read-only", image, target2):
+            assert (target2 / "first").read_bytes() == secret
+            (lazy,) = [mount for mount in list_mounts(str(node2.run_dir / "l")) if mount.source.endswith(diff_id)]
+            running.kill(running.nodes[0].layerstore)
+            assert (target2 / "late").read_bytes() == secret[::-1]  # nobody has it any more: pulled here
+            assert (node2.directory / f"layerstore/layers/{diff_id}.afslyr").exists()
+            running.kill(node2.layerstore)
+            asyncio.run(running.restart(node2.layerstore))
+            assert (target2 / "later").read_bytes() == secret
+            assert lazy in list_mounts(str(node2.run_dir / "l"))
 
 
 async def test_a_killed_runtime_is_no_result(fragile: RealCluster, busybox_image: BusyboxImage) -> None:

@@ -78,11 +78,11 @@ def chunk_map(node: NodeProcesses, layer: oci.Layer) -> bytes:
     return (node.directory / "layerstore/partial" / layer.diff_id.partition(":")[2] / "chunks").read_bytes()
 
 
-async def backends(node: NodeProcesses) -> dict[str, str]:
-    """How each layer is mounted on a node, by diff_id."""
+async def mounted(node: NodeProcesses) -> dict[str, tuple[str, bool]]:
+    """How each layer is mounted on a node, by diff_id: the backend, and whether on what a worker serves."""
     mounts = Mounts(f"unix:{node.run_dir}/mounts.sock")
     try:
-        return {layer.diff_id: layer.backend for layer in (await mounts.stats()).layers}
+        return {layer.diff_id: (layer.backend, layer.lazy) for layer in (await mounts.stats()).layers}
     finally:
         await mounts.close()
 
@@ -98,8 +98,9 @@ def test_second_node_never_asks_the_registry(registry: Registry, busybox_image: 
         assert (result.node_id, result.stdout) == ("node2", busybox_image.present["/data/hello.txt"])
         assert registry.requests() == []
         assert {mount.fstype for mount in list_mounts(str(node2.run_dir))} == {"fuse.afs", "erofs"}
-        assert asyncio.run(backends(node2)) == {layer.diff_id: "erofs-file" for layer in busybox_image.layers}
-        assert set(asyncio.run(backends(running.nodes[0])).values()) == {"erofs-file"}
+        diff_ids = {layer.diff_id for layer in busybox_image.layers}
+        assert asyncio.run(mounted(node2)) == dict.fromkeys(diff_ids, ("erofs-file", True))
+        assert asyncio.run(mounted(running.nodes[0])) == dict.fromkeys(diff_ids, ("erofs-file", False))
         registry.stop()
         node3 = running.start_node(3)
         assert asyncio.run(run_on(node3, image, "cat", "/data/hello.txt")).stdout == result.stdout

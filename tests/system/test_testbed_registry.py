@@ -48,9 +48,10 @@ def test_fetches_are_counted_by_blob(registry: Registry, busybox_image: BusyboxI
     first, second, _ = busybox_image.layers
     for digest in (first.digest, second.digest, second.digest):
         get(registry, f"/v2/x/blobs/{digest}")
+    get(registry, f"/v2/x/blobs/{first.digest}", Range="bytes=1-2")
     get(registry, "/v2/x/blobs/sha256:" + "0" * 64)
     assert registry.blob_fetches() == {first.digest: 1, second.digest: 2}
-    assert [request.status for request in registry.requests("GET", "/blobs/")] == [200, 200, 200, 404]
+    assert [request.status for request in registry.requests("GET", "/blobs/")] == [200, 200, 200, 206, 404]
     last = registry.requests()[-1]
     assert (last.method, last.user_agent, last.digest) == ("GET", "test", "sha256:" + "0" * 64)
 

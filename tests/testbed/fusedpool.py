@@ -49,9 +49,10 @@ def open_files(worker: Worker, below: Path) -> list[str]:
     """The files below a directory that a worker has open or mapped."""
     found = []
     for name in ("fd", "map_files"):
-        for link in os.scandir(f"/proc/{worker.pid}/{name}"):
+        directory = f"/proc/{worker.pid}/{name}"
+        for link in os.listdir(directory):
             with contextlib.suppress(FileNotFoundError):
-                target = os.readlink(link.path)
+                target = os.readlink(f"{directory}/{link}")
                 if target.startswith(f"{below}/layer"):
                     found.append(target)
     return found

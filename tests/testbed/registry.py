@@ -163,9 +163,12 @@ class Registry:
         self._since = len(self._running().lines())
 
     def blob_fetches(self) -> Counter[str]:
-        """How often each blob was fetched (GET, 200 or 206) since the last `forget`, by digest."""
+        """How often each blob was fetched from its beginning (GET, 200) since the last `forget`, by digest.
+
+        Requests for a range (206) go on with one of these: where it broke off, or in pieces because it was slow.
+        """
         gets = self.requests("GET", "/blobs/sha256:")
-        return Counter(request.digest for request in gets if request.digest and request.status in (200, 206))
+        return Counter(request.digest for request in gets if request.digest and request.status == 200)
 
     def _running(self) -> Daemon:
         if self._daemon is None:

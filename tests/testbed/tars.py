@@ -160,15 +160,13 @@ def root() -> bytes:
 
 def tar_of(files: dict[str, bytes | str | None]) -> bytes:
     """A tar: bytes are files' contents, a str is a symlink's target, None makes a directory."""
-    out = b""
-    for name, what in files.items():
-        if what is None:
-            out += directory(name)
-        elif isinstance(what, str):
-            out += symlink(name, what)
-        else:
-            out += file(name, what)
-    return out + END
+    return b"".join(_entry(name, what) for name, what in files.items()) + END
+
+
+def _entry(name: str, what: bytes | str | None) -> bytes:
+    if what is None:
+        return directory(name)
+    return symlink(name, what) if isinstance(what, str) else file(name, what)
 
 
 def gzipped(data: bytes) -> bytes:
