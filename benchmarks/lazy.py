@@ -1,8 +1,8 @@
 """IMG4 on a node that has nothing of it, read from a peer on the same machine, against overlayfs over ext4.
 
 One node has the image; a second one is new for every sample, and the page cache is empty but for programs. Measured: the mount
-of the image until its root can be listed, the same once more (a second container), W in it, and reading one large file of a
-layer from front to back. Nothing is prefetched from a trace and nothing completed in the background.
+of the image until its root can be listed, the same once more (a second container), W in it, and, on one more new node, reading
+the largest layer from front to back as afs_fused shows it. Nothing is prefetched from a trace and nothing completed in the background.
 
 *Touched* are the pages of the layers' files that the kernel has in its cache after W (mincore(2)): all that it asked afs_fused
 for, its own read-ahead included. The metadata region counts neither there nor in what was fetched, which is the chunk maps' sum.
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     from afs.core.cluster import NodeProcesses
 
 SAMPLES = 5
-LARGE = "opt/site/scipy.libs"
-"""A directory of IMG4; its largest file is read from front to back."""
 MIB = 1 << 20
 
 
@@ -57,7 +55,7 @@ def run(name: str, samples: int | None) -> measure.Report:
         reference = image.push(registry)
         pull(running.nodes[0], reference)
         for number in range(samples or SAMPLES):
-            for subject in (_ext4, _lazy) if number % 2 else (_lazy, _ext4):
+            for subject in (_ext4, _lazy, _layer) if number % 2 else (_layer, _lazy, _ext4):
                 for what, value in subject(running, number + 2, reference, tree, image.commands["W"]).items():
                     taken.setdefault(what, []).append(value)
     series = [measure.Series(what, "x" if " / " in what else "s", values) for what, values in taken.items()]
@@ -67,7 +65,7 @@ def run(name: str, samples: int | None) -> measure.Report:
         measure.Target("second container", medians["second mount"], 0.01, "s"),
         measure.Target("W cold from a peer / ext4", medians["W from a peer"] / medians["W on ext4"], 1.5),
         measure.Target("fetched / touched", medians["fetched / touched"], 1.6),
-        measure.Target("read from a peer / local", medians["read from a peer"] / medians["read a complete layer"], 2.5),
+        measure.Target("layer from a peer / disk", medians["layer from a peer"] / medians["layer from the disk"], 2.5),
     ]
     return measure.Report(f"lazy-{name}", f"Reading {name} from a peer", series, targets)
 
@@ -77,10 +75,6 @@ def pull(node: NodeProcesses, reference: str) -> None:
     with grpc.insecure_channel(f"unix:{node.run_dir}/layerstore.sock") as channel:
         request = pb.OpenImageRequest(name=pb.ImageName(image=reference), force_local_fetch=True)
         LayerstoreNodeStub(channel).OpenImage(request, timeout=600)
-
-
-def _large(root: Path) -> Path:
-    return max((root / LARGE).iterdir(), key=lambda path: path.stat().st_size)
 
 
 def timed(action: Callable[[], object]) -> float:
@@ -108,12 +102,39 @@ def _ext4(running: RealCluster, number: int, reference: str, tree: Path, work: t
 
 
 def _lazy(running: RealCluster, number: int, reference: str, tree: Path, work: tuple[str, ...]) -> dict[str, float]:
-    local, node = running.nodes[0], running.start_node(number)
+    node = running.start_node(number)
     try:
-        found = asyncio.run(_partial(node, reference, work))
-        return found | asyncio.run(_complete(local, reference))
+        return asyncio.run(_partial(node, reference, work))
     finally:
         asyncio.run(stop_node(running, node))
+
+
+def _layer(running: RealCluster, number: int, reference: str, tree: Path, work: tuple[str, ...]) -> dict[str, float]:
+    """The largest layer's file from front to back: as afs_fused shows it, and the complete one on the other node."""
+    local, node = running.nodes[0].directory / "layerstore/layers", running.start_node(number)
+    try:
+        return asyncio.run(_whole(node, reference, max(local.iterdir(), key=lambda path: path.stat().st_size)))
+    finally:
+        asyncio.run(stop_node(running, node))
+
+
+async def _whole(node: NodeProcesses, reference: str, complete: Path) -> dict[str, float]:
+    found: dict[str, float] = {}
+    mounts = Mounts(f"unix:{node.run_dir}/mounts.sock")
+    async with mounts.holding() as hold:
+        await hold.open(OpenImage(image=reference))
+        for what, path in (("layer from a peer", _shown(node, complete.stem)), ("layer from the disk", complete)):
+            measure.drop_caches()
+            found[what] = await asyncio.to_thread(timed, lambda path=path: _read(path))  # type: ignore[misc]
+    await mounts.close()
+    return found
+
+
+def _shown(node: NodeProcesses, name: str) -> Path:
+    """The file that afs_fused shows of a layer."""
+    workers = [Path(mount.target) / "f" / name for mount in list_mounts(str(node.run_dir / "fuse"))]
+    mounted = {mount.source for mount in list_mounts(str(node.run_dir / "l"))}
+    return next(path for path in workers if str(path) in mounted)
 
 
 async def stop_node(running: RealCluster, node: NodeProcesses) -> None:
@@ -144,21 +165,8 @@ async def _partial(node: NodeProcesses, reference: str, work: tuple[str, ...]) -
         found["W from a peer"] = await asyncio.to_thread(timed, in_root(root, work))
         fetched, touched = _moved(node)
         found["fetched / touched"] = fetched / touched
-        measure.drop_caches()
-        found["read from a peer"] = await asyncio.to_thread(timed, lambda: _read(_large(root)))
     await mounts.close()
     return found
-
-
-async def _complete(node: NodeProcesses, reference: str) -> dict[str, float]:
-    mounts = Mounts(f"unix:{node.run_dir}/mounts.sock")
-    async with mounts.holding() as hold:
-        await hold.open(OpenImage(image=reference))
-        root = Path((await hold.mount()).path)
-        measure.drop_caches()
-        taken = await asyncio.to_thread(timed, lambda: _read(_large(root)))
-    await mounts.close()
-    return {"read a complete layer": taken}
 
 
 def _moved(node: NodeProcesses) -> tuple[int, int]:
@@ -169,11 +177,9 @@ def _moved(node: NodeProcesses) -> tuple[int, int]:
             layout, _ = read_layer(file.fileno())
         data = layout.meta_offset // layout.chunk_size
         fetched += sum((partial / "chunks").read_bytes()[:data]) * layout.chunk_size
-        mounted = [Path(mount.target) for mount in list_mounts(str(node.run_dir / "fuse"))]
-        shown = next(
-            path for root in mounted for path in (root / partial.name, root / "f" / partial.name) if path.exists()
+        touched += (
+            sum(_resident(_shown(node, partial.name))[: data * layout.chunk_size // mmap.PAGESIZE]) * mmap.PAGESIZE
         )
-        touched += sum(_resident(shown)[: data * layout.chunk_size // mmap.PAGESIZE]) * mmap.PAGESIZE
     return fetched, touched
 
 
