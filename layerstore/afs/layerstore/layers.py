@@ -226,6 +226,16 @@ class Layers:
             self.on_demand(partial.diff_id, index)
         if ahead := partial.read_ahead.demanded(index):
             self._in_background(functools.partial(self._prefetch, partial, ahead))
+        elif (buddy := index ^ 1) < partial.table.count and partial.is_news(buddy):
+            # The other half of 512 KiB: of the chunks that W touches seven in ten have one that it touches too, and then
+            # it need not wait for that. What is fetched grows from 1.3 to 1.5 times what is touched.
+            self.on_demand(partial.diff_id, buddy)
+            self._in_background(lambda: self._fill_ahead(partial, buddy))
+
+    async def _fill_ahead(self, partial: PartialLayer, index: int) -> None:
+        if self._partials.is_open(partial):
+            await partial.fill([index], self._supply.fetch, Priority.PREFETCH)
+            self._note_filled(partial)
 
     async def prefetch(self, diff_id: str, indices: Iterable[int]) -> None:
         """Fetch what is missing of these chunks, in this order, as far as no reader is delayed. Errors are logged."""

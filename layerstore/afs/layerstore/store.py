@@ -163,6 +163,7 @@ class LayerStore:
             log.info("removing %d files from %s, which a crash left", len(leftovers), root / "tmp")
         delete_all(leftovers)
         self._complete: dict[str, CompleteLayer] = {}
+        self._absent: set[str] = set()  # asked for, and not there: every miss of a partial layer asks several times
 
     def close(self) -> None:
         """Release the directory."""
@@ -193,12 +194,13 @@ class LayerStore:
         It is read at the first look-up only. A mount that an earlier process gave it to goes on reading the removed file.
         """
         layer = self._complete.get(diff_id)
-        if layer is not None:
+        if layer is not None or diff_id in self._absent:
             return layer
         path = self.layer_path(diff_id)
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
+            self._absent.add(diff_id)
             return None
         try:
             layout, table = read_layer(fd)
@@ -231,6 +233,7 @@ class LayerStore:
             temporary.unlink()
             return known
         path = self.layer_path(diff_id)
+        self._absent.discard(diff_id)
         temporary.rename(path)
         fsync_dir(path.parent)
         layer = self.complete(diff_id)
@@ -264,12 +267,15 @@ class LayerStore:
     def usage(self, diff_id: str) -> tuple[int, float]:
         """(bytes on disk, last use in seconds since the epoch) of a layer's files; (0, 0) if there are none."""
         used, last_use = 0, 0.0
-        partial = self.partial_dir(diff_id)
-        for path in (self.layer_path(diff_id), partial / "data", partial / "chunks"):
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                status = path.stat()
-                used += status.st_blocks * 512  # partial layers are sparse
-                last_use = max(last_use, status.st_mtime)
+        name = hex_of(diff_id)
+        # Strings, not Paths, which cost more than the system calls: this comes with every chunk.
+        for path in (f"layers/{name}.afslyr", f"partial/{name}/data", f"partial/{name}/chunks"):
+            try:
+                status = os.stat(f"{self.root}/{path}")
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            used += status.st_blocks * 512  # partial layers are sparse
+            last_use = max(last_use, status.st_mtime)
         return used, last_use
 
     def stamp(self, diff_id: str, now: float) -> None:
