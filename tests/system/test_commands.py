@@ -81,7 +81,7 @@ def test_version_and_help(name: str) -> None:
 @pytest.mark.parametrize("name", ["afs_discovery_grpcd", "afs_layerstore_grpcd", "afslet", "afs_proxy"])
 def test_service_refuses_the_open_network_in_the_clear(name: str, tmp_path: Path) -> None:
     directories = {
-        "afs_layerstore_grpcd": [f"--root={tmp_path}/root", f"--run-dir={tmp_path}"],
+        "afs_layerstore_grpcd": [f"--root={tmp_path}/root", f"--run-dir={tmp_path}", "--chunk-port=0"],
         "afslet": [f"--root={tmp_path}/root", f"--run-dir={tmp_path}"],
     }
     done = call(name, "--listen=0.0.0.0:0", *directories.get(name, []))

@@ -15,6 +15,7 @@ from afs.discovery.client import Announcer, Peer
 from afs.discovery.directory import Directory
 from afs.discovery.server import DiscoveryService
 from afs.layerstore.afslyr.reader import verify_layer
+from afs.layerstore.chunkserver import serving_chunks
 from afs.layerstore.images import Images
 from afs.layerstore.layers import Layers
 from afs.layerstore.leases import LEASE_S, Leases
@@ -31,7 +32,10 @@ from afs.layerstore.supply import Origin
 from afs.layerstore.tracefiles import TraceFiles
 from afs.layerstore.tracing import RECORD_S, Tracing
 from afs.proto.v1.discovery_pb2_grpc import add_DiscoveryServicer_to_server
-from afs.proto.v1.layerstore_pb2_grpc import add_LayerstoreNodeServicer_to_server
+from afs.proto.v1.layerstore_pb2_grpc import (
+    add_LayerstoreNodeServicer_to_server,
+    add_LayerstorePeerServicer_to_server,
+)
 from tests.testbed import oci, tars
 from tests.testbed.faults import FaultServer
 
@@ -42,13 +46,14 @@ if TYPE_CHECKING:
 
     import grpc.aio
 
+    from afs.layerstore.chunkwire import Question
     from afs.layerstore.completion import Completing
     from afs.proto.v1 import layerstore_pb2 as pb
 
 AMD64 = Platform("linux", "amd64")
-TAR = tars.tar_of({name: bytes([number]) * 900_000 for number, name in enumerate("abcdef")})
+TAR = tars.tar_of({name: bytes([number]) * 225_000 for number, name in enumerate("abcdef")})
 TAGS = ("v1", "v2", "v3", "v4")
-LAYER_SIZE = 5_500_000
+LAYER_SIZE = 1_380_000
 """About what the layer of each takes in the cache, in bytes."""
 OTHER = "sha256:" + "0" * 64
 
@@ -65,11 +70,11 @@ class Service(PeerService):
         self.chunks: list[int] = []
 
     @override
-    async def read_chunk(self, request: pb.ReadChunkRequest) -> bytes:
-        self.chunks.append(request.index)
+    async def read_chunk(self, question: Question) -> bytes:
+        self.chunks.append(question.index)
         if self.gate is not None:
             await self.gate.wait()
-        data = await super().read_chunk(request)
+        data = await super().read_chunk(question)
         return bytes(len(data)) if self.spoil else data
 
     @override
@@ -188,11 +193,12 @@ class World:
         server = await stack.enter_async_context(contextlib.AsyncExitStack())
 
         def register(target: grpc.aio.Server) -> None:
-            service.add_to(target)
+            add_LayerstorePeerServicer_to_server(service, target)
             add_LayerstoreNodeServicer_to_server(NodeService(images, layers, room, tracing), target)
 
         (address,) = await server.enter_async_context(serving(["127.0.0.1:0"], register, grace_s=0))
-        announcer.serve_at(address)
+        chunks = await server.enter_async_context(serving_chunks("127.0.0.1", 0, service.read_chunk))
+        announcer.serve_at(address, chunks)
         await announcer.flush()
         return Node(store, announcer, room, layers, images, puller, tracing, service, peers, address, server.aclose)
 

@@ -16,7 +16,7 @@ from afs.layerstore import pull as pulling
 from afs.layerstore import scrub
 from afs.layerstore import store as storing
 from afs.layerstore.afslyr.check import check_and_sync
-from afs.layerstore.afslyr.layout import pack_header
+from afs.layerstore.afslyr.layout import CHUNK_SIZE, pack_header
 from afs.layerstore.errors import CacheFull, DamagedLayer, DiskFull, LayerUnavailable
 from afs.layerstore.leases import LEASE_S
 from afs.layerstore.partial import Description, PartialLayer
@@ -46,8 +46,6 @@ if TYPE_CHECKING:
 
     from afs.discovery.client import Peer
 
-MIB = 1 << 20
-
 
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[World]:
@@ -65,7 +63,7 @@ def here(node: Node, world: World) -> list[int]:
 
 
 async def test_old_layers_make_room_for_new_ones(world: World) -> None:
-    node = await world.node("n1", quota=2 * LAYER_SIZE + MIB)
+    node = await world.node("n1", quota=2 * LAYER_SIZE + CHUNK_SIZE)
     for number in range(4):
         await pull(world, node, number)
     assert here(node, world) == [2, 3]
@@ -85,7 +83,7 @@ async def test_old_layers_make_room_for_new_ones(world: World) -> None:
 
 
 async def test_a_full_cache_is_that_pull_s_error_only(world: World) -> None:
-    node = await world.node("n1", quota=2 * LAYER_SIZE + MIB)
+    node = await world.node("n1", quota=2 * LAYER_SIZE + CHUNK_SIZE)
     for number in (0, 1):
         await pull(world, node, number)
     for number in (0, 1):
@@ -106,11 +104,11 @@ async def test_a_blob_that_becomes_far_more_than_it_promised_is_stopped_on_the_w
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with running_world(tmp_path, "gzip") as world:
-        node = await world.node("n1", quota=MIB)
+        node = await world.node("n1", quota=CHUNK_SIZE)
         ended = asyncio.Event()
 
         async def inflate(self: Workers, job: dict[str, Any], limit: float) -> dict[str, Any]:
-            Path(job["out"]).write_bytes(bytes(2 * MIB))
+            Path(job["out"]).write_bytes(bytes(2 * CHUNK_SIZE))
             try:
                 return await asyncio.Future()  # it would go on for ever
             finally:
@@ -125,20 +123,20 @@ async def test_a_blob_that_becomes_far_more_than_it_promised_is_stopped_on_the_w
 
 
 async def test_an_owner_whose_cache_is_full_is_stood_in_for(world: World) -> None:
-    await world.node("n1", capacity=1 << 60, quota=MIB)
+    await world.node("n1", capacity=1 << 60, quota=CHUNK_SIZE)
     two = await world.node("n2", capacity=1)
     assert isinstance(await two.layers.open(world.origin, local=False), CompleteLayer)
 
 
 async def test_partial_layers_count_as_far_as_they_are_filled_and_go_too(world: World) -> None:
-    one, two = await world.node("n1"), await world.node("n2", quota=LAYER_SIZE + 3 * MIB)
+    one, two = await world.node("n1"), await world.node("n2", quota=LAYER_SIZE + 3 * CHUNK_SIZE)
     await pull(world, one, 0)
     partial = await open_partial(world, two)
     (before,) = two.room.status().layers
-    assert 0 < before.used < 3 * MIB
+    assert 0 < before.used < 3 * CHUNK_SIZE
     await two.layers.fill(world.diff_id, 1, 2)
     (after,) = two.room.status().layers
-    assert after.used == before.used + 2 * MIB
+    assert after.used == before.used + 2 * CHUNK_SIZE
     two.layers.use(world.diff_id)  # a peer reads it
     with pytest.raises(CacheFull):
         await two.layers.open(world.origins[1], local=True)
@@ -178,7 +176,7 @@ async def test_a_fill_that_nobody_waits_for_any_more_still_holds_the_layer(
 
 
 async def test_a_partial_layer_finds_no_room_for_its_metadata(world: World) -> None:
-    one, two = await world.node("n1"), await world.node("n2", quota=LAYER_SIZE + MIB)
+    one, two = await world.node("n1"), await world.node("n2", quota=LAYER_SIZE + CHUNK_SIZE)
     await pull(world, one, 0)
     await pull(world, two, 1)
     two.layers.use(world.origins[1].layer.diff_id)
@@ -206,7 +204,7 @@ async def test_completing_from_peers_needs_room(world: World) -> None:
 
 
 async def test_a_reader_outlives_the_eviction_of_the_only_complete_copy(world: World) -> None:
-    one, two = await world.node("n1", quota=LAYER_SIZE + MIB), await world.node("n2")
+    one, two = await world.node("n1", quota=LAYER_SIZE + CHUNK_SIZE), await world.node("n2")
     await pull(world, one, 0)
     partial = await open_partial(world, two)
     world.clock.now += LEASE_S
@@ -251,7 +249,7 @@ class NodeClient:
 
 
 async def test_open_image_leases_until_the_mount_is_reported(world: World) -> None:
-    node = await world.node("n1", quota=2 * LAYER_SIZE + MIB)
+    node = await world.node("n1", quota=2 * LAYER_SIZE + CHUNK_SIZE)
     client = NodeClient(node)
     name = pb.ImageName(image=str(world.origin.ref), os="linux", architecture="amd64")
     opened = await client.stub.OpenImage(pb.OpenImageRequest(name=name, force_local_fetch=True))
@@ -268,9 +266,9 @@ async def test_open_image_leases_until_the_mount_is_reported(world: World) -> No
         (world.diff_id, True, True),
         (world.origins[2].layer.diff_id, False, True),
     ]
-    assert status.leased_bytes == status.layers[0].used_bytes > 5 * MIB
+    assert status.leased_bytes == status.layers[0].used_bytes > 5 * CHUNK_SIZE
     assert status.used_bytes == sum(entry.used_bytes for entry in status.layers)
-    assert (status.evicted_layers, status.capacity_bytes, status.reserved_bytes) == (1, 2 * LAYER_SIZE + MIB, 0)
+    assert (status.evicted_layers, status.capacity_bytes, status.reserved_bytes) == (1, 2 * LAYER_SIZE + CHUNK_SIZE, 0)
     assert status.snapshotter_connected
     await call.write(pb.LeaseUpdate())
     while node.leases.is_leased(world.diff_id):  # noqa: ASYNC110 - the server's side of a stream has no event
@@ -284,7 +282,7 @@ async def test_open_image_leases_until_the_mount_is_reported(world: World) -> No
 
 
 async def test_the_layerstore_asks_for_idle_mounts(world: World) -> None:
-    node = await world.node("n1", quota=LAYER_SIZE + MIB)
+    node = await world.node("n1", quota=LAYER_SIZE + CHUNK_SIZE)
     await pull(world, node, 0)
     client = NodeClient(node)
     call = client.stub.Leases()
@@ -305,7 +303,7 @@ async def test_the_layerstore_asks_for_idle_mounts(world: World) -> None:
 
 
 async def test_a_stream_that_ends_leaves_its_leases_for_the_grace_period(world: World) -> None:
-    node = await world.node("n1", quota=LAYER_SIZE + MIB, grace=30.0)
+    node = await world.node("n1", quota=LAYER_SIZE + CHUNK_SIZE, grace=30.0)
     world.clock.now += 30.0
     await pull(world, node, 0)
     client = NodeClient(node)
@@ -342,15 +340,15 @@ async def test_a_flipped_byte_is_never_served_and_repaired_from_a_peer(
     await two.layers.ensure(world.origin)
     good = complete.read_chunk(2)
     with complete.path.open("rb") as mounted:
-        flip(complete.path, 2 * MIB + 12345)
-        flip(complete.path, 3 * MIB)
+        flip(complete.path, 2 * CHUNK_SIZE + 12345)
+        flip(complete.path, 3 * CHUNK_SIZE)
         with pytest.raises(DamagedLayer, match=f"^layer {world.diff_id}: chunk 2 is damaged on disk"):
             await one.layers.read_chunk(world.diff_id, 2, was_bad=True)
         assert world.diff_id not in one.announcer._held, "others do not come for it"
         await settled(one)
         assert await one.layers.read_chunk(world.diff_id, 2) == good
-        mounted.seek(2 * MIB)
-        assert mounted.read(MIB) == good, "in place: whoever has it open or mounted reads it"
+        mounted.seek(2 * CHUNK_SIZE)
+        assert mounted.read(CHUNK_SIZE) == good, "in place: whoever has it open or mounted reads it"
     verified(complete.path)
     assert f"layer {world.diff_id}: chunks [2, 3] are damaged on disk" in caplog.text
     assert one.announcer._held[world.diff_id][1]
@@ -363,7 +361,7 @@ async def test_what_a_node_compared_before_it_was_damaged_is_found_out_by_who_ge
     good = complete.read_chunk(2)
     await two.layers.ensure(world.origin)
     partial = await open_partial(world, three)
-    flip(complete.path, 2 * MIB + 12345)
+    flip(complete.path, 2 * CHUNK_SIZE + 12345)
     assert await one.layers.read_chunk(world.diff_id, 2) != good, "n2 has read it, and it was right"
     three.layers._supply.provide(world.diff_id, Providers([one.announcer.me], frozenset({"n1"})))
     await three.layers.fill(world.diff_id, 2, 1)
@@ -377,7 +375,7 @@ async def test_what_a_node_compared_before_it_was_damaged_is_found_out_by_who_ge
 async def test_without_peers_it_is_repaired_from_its_source(world: World) -> None:
     node = await world.node("n1")
     complete = await pull(world, node, 0)
-    flip(complete.path, MIB)
+    flip(complete.path, CHUNK_SIZE)
     for offset in (8, complete.layout.table_offset, complete.layout.file_size - 60):  # what is in memory is right
         flip(complete.path, offset)
     other = await world.node("n2")
@@ -405,7 +403,7 @@ async def test_a_read_error_counts_as_damage(world: World, monkeypatch: pytest.M
     real = os.pread
 
     def pread(fd: int, length: int, offset: int) -> bytes:
-        if offset == 0 and length == MIB:
+        if offset == 0 and length == CHUNK_SIZE:
             raise OSError(errno.EIO, "Input/output error")
         return real(fd, length, offset)
 
@@ -419,7 +417,7 @@ async def test_a_read_error_counts_as_damage(world: World, monkeypatch: pytest.M
 async def test_a_damaged_layer_is_not_opened_until_it_is_whole(world: World) -> None:
     node = await world.node("n1")
     complete = await pull(world, node, 0)
-    flip(complete.path, MIB)
+    flip(complete.path, CHUNK_SIZE)
     world.server.add(Fault("", status=404))
     with node.leases.pinned([world.diff_id]):  # mounted, say: it cannot go
         with pytest.raises(DamagedLayer):
@@ -439,7 +437,7 @@ async def test_a_damaged_layer_is_not_opened_until_it_is_whole(world: World) -> 
 async def test_a_damaged_layer_that_nobody_needs_goes_if_it_cannot_be_repaired(world: World) -> None:
     node = await world.node("n1")
     complete = await pull(world, node, 0)
-    flip(complete.path, MIB)
+    flip(complete.path, CHUNK_SIZE)
     world.server.add(Fault("", status=404))
     assert not await node.layers.repairs.check(complete)
     assert here(node, world) == []
@@ -464,7 +462,7 @@ def unwritable(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_a_damaged_layer_that_cannot_be_repaired_comes_anew(world: World) -> None:
     node = await world.node("n1")
     for number, bring in enumerate(("open", "open image", "ensure", "read")):
-        flip((await pull(world, node, 0)).path, MIB)
+        flip((await pull(world, node, 0)).path, CHUNK_SIZE)
         node.layers.repairs.suspect(complete_of(node, world))
         if bring == "open":
             opened = [node.layers.open(world.origin, local=True) for _ in range(3)]
@@ -492,7 +490,7 @@ async def test_a_damaged_layer_that_cannot_be_repaired_comes_anew(world: World) 
 @pytest.mark.usefixtures("unwritable")
 async def test_an_owner_with_a_damaged_layer_is_stood_in_for(world: World) -> None:
     one, two = await world.node("n1", capacity=1 << 60), await world.node("n2", capacity=1)
-    flip((await pull(world, one, 0)).path, MIB)
+    flip((await pull(world, one, 0)).path, CHUNK_SIZE)
     with one.leases.pinned([world.diff_id]):  # mounted, say
         one.layers.repairs.suspect(complete_of(one, world))
         await one.announcer.flush()
@@ -506,7 +504,7 @@ async def test_damage_behind_a_running_check_is_repaired_too(world: World, monke
 
     def read_chunk(self: CompleteLayer, index: int, *, from_disk: bool = False, verify: bool = True) -> bytes | None:
         if from_disk and index == 4 and not passed.is_set():
-            flip(complete.path, MIB)
+            flip(complete.path, CHUNK_SIZE)
             asyncio.run_coroutine_threadsafe(find_it(), loop).result()
         return real(self, index, from_disk=from_disk, verify=verify)
 
@@ -530,7 +528,7 @@ async def test_a_damaged_chunk_of_a_partial_layer_is_fetched_again(world: World)
     complete = await pull(world, one, 0)
     partial = await open_partial(world, two)
     await two.layers.fill(world.diff_id, 1, 1)
-    flip(partial.data_path, MIB)
+    flip(partial.data_path, CHUNK_SIZE)
     with pytest.raises(DamagedLayer, match=f"^layer {world.diff_id}: chunk 1 is damaged on disk"):
         await two.layers.read_chunk(world.diff_id, 1, was_bad=True)
     assert not partial.has(1), "a reader waits from now on"
@@ -543,7 +541,7 @@ async def test_a_pulled_layer_that_was_damaged_is_repaired_before_a_partial_one_
     await pull(world, one, 0)
     partial = await open_partial(world, two)
     complete = await two.puller.pull(world.origin.ref, world.origin.layer)
-    flip(complete.path, MIB)
+    flip(complete.path, CHUNK_SIZE)
     await two.layers.fill(world.diff_id, 1, 1)
     assert partial.read(1) == complete_of(one, world).read_chunk(1)
     verified(complete.path)
@@ -554,7 +552,7 @@ async def test_a_damaged_layer_beside_a_partial_one_is_an_error_at_the_deadline(
     await pull(world, one, 0)
     two = await world.node("n2", deadline=0.2)
     partial = await open_partial(world, two)
-    flip((await two.puller.pull(world.origin.ref, world.origin.layer)).path, MIB)
+    flip((await two.puller.pull(world.origin.ref, world.origin.layer)).path, CHUNK_SIZE)
     await one.stop_serving()
     world.server.add(Fault("", status=404))
     with pytest.raises(LayerUnavailable):
@@ -568,7 +566,7 @@ async def test_what_nobody_can_repair_is_an_error_to_the_reader(world: World) ->
     await pull(world, one, 0)
     two = await world.node("n2", deadline=0.2)
     partial = await open_partial(world, two)
-    flip(complete_of(one, world).path, MIB)
+    flip(complete_of(one, world).path, CHUNK_SIZE)
     world.server.add(Fault("", status=404))
     with pytest.raises(LayerUnavailable):
         await two.layers.fill(world.diff_id, 1, 1)
@@ -632,7 +630,7 @@ async def test_a_read_only_disk_still_serves(world: World, monkeypatch: pytest.M
 async def test_files_that_cannot_be_deleted_are_no_error_of_a_pull(
     world: World, monkeypatch: pytest.MonkeyPatch, error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
-    node = await world.node("n1", quota=2 * LAYER_SIZE + MIB)
+    node = await world.node("n1", quota=2 * LAYER_SIZE + CHUNK_SIZE)
     for number in (0, 1):
         await pull(world, node, number)
 

@@ -263,7 +263,7 @@ class Repair(CacheScenario):
         path = pull(store, NEW).path
         with path.open("r+b") as file:
             os.pwrite(file.fileno(), b"damage", 5000)
-            os.pwrite(file.fileno(), b"damage", (1 << 20) + 5000)
+            os.pwrite(file.fileno(), b"damage", (1 << 18) + 5000)
 
     @override
     def check_complete(self, store: LayerStore) -> None:

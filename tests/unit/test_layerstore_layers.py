@@ -201,7 +201,7 @@ async def test_another_image_that_claims_a_layer_neither_delays_nor_fails_it(wor
     with path.open("r+b") as file:
         file.write(b"damage")
     with path.open("r+b") as file:
-        file.seek(1 << 20)
+        file.seek(1 << 18)
         file.write(b"damage")
     assert await node.layers.repairs.check(complete_of(node, world)), "from the place that gave it"
     for task in (bring(claim), bring(world.origin)):

@@ -17,6 +17,8 @@ from afs.core.errors import NotFound
 from afs.core.rpc import channel
 from afs.layerstore import describing, supply
 from afs.layerstore.afslyr.convert import convert
+from afs.layerstore.afslyr.layout import CHUNK_SIZE
+from afs.layerstore.chunkserver import serving_chunks
 from afs.layerstore.completion import Completing, Mode
 from afs.layerstore.errors import LayerUnavailable
 from afs.layerstore.partial import Description, PartialLayer
@@ -34,8 +36,6 @@ if TYPE_CHECKING:
 
     from afs.discovery.client import Peer
     from afs.layerstore.store import CompleteLayer
-
-MIB = 1 << 20
 
 
 @pytest.fixture
@@ -91,19 +91,19 @@ async def test_a_partial_holder_describes_what_it_has(world: World) -> None:
 async def test_what_a_peer_claims_makes_no_room_before_it_came(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A description of a layer that would fill the cache, and then nothing."""
     one, two = await holder(world), await world.node("n2", quota=3 * LAYER_SIZE)
-    monkeypatch.setattr(describing, "AHEAD", MIB)
+    monkeypatch.setattr(describing, "AHEAD", CHUNK_SIZE)
     world.clock.now += 100.0
     other = await two.layers.open(world.origins[1], local=True)
     layer = complete_of(one, world)
 
     async def describe(self: Peers, peer: Peer, diff_id: str) -> AsyncIterator[Description]:
-        layout = dataclasses.replace(layer.layout, meta_offset=MIB)  # all of it is metadata
+        layout = dataclasses.replace(layer.layout, meta_offset=CHUNK_SIZE)  # all of it is metadata
         monkeypatch.setattr(PartialLayer, "metadata_chunks", lambda _: list(range(layer.table.count)))
         from afs.layerstore.afslyr.layout import pack_footer, pack_header
 
         root = bytes.fromhex(hex_of(layer.table.root_digest))
         yield Description(layout.file_size, pack_header(layer.layout), layer.table, pack_footer(layer.layout, root))
-        assert two.room.status().reserved == MIB
+        assert two.room.status().reserved == CHUNK_SIZE
         raise LayerUnavailable(diff_id, "no more")
 
     monkeypatch.setattr(Peers, "describe_layer", describe)
@@ -139,7 +139,7 @@ async def test_the_next_node_is_asked_after_an_error(world: World) -> None:
     await three.layers.fill(world.diff_id, 1, 4)
     assert [partial.has(index) for index in range(1, 5)] == [True] * 4
     assert three.layers.stats(world.diff_id).failovers >= 1
-    assert three.layers.stats(world.diff_id).from_peers[two.address] >= 4 * MIB
+    assert three.layers.stats(world.diff_id).from_peers[two.address] >= 4 * CHUNK_SIZE
 
 
 async def test_a_node_that_came_later_is_found_while_reading(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,9 +169,8 @@ async def test_readers_wait_for_nodes_that_come_back(world: World) -> None:
     filling = asyncio.create_task(two.layers.fill(world.diff_id, 1, 1))
     await failed.wait()
     async with contextlib.AsyncExitStack() as stack:
-        from afs.core.rpc import serving
-
-        await stack.enter_async_context(serving([one.address], one.service.add_to, grace_s=0))
+        port = one.announcer.me.chunk_port
+        await stack.enter_async_context(serving_chunks("127.0.0.1", port, one.service.read_chunk))
         await filling
     assert partial.read(1) == complete_of(one, world).read_chunk(1)
 
@@ -179,16 +178,20 @@ async def test_readers_wait_for_nodes_that_come_back(world: World) -> None:
 async def test_connections_are_closed_when_there_are_too_many(world: World) -> None:
     nodes = [await holder(world, name) for name in ("n1", "n2", "n3")]
     peers = Peers(most=2)
+
+    async def call(node: Node) -> None:
+        with pytest.raises(NotFound):
+            await peers.read_trace(node.announcer.me, world.diff_id)
+
     for node in nodes:
-        await peers.read_chunk(node.announcer.me, world.diff_id, 0)
-    assert [endpoint for endpoint, _ in peers._connections] == [node.address for node in nodes[1:]]
-    nodes[0].service.gate = asyncio.Event()
-    reading = asyncio.create_task(peers.read_chunk(nodes[0].announcer.me, world.diff_id, 0))
-    await asyncio.sleep(0)
-    for node in nodes[1:]:
-        await peers.read_chunk(node.announcer.me, world.diff_id, 0)
-    nodes[0].service.gate.set()
-    assert len(await reading) == MIB, "not one with a call under way"
+        await call(node)
+    assert list(peers._connections) == [node.address for node in nodes[1:]]
+    async with contextlib.aclosing(peers.describe_layer(nodes[0].announcer.me, world.diff_id)) as parts:
+        assert isinstance(await anext(parts), Description)
+        for node in nodes[1:]:
+            await call(node)
+        assert nodes[0].address in peers._connections, "it has a call under way"
+        assert [part async for part in parts]
     await peers.close()
 
 
@@ -287,7 +290,7 @@ async def test_what_the_disk_damaged_comes_again_before_it_is_complete(world: Wo
     partial = await open_partial(world, two)
     await two.layers.fill(world.diff_id, 1, 1)
     with partial.data_path.open("r+b") as file:
-        file.seek(MIB)
+        file.seek(CHUNK_SIZE)
         file.write(b"damage")
     await two.layers.fill(world.diff_id, 0, partial.table.count)
     await settled(two)
@@ -425,7 +428,7 @@ async def test_never_means_never(world: World) -> None:
 async def test_what_takes_its_time_is_paced(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     await holder(world)
     slept: list[float] = []
-    how = Completing(Mode.ALWAYS, 2 * MIB, look=0.001, now=world.clock)
+    how = Completing(Mode.ALWAYS, 2 * CHUNK_SIZE, look=0.001, now=world.clock)
     node = await world.node("n2", completing=how)
     real = asyncio.sleep
 
@@ -436,7 +439,7 @@ async def test_what_takes_its_time_is_paced(world: World, monkeypatch: pytest.Mo
     await open_partial(world, node)
     monkeypatch.setattr("afs.layerstore.completion.asyncio.sleep", sleep)
     for _ in range(3):
-        await node.layers.completion._pace(MIB)
+        await node.layers.completion._pace(CHUNK_SIZE)
     assert slept == [0.0, 0.5, 1.0]
 
 

@@ -25,7 +25,7 @@ from afs.layerstore.partial import Description, PartialLayer
 from afs.layerstore.scheduling import Ticket
 from tests.testbed import tars
 
-TAR = tars.tar_of({name: bytes([number]) * 900_000 for number, name in enumerate("abcdef")})
+TAR = tars.tar_of({name: bytes([number]) * 225_000 for number, name in enumerate("abcdef")})
 DIFF_ID = sha256_digest(TAR)
 
 
@@ -97,7 +97,7 @@ def test_a_new_partial_layer_has_nothing(whole: Whole, directory: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"size": 1 << 20}, CorruptLayer, "file has 1048576 bytes, the header says"),
+        ({"size": 1 << 18}, CorruptLayer, "file has 262144 bytes, the header says"),
         ({"header": b"x" * HEADER_AREA}, CorruptLayer, "bad magic"),
         ({"header": b""}, CorruptLayer, "bytes of header"),
         ({"table": ChunkTable(b"")}, CorruptLayer, "corrupt layer"),

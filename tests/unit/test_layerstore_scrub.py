@@ -13,6 +13,7 @@ import pytest
 from afs.core import syscalls
 from afs.layerstore import repair as repairing
 from afs.layerstore import scrub, sealing
+from afs.layerstore.afslyr.layout import CHUNK_SIZE
 from afs.layerstore.scrub import MOUNTED_RATE, Scrubber
 from afs.layerstore.sealing import Sealer
 from tests.testbed.layernodes import Node, World, flip, pull, running_world, verified
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from afs.layerstore.repair import Pause
     from afs.layerstore.scrub import Check
     from afs.layerstore.store import CompleteLayer
-
-MIB = 1 << 20
 
 
 @pytest.fixture
@@ -161,7 +160,7 @@ async def test_damage_that_a_boot_brought_is_repaired_while_the_layer_is_mounted
     node = await world.node("n1")
     scrubbers = Scrubbers(node)
     layer = await pull(world, node, 0)
-    flip(layer.path, MIB)
+    flip(layer.path, CHUNK_SIZE)
     scrubbers.mount(layer)
     scrubber = scrubbers.start()
     checked = asyncio.Event()
@@ -246,7 +245,7 @@ async def test_a_layer_is_sealed_and_then_verified_a_minute_after_it_came(
     assert scrubber.due() == (60.0, layer)
     scrubbers.now += 60
     assert scrubber.due() == (0.0, layer)
-    flip(layer.path, MIB)  # before it was sealed: verifying behind it finds that
+    flip(layer.path, CHUNK_SIZE)  # before it was sealed: verifying behind it finds that
     await scrubber.scrub(layer)
     verified(layer.path)
     assert f"sealed layer {layer.diff_id}" in caplog.text
@@ -278,7 +277,7 @@ async def test_a_sealed_layer_is_repaired_by_another_file(world: World, source: 
     assert await node.layers.repairs.check(layer)
     assert sealing.is_sealed(layer.path)
     with layer.path.open("rb") as mounted:
-        flip(layer.path, 2 * MIB + 5)
+        flip(layer.path, 2 * CHUNK_SIZE + 5)
         bad = mounted.read()
         assert await node.layers.repairs.check(layer)
         mounted.seek(0)
@@ -295,11 +294,11 @@ async def test_a_sealed_layer_is_repaired_by_another_file(world: World, source: 
 
 
 async def test_a_sealed_layer_that_cannot_be_repaired_leaves_nothing(world: World, verity: FakeVerity) -> None:
-    node = await world.node("n1", quota=9 * MIB)
+    node = await world.node("n1", quota=9 * CHUNK_SIZE)
     layer = await pull(world, node, 0)
     with layer.path.open("rb") as file:
         verity.enable(file.fileno())
-    flip(layer.path, MIB)
+    flip(layer.path, CHUNK_SIZE)
     with node.leases.pinned([layer.diff_id]):
         assert not await node.layers.repairs.check(layer), "there is no room for a second file of 5 MiB"
         assert node.layers.repairs.is_damaged(layer.diff_id)
@@ -315,7 +314,7 @@ async def test_a_layer_that_cannot_be_sealed_is_verified_as_before(
     scrubbers, sealer = Scrubbers(node), Sealer()
     scrubber = scrubbers.start(sealer=sealer)
     layer = await pull(world, node, 0)
-    flip(layer.path, MIB)
+    flip(layer.path, CHUNK_SIZE)
     await scrubber.scrub(layer)
     verified(layer.path)
     assert f"cannot seal layer {layer.diff_id}" in caplog.text
@@ -353,6 +352,6 @@ async def test_repairs_have_idle_mounts_taken_down(world: World, monkeypatch: py
     monkeypatch.setattr(repairing, "forget_pages", forgotten.append)
     assert await node.layers.repairs.check(layer)
     assert (released, forgotten) == ([], [])
-    flip(layer.path, MIB)
+    flip(layer.path, CHUNK_SIZE)
     assert await node.layers.repairs.check(layer)
     assert (released, forgotten) == ([[layer.diff_id]], [layer.path])

@@ -179,8 +179,8 @@ def test_usage_is_what_the_disk_gives_for_it(root: Path) -> None:
     partial.mkdir()
     with (partial / "data").open("wb") as data:
         data.truncate(1 << 30)  # a hole
-        os.pwrite(data.fileno(), bytes(1 << 20), 5 << 20)
-    assert complete + (1 << 20) <= store.usage(DIFF_ID)[0] < complete + (2 << 20)
+        os.pwrite(data.fileno(), bytes(1 << 18), 5 << 18)
+    assert complete + (1 << 18) <= store.usage(DIFF_ID)[0] < complete + (2 << 18)
     store.stamp(DIFF_ID, 1234.0)
     assert store.usage(DIFF_ID)[1] == 1234.0
     free, used = store.free(), store.usage(DIFF_ID)[0]
@@ -194,7 +194,7 @@ def test_damage_in_a_complete_layer_is_seen_and_put_right(root: Path, where: str
     store = LayerStore(root)
     layer = store.commit(make_layer(store), DIFF_ID)
     good = layer.path.read_bytes()
-    at = {"chunk": (1 << 20) + 7, "table": layer.layout.table_offset + 33, "footer": len(good) - 60}[where]
+    at = {"chunk": (1 << 18) + 7, "table": layer.layout.table_offset + 33, "footer": len(good) - 60}[where]
     with layer.path.open("r+b") as file:
         os.pwrite(file.fileno(), bytes([good[at] ^ 1]), at)
     whole = [index for index in range(layer.table.count) if layer.read_chunk(index, from_disk=True) is not None]
@@ -202,7 +202,7 @@ def test_damage_in_a_complete_layer_is_seen_and_put_right(root: Path, where: str
     assert layer.has_tail() == (where == "chunk")
     layer.write_tail()
     assert layer.has_tail()
-    layer.write_chunk(1, good[1 << 20 : 2 << 20])
+    layer.write_chunk(1, good[1 << 18 : 2 << 18])
     assert layer.path.read_bytes() == good
     store.close()
 

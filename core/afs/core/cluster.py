@@ -169,6 +169,7 @@ class Cluster:
             arguments += [
                 f"--discovery={self.discovery.address}",
                 f"--listen=127.0.0.1:{port(settings.layerstore_port)}",
+                "--chunk-port=0",
             ]
             started.append(
                 await start_process(

@@ -23,11 +23,12 @@ CALL_TIMEOUT_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A live layerstore. *capacity* in bytes is its weight in placement."""
+    """A live layerstore. *capacity* in bytes is its weight in placement; *chunk_port* is on the host of *endpoint*."""
 
     node_id: str
     endpoint: str
     capacity: int
+    chunk_port: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +74,9 @@ class Announcer:
         self._interval = 1.0
         self._reachable = True
 
-    def serve_at(self, endpoint: str) -> None:
-        """Peers reach this node at *endpoint*; the port may be known only once the server is bound."""
-        self.me = Peer(self.me.node_id, endpoint, self.me.capacity)
+    def serve_at(self, endpoint: str, chunk_port: int = 0) -> None:
+        """Peers reach this node at *endpoint*; the ports may be known only once the servers are bound."""
+        self.me = Peer(self.me.node_id, endpoint, self.me.capacity, chunk_port)
         self.peers = [self.me]
 
     def hold(self, diff_id: str, size: int, *, complete: bool) -> None:
@@ -127,7 +128,8 @@ class Announcer:
         self._reachable = True
         self._full = response.resend
         self._interval = response.interval_ms / 1000 or self._interval
-        self.peers = [Peer(node.node_id, node.endpoint, node.capacity_bytes) for node in response.nodes] or [self.me]
+        nodes = response.nodes
+        self.peers = [Peer(n.node_id, n.endpoint, n.capacity_bytes, n.chunk_port) for n in nodes] or [self.me]
         if not response.resend:
             self._sent = now
         return response.resend
@@ -139,6 +141,7 @@ class Announcer:
         return pb.HeartbeatRequest(
             node_id=self.me.node_id,
             endpoint=self.me.endpoint,
+            chunk_port=self.me.chunk_port,
             capacity_bytes=self.me.capacity,
             incarnation=self._incarnation,
             sequence=self._sequence + 1,
@@ -189,4 +192,5 @@ class Announcer:
         return frozenset(item.node_id for item in others if item.complete)
 
     def _others(self, holders: pb.Holders) -> list[Peer]:
-        return [Peer(item.node_id, item.endpoint, 0) for item in holders.holders if item.node_id != self.me.node_id]
+        others = (item for item in holders.holders if item.node_id != self.me.node_id)
+        return [Peer(item.node_id, item.endpoint, 0, item.chunk_port) for item in others]

@@ -24,6 +24,7 @@ class NodeState:
     layers: dict[str, tuple[int, bool]] = field(default_factory=dict)
     images: set[str] = field(default_factory=set)
     traces: dict[str, int] = field(default_factory=dict)
+    chunk_port: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class Report:
     removed_images: tuple[str, ...] = ()
     traces: tuple[tuple[str, int], ...] = ()
     removed_traces: tuple[str, ...] = ()
+    chunk_port: int = 0
 
 
 class Directory:
@@ -70,6 +72,7 @@ class Directory:
             )
             self._nodes[report.node_id] = node
         node.capacity, node.seen, node.seen_unix = report.capacity, now, now_unix
+        node.chunk_port = report.chunk_port
         if not follows and not report.full:
             return True
         node.sequence = report.sequence

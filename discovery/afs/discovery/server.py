@@ -16,7 +16,11 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 def _node(state: NodeState, *, contents: bool) -> pb.Node:
     node = pb.Node(
-        node_id=state.node_id, endpoint=state.endpoint, capacity_bytes=state.capacity, last_seen_unix=state.seen_unix
+        node_id=state.node_id,
+        endpoint=state.endpoint,
+        capacity_bytes=state.capacity,
+        last_seen_unix=state.seen_unix,
+        chunk_port=state.chunk_port,
     )
     if contents:
         node.layers.extend(
@@ -28,6 +32,10 @@ def _node(state: NodeState, *, contents: bool) -> pb.Node:
             pb.HeldTrace(manifest_digest=digest, chunks=chunks) for digest, chunks in sorted(state.traces.items())
         )
     return node
+
+
+def _holder(state: NodeState, *, complete: bool) -> pb.Holder:
+    return pb.Holder(node_id=state.node_id, endpoint=state.endpoint, complete=complete, chunk_port=state.chunk_port)
 
 
 class DiscoveryService(pb_grpc.DiscoveryServicer):
@@ -58,6 +66,7 @@ class DiscoveryService(pb_grpc.DiscoveryServicer):
             tuple(request.removed_images),
             tuple((trace.manifest_digest, trace.chunks) for trace in request.traces),
             tuple(request.removed_traces),
+            request.chunk_port,
         )
         resend = self._directory.heartbeat(report, now=now, now_unix=int(time.time()))
         nodes = [_node(state, contents=False) for state in self._directory.nodes(now)]
@@ -73,14 +82,11 @@ class DiscoveryService(pb_grpc.DiscoveryServicer):
         now, response = time.monotonic(), pb.LocateResponse()
         for diff_id in request.diff_ids:
             for node, complete in self._directory.layer_holders(diff_id, now):
-                holder = pb.Holder(node_id=node.node_id, endpoint=node.endpoint, complete=complete)
-                response.layers[diff_id].holders.append(holder)
+                response.layers[diff_id].holders.append(_holder(node, complete=complete))
         for key in request.images:
             for node in self._directory.image_holders(key, now):
-                holder = pb.Holder(node_id=node.node_id, endpoint=node.endpoint, complete=True)
-                response.images[key].holders.append(holder)
+                response.images[key].holders.append(_holder(node, complete=True))
         for digest in request.traces:
             for node in self._directory.trace_holders(digest, now):
-                holder = pb.Holder(node_id=node.node_id, endpoint=node.endpoint, complete=True)
-                response.traces[digest].holders.append(holder)
+                response.traces[digest].holders.append(_holder(node, complete=True))
         return response

@@ -38,6 +38,9 @@ class Config:
     root: Path = setting(Path("/var/lib/afs/layerstore"), "Directory of the cache.")
     run_dir: Path = setting(Path("/run/afs"), "Directory of the unix sockets.")
     listen: str = setting("127.0.0.1:50051", "Address to serve peers on.")
+    chunk_port: int = setting(
+        50052, "Port, on the host of `listen`, where peers read chunks; the kernel's choice if 0."
+    )
     advertise: str = setting("", "Address that peers use, if it is not the one listened on.")
     node_id: str = setting("", "Name of this node in the cluster; the host name if empty.")
     discovery: str = setting("127.0.0.1:60051", "Address of afs_discovery_grpcd.")
@@ -99,6 +102,7 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
     from afs.core.rpc import serving
     from afs.core.service import raise_file_limit
     from afs.discovery.client import Announcer, Peer
+    from afs.layerstore.chunkserver import serving_chunks
     from afs.layerstore.completion import Completing, Mode
     from afs.layerstore.fillserver import serving_fills
     from afs.layerstore.images import Images
@@ -154,7 +158,7 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         peer_service, node_service = PeerService(images, layers, tracing), NodeService(images, layers, room, tracing)
 
         def to_peers(server: grpc.aio.Server) -> None:
-            peer_service.add_to(server)
+            pb_grpc.add_LayerstorePeerServicer_to_server(peer_service, server)
 
         def to_node(server: grpc.aio.Server) -> None:
             pb_grpc.add_LayerstoreNodeServicer_to_server(node_service, server)
@@ -164,7 +168,9 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         await stack.enter_async_context(serving_fills(config.run_dir / "fill.sock", layers))
         await stack.enter_async_context(serving([f"unix:{config.run_dir}/layerstore.sock"], to_node))
         bound = await stack.enter_async_context(serving([config.listen], to_peers, insecure=config.insecure))
-        announcer.serve_at(config.advertise or bound[0])
+        host = config.listen.rpartition(":")[0].strip("[]")
+        chunks = await stack.enter_async_context(serving_chunks(host, config.chunk_port, peer_service.read_chunk))
+        announcer.serve_at(config.advertise or bound[0], chunks)
         await announcer.flush()
         _in_background(stack, announcer.run())
         _in_background(stack, room.run())

@@ -1,35 +1,72 @@
-"""Reading one chunk over gRPC without protobuf around the bytes of the answer.
+"""What one layerstore asks another one for chunks: a question and an answer at a time over a plain TCP connection.
 
-protobuf copies them into a message on one side and out of it on the other: of 1 MiB over loopback that was 1.5 to 2.5 ms
-against 3 to 8 ms, on two busy cores. The request is an ordinary message.
+- Question: ``AFSK``, a version byte (1), a byte that is 1 if the chunk came before with the wrong bytes, two zero bytes, the
+  chunk's index (32 bits), the 32 bytes of the layer's diff_id. Integers are little-endian.
+- Answer: a length (32 bits), a byte that is 0 for a chunk, three zero bytes, then that many bytes: the chunk. If the byte is 1,
+  they are an error: the name of a gRPC status, a line feed, and a line of text.
+
+Not gRPC: a reader waits for each of these answers. 1 MiB over loopback took 3 to 10 ms through gRPC with a protobuf message,
+1.5 to 5 ms with raw bytes in place of the message, and takes 1.8 ms here, verified and written; 256 KiB take 0.4 ms. Of CPU it is
+a fifth.
 """
 
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+import struct
+from dataclasses import dataclass
 
-from afs.proto.v1 import layerstore_pb2 as pb
+from afs.core.digests import hex_of
+from afs.core.errors import AfsError, DataLoss, InvalidArgument, error_for_grpc, status_of
 
-if TYPE_CHECKING:
-    import grpc.aio
-
-_SERVICE, _METHOD = "afs.v1.LayerstoreChunks", "Read"
-
-ReadChunk = Callable[[pb.ReadChunkRequest], Awaitable[bytes]]
-
-
-def add_to_server(read: ReadChunk, server: "grpc.aio.Server") -> None:
-    """Have *server* answer with what *read* gives."""
-    import grpc
-
-    async def handle(request: pb.ReadChunkRequest, context: Any) -> bytes:
-        return await read(request)
-
-    handler: grpc.RpcMethodHandler[pb.ReadChunkRequest, bytes] = grpc.unary_unary_rpc_method_handler(
-        handle, request_deserializer=pb.ReadChunkRequest.FromString
-    )
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, {_METHOD: handler}),))
+_QUESTION = struct.Struct("<4sBBxxI32s")
+_ANSWER = struct.Struct("<IBxxx")
+_MAGIC, _VERSION = b"AFSK", 1
+QUESTION_SIZE, ANSWER_SIZE = _QUESTION.size, _ANSWER.size
+_MOST_ERROR = 4096  # bytes of an error
 
 
-def caller(channel: "grpc.aio.Channel") -> "grpc.aio.UnaryUnaryMultiCallable[pb.ReadChunkRequest, bytes]":
-    """The call, on the asking side."""
-    return channel.unary_unary(f"/{_SERVICE}/{_METHOD}", request_serializer=pb.ReadChunkRequest.SerializeToString)
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A chunk that somebody wants."""
+
+    diff_id: str
+    index: int
+    was_bad: bool = False
+
+
+def pack_question(question: Question) -> bytes:
+    """The bytes of a question."""
+    digest = bytes.fromhex(hex_of(question.diff_id))
+    return _QUESTION.pack(_MAGIC, _VERSION, question.was_bad, question.index, digest)
+
+
+def parse_question(data: bytes) -> Question:
+    """The question in ``QUESTION_SIZE`` bytes; InvalidArgument if there is none."""
+    magic, version, was_bad, index, digest = _QUESTION.unpack(data)
+    if magic != _MAGIC or version != _VERSION or was_bad > 1:
+        raise InvalidArgument(f"not a question for a chunk that version {_VERSION} knows")
+    return Question(f"sha256:{digest.hex()}", index, bool(was_bad))
+
+
+def pack_chunk(length: int) -> bytes:
+    """What stands before a chunk of *length* bytes."""
+    return _ANSWER.pack(length, 0)
+
+
+def pack_error(error: Exception) -> bytes:
+    """A whole answer that tells of *error*."""
+    line = error.line if isinstance(error, AfsError) else f"{type(error).__name__}: {error}"
+    text = f"{status_of(error).grpc}\n{line}".encode()[:_MOST_ERROR]
+    return _ANSWER.pack(len(text), 1) + text
+
+
+def parse_answer(data: bytes, most: int) -> tuple[int, bool]:
+    """(length, whether it is an error) from ``ANSWER_SIZE`` bytes; DataLoss if a chunk is longer than *most* bytes."""
+    length, is_error = _ANSWER.unpack(data)
+    if is_error > 1 or length > (_MOST_ERROR if is_error else most):
+        raise DataLoss(f"an answer of {length} bytes makes no sense")
+    return length, bool(is_error)
+
+
+def parse_error(data: bytes) -> AfsError:
+    """The error that an answer tells of."""
+    name, _, line = data.decode("utf-8", "replace").partition("\n")
+    return error_for_grpc(name)(line or name)

@@ -30,7 +30,7 @@ from afs.layerstore.store import LayerStore
 from afs.layerstore.supply import Supply
 
 log = logging.getLogger(__name__)
-AT_ONCE = 16  # chunks that are asked for together when somebody waits for the layer
+AT_ONCE = 32  # chunks that are asked for together when somebody waits for the layer
 _BEHIND = 4  # and when nobody does
 _AGAIN_S = 30.0  # a layer that could not be completed is left alone for so long
 _GUESS = 4  # how many times its compressed size a layer is, for lack of anything better

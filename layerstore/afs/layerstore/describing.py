@@ -104,7 +104,7 @@ class Describing:
                     raise DataLoss("it described the layer twice")
                 index, data = part
                 stats.from_peers[endpoint] += len(data)
-                if index >= partial.table.count or not await partial.put(index, data):
+                if index >= partial.table.count or not await partial.put_async(index, data):
                     return
                 yield
         except BadChunk as error:

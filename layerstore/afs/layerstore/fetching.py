@@ -17,7 +17,7 @@ from afs.layerstore.layerstats import LayerStats
 from afs.layerstore.partial import PartialLayer
 from afs.layerstore.peers import Peers
 from afs.layerstore.peerwatch import PeerWatch
-from afs.layerstore.scheduling import Priority, Ticket
+from afs.layerstore.scheduling import Ticket
 
 log = logging.getLogger(__name__)
 
@@ -93,19 +93,19 @@ class Fetcher:
 
     async def _take(self, wanted: Wanted, peer: Peer, *, was_bad: bool) -> bytes | None:
         partial, index = wanted.partial, wanted.index
-        with self._watch.asking(peer.endpoint):
-            data = await self._peers.read_chunk(
-                peer,
-                partial.diff_id,
-                index,
-                timeout=self._watch.timeout(peer.endpoint, wanted.round),
-                was_bad=was_bad,
-                bulk=wanted.ticket.priority is not Priority.DEMAND,
-            )
-        wanted.stats.from_peers[peer.endpoint] += len(data)
+
+        def take(data: memoryview) -> bytes | None:
+            return None if partial.put(index, data) else bytes(data)
+
+        timeout = self._watch.timeout(peer.endpoint, wanted.round)
         try:
-            return None if await partial.put(index, data) else data
+            with self._watch.asking(peer.endpoint):
+                data = await self._peers.read_chunk(
+                    peer, partial.diff_id, index, take, timeout=timeout, was_bad=was_bad
+                )
         except BadChunk:
             wanted.stats.bad_chunks += 1
             log.error("layer %s: layerstore %s served a bad chunk %d", partial.diff_id, peer.endpoint, index)
             raise BadChunk(partial.diff_id, index, peer.endpoint) from None
+        wanted.stats.from_peers[peer.endpoint] += partial.table.chunk_range(index, partial.layout)[1]
+        return data

@@ -39,7 +39,7 @@ from afs.layerstore.supply import Origin, Providers, Supply
 
 log = logging.getLogger(__name__)
 OpenLayer = CompleteLayer | PartialLayer
-_PREFETCHES = 8  # chunks that one list to prefetch waits for at once
+_PREFETCHES = 16  # chunks that one list to prefetch waits for at once
 _TRIES = 2  # to open a layer: the second after the first one found it damaged, and it was repaired or dropped
 
 

@@ -31,7 +31,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 from afs.core.files import remove_tree
 from afs.layerstore.afslyr.layout import HEADER_SIZE, ChunkTable, Layout, metadata_chunks
@@ -42,6 +42,7 @@ from afs.layerstore.scheduling import Priority, Slots, Ticket
 from afs.layerstore.store import NO_SPACE, write_all
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # Fetches one chunk: (layer, index, its ticket) -> its bytes, verified, or None if it :meth:`~PartialLayer.put` them.
 Fetch = Callable[["PartialLayer", int, Ticket], Awaitable[bytes | memoryview | None]]
@@ -242,35 +243,34 @@ class PartialLayer:
         with self.pin():
             async with self.slots.held(ticket):
                 data, since = await fetch(self, index, ticket), time.monotonic()
-                while data is not None and not await self._done(self._write, index, data):
+                while data is not None and not await self._written(index, data):
                     await self.on_full(self, len(data), since)
 
-    async def put(self, index: int, data: bytes | memoryview) -> bool:
-        """Verify and write a chunk; false if the disk is full. Raises BadChunk."""
-        # Both in one go of a thread, for a go costs a reader 0.1 ms and, on busy cores, more.
-        return await self._done(self._verify_and_write, index, data)
-
-    async def _done(
-        self, write: Callable[[int, bytes | memoryview], None], index: int, data: bytes | memoryview
-    ) -> bool:
-        """Write a chunk in a thread; false if the disk is full."""
-        writing = asyncio.ensure_future(asyncio.to_thread(write, index, data))
+    def put(self, index: int, data: bytes | memoryview) -> bool:
+        """Verify and write a chunk; false if the disk is full. Raises BadChunk. Blocks; the layer must not be closed."""
+        if not self.table.verify(index, data):
+            raise BadChunk(self.diff_id, index)
         try:
-            await asyncio.shield(writing)
-        except asyncio.CancelledError:
-            # A thread cannot be cancelled, and the descriptor must not be closed below it.
-            await asyncio.wait([writing])
-            raise
+            self._write(index, data)
         except OSError as error:
             if error.errno not in NO_SPACE:
                 raise
             return False
         return True
 
-    def _verify_and_write(self, index: int, data: bytes | memoryview) -> None:
-        if not self.table.verify(index, data):
-            raise BadChunk(self.diff_id, index)
-        self._write(index, data)
+    async def put_async(self, index: int, data: bytes | memoryview) -> bool:
+        """:meth:`put` in a thread."""
+        return await _unbroken(self.put, index, data)
+
+    async def _written(self, index: int, data: bytes | memoryview) -> bool:
+        """Write a chunk in a thread; false if the disk is full."""
+        try:
+            await _unbroken(self._write, index, data)
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            return False
+        return True
 
     def _write(self, index: int, data: bytes | memoryview) -> None:
         offset, _ = self.table.chunk_range(index, self.layout)
@@ -288,6 +288,16 @@ class PartialLayer:
         """Wait until nothing is being fetched; before closing."""
         while self._filling:
             await asyncio.gather(*(task for task, _ in self._filling.values()), return_exceptions=True)
+
+
+async def _unbroken(work: Callable[[int, bytes | memoryview], T], index: int, data: bytes | memoryview) -> T:
+    """*work* in a thread, to its end: a thread cannot be cancelled, and the descriptor must not be closed below it."""
+    working = asyncio.ensure_future(asyncio.to_thread(work, index, data))
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        await asyncio.wait([working])
+        raise
 
 
 def _write_files(directory: Path, layout: Layout, said: Description) -> None:

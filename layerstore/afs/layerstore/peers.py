@@ -1,24 +1,26 @@
 """Calls to other layerstores.
 
-State (one event loop): ``_connections`` has two for a node, made at the first call and kept: one for what somebody waits for,
-and one for bulk, so that a chunk that a reader waits for does not queue behind others in one TCP connection. The most
-recently used are at the end; beyond ``_MOST`` those go that were used least recently and have no call under way.
+State (one event loop): ``_connections`` has one for a node, made at the first call and kept. The most recently used are at the
+end; beyond ``_MOST`` those go that were used least recently and have no call under way. Chunks come through connections of
+their own, one for each that is on its way (:mod:`afs.layerstore.chunkclient`), so none queues behind another one.
 """
 
 import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from afs.core.errors import DataLoss
+from afs.core.errors import DataLoss, Unavailable
 from afs.core.images import ImageRef, Platform
 from afs.core.rpc import calling, channel
 from afs.discovery.client import Peer
-from afs.layerstore import chunkwire
-from afs.layerstore.afslyr.layout import ChunkTable
+from afs.layerstore.afslyr.layout import CHUNK_SIZE, ChunkTable
+from afs.layerstore.chunkclient import ChunkClient, Take
+from afs.layerstore.chunkwire import Question
 from afs.layerstore.manifests import Image, Layer, build_image
 from afs.layerstore.partial import Description
+from afs.layerstore.scheduling import LIMITS
 from afs.proto.v1 import layerstore_pb2 as pb
 from afs.proto.v1.layerstore_pb2_grpc import LayerstorePeerStub
 
@@ -26,6 +28,7 @@ CHUNK_TIMEOUT_S = 10.0
 CALL_TIMEOUT_S = 30.0
 TRACE_TIMEOUT_S = 2.0  # the container runs without it meanwhile
 _MOST = 256
+T = TypeVar("T")
 
 if TYPE_CHECKING:  # a class of the stub file only
     from afs.proto.v1.layerstore_pb2_grpc import LayerstorePeerAsyncStub
@@ -35,7 +38,6 @@ class _Connection:
     def __init__(self, endpoint: str) -> None:
         self.channel = channel(endpoint, shared=False)
         self.stub: LayerstorePeerAsyncStub = LayerstorePeerStub(self.channel)
-        self.read_chunk = chunkwire.caller(self.channel)
         self.calls = 0
 
 
@@ -44,15 +46,15 @@ class Peers:
 
     def __init__(self, most: int = _MOST) -> None:
         self._most = most
-        self._connections: dict[tuple[str, bool], _Connection] = {}
+        self._connections: dict[str, _Connection] = {}
+        self._chunks = ChunkClient(LIMITS[0], CHUNK_SIZE, most)
         self._closing: set[asyncio.Task[None]] = set()
 
     @contextlib.contextmanager
-    def _calling(self, endpoint: str, *, bulk: bool = False) -> Iterator[_Connection]:
+    def _calling(self, endpoint: str) -> Iterator[_Connection]:
         """A connection for one call; its errors become AfsErrors."""
-        key = endpoint, bulk
-        connection = self._connections.pop(key, None) or _Connection(endpoint)
-        self._connections[key] = connection
+        connection = self._connections.pop(endpoint, None) or _Connection(endpoint)
+        self._connections[endpoint] = connection
         connection.calls += 1
         try:
             with calling(f"layerstore {endpoint}"):
@@ -70,6 +72,7 @@ class Peers:
 
     async def close(self) -> None:
         """Close all connections."""
+        self._chunks.close()
         await asyncio.gather(*self._closing, *(each.channel.close() for each in self._connections.values()))
 
     async def resolve_image(self, peer: Peer, ref: ImageRef, platform: Platform, *, only_known: bool) -> Image:
@@ -110,7 +113,8 @@ class Peers:
                         yield Description(message.size_bytes, message.header, ChunkTable(message.table), message.footer)
                         described = True
                     else:
-                        yield message.index, message.data
+                        for number, at in enumerate(range(0, len(message.data), CHUNK_SIZE)):
+                            yield message.index + number, message.data[at : at + CHUNK_SIZE]
             finally:
                 call.cancel()  # of no effect once it has ended
 
@@ -119,15 +123,17 @@ class Peers:
         peer: Peer,
         diff_id: str,
         index: int,
+        take: Take[T],
         *,
         timeout: float = CHUNK_TIMEOUT_S,
         was_bad: bool = False,
-        bulk: bool = False,
-    ) -> bytes:
-        """One chunk, unchecked. *was_bad*: it came before, with the wrong bytes. *bulk*: nobody waits for it."""
-        with self._calling(peer.endpoint, bulk=bulk) as connection:
-            request = pb.ReadChunkRequest(diff_id=diff_id, index=index, was_bad=was_bad)
-            return await connection.read_chunk(request, timeout=timeout)
+    ) -> T:
+        """What *take* makes of one chunk, unchecked, in a thread. *was_bad*: it came before, with the wrong bytes."""
+        if not peer.chunk_port:
+            raise Unavailable(f"layerstore {peer.endpoint} serves no chunks")
+        host = peer.endpoint.rpartition(":")[0].strip("[]")
+        question = Question(diff_id, index, was_bad)
+        return await self._chunks.ask((host, peer.chunk_port), question, timeout, take)
 
     async def read_trace(self, peer: Peer, manifest_digest: str) -> bytes:
         """The start trace of an image, unchecked."""

@@ -9,8 +9,8 @@ State: plain values, given by one event loop. ``_streams`` has the streams seen 
 
 from dataclasses import dataclass
 
-RUN = 3  # chunks in sequence before anything is read ahead: starting a program touches files in short runs
-FIRST, MOST = 2, 16  # chunks of 1 MiB
+RUN = 8  # chunks in sequence before anything is read ahead: starting a program touches files in short runs
+FIRST, MOST = 4, 64  # chunks of 256 KiB
 _STREAMS = 8  # containers that read a layer at the same time
 
 

@@ -25,7 +25,7 @@ class Priority(enum.IntEnum):
 
 
 # Four at once keep a link busy (4 MiB per round trip); more would only stand before a reader's chunk on the link.
-LIMITS = (32, 8, 4)
+LIMITS = (64, 16, 8)
 
 
 class Ticket:

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from typing import Any
 
 import grpc.aio
@@ -11,8 +11,8 @@ from typing_extensions import override
 from afs.core.digests import check_digest, hex_of
 from afs.core.errors import NotFound
 from afs.core.images import ImageRef, Platform, parse_image, parse_platform
-from afs.layerstore import chunkwire
 from afs.layerstore.afslyr.layout import metadata_chunks, pack_footer, pack_header
+from afs.layerstore.chunkwire import Question
 from afs.layerstore.errors import DamagedLayer
 from afs.layerstore.images import Images
 from afs.layerstore.layers import Layers
@@ -43,6 +43,23 @@ def _image(image: Image) -> pb.Image:
         resolved_unix=image.resolved_unix,
         index=image.index,
     )
+
+
+_RUN = 1 << 20  # bytes of a message
+
+
+def runs(indices: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+    """(first, count) of ascending *indices* that follow each other, at most *most* at a time."""
+    first, count = -1, 0
+    for index in indices:
+        if count and (index != first + count or count == most):
+            yield first, count
+            count = 0
+        if not count:
+            first = index
+        count += 1
+    if count:
+        yield first, count
 
 
 class PeerService(pb_grpc.LayerstorePeerServicer):
@@ -83,22 +100,16 @@ class PeerService(pb_grpc.LayerstorePeerServicer):
             table=layer.table.digests,
             footer=pack_footer(layer.layout, bytes.fromhex(hex_of(layer.table.root_digest))),
         )
-        for index in metadata_chunks(layer.layout):
+        for first, count in runs(metadata_chunks(layer.layout), _RUN // layer.layout.chunk_size):
             try:
-                data = await self._layers.read_chunk(layer.diff_id, index)
+                data = b"".join([await self._layers.read_chunk(layer.diff_id, first + i) for i in range(count)])
             except (NotFound, DamagedLayer):
                 continue  # the asker has it from others
-            yield pb.DescribeLayerResponse(index=index, data=data)
+            yield pb.DescribeLayerResponse(index=first, data=data)
 
-    async def read_chunk(self, request: pb.ReadChunkRequest) -> bytes:
-        """What LayerstoreChunks/Read answers."""
-        diff_id = check_digest(request.diff_id)
-        return await self._layers.read_chunk(diff_id, request.index, was_bad=request.was_bad)
-
-    def add_to(self, server: grpc.aio.Server) -> None:
-        """Serve it on *server*."""
-        pb_grpc.add_LayerstorePeerServicer_to_server(self, server)
-        chunkwire.add_to_server(self.read_chunk, server)
+    async def read_chunk(self, question: Question) -> bytes:
+        """What a peer gets that asks for a chunk; see :mod:`afs.layerstore.chunkwire`."""
+        return await self._layers.read_chunk(question.diff_id, question.index, was_bad=question.was_bad)
 
     @override
     async def ReadTrace(self, request: pb.ReadTraceRequest, context: Context) -> pb.ReadTraceResponse:

@@ -22,7 +22,7 @@ from afs.layerstore.traces import Trace, TraceCounts
 
 log = logging.getLogger(__name__)
 _BATCHES = 4  # under way at a time
-_BATCH = 8  # chunks of one layer at most, for one call to a peer; so 32 MiB are promised at a time
+_BATCH = 32  # chunks of one layer at most; so 32 MiB are promised at a time
 _AHEAD = 32  # places in the trace that a batch may span: beyond that other layers come first
 
 

@@ -20,8 +20,8 @@ from afs.layerstore.afslyr.errors import CorruptLayer, LayerLimit, printable
 from afs.layerstore.afslyr.index import SLOT, SUPERBLOCK_SIZE, IndexReader
 from afs.layerstore.afslyr.layout import (
     BLOCK_BITS,
-    CHUNK_SIZE,
     HEADER_AREA,
+    PIECE,
     TAR_OFFSET,
     ChunkTable,
     Layout,
@@ -106,8 +106,8 @@ def check_index(
     """
 
     def chunks() -> Iterator[bytes]:
-        for offset in range(0, layout.erofs_end, CHUNK_SIZE):
-            data = pread_exact(fd, min(CHUNK_SIZE, layout.erofs_end - offset), offset)
+        for offset in range(0, layout.erofs_end, PIECE):
+            data = pread_exact(fd, min(PIECE, layout.erofs_end - offset), offset)
             progress(len(data))
             yield data
 
@@ -177,8 +177,8 @@ class _Comparison:
     def _compare(self, region: str, start: int, expected: bytes | bytearray) -> bool:
         """Whether the file has *expected* from *start* on; notes the first byte that differs."""
         view = memoryview(expected)
-        for at in range(0, len(view), CHUNK_SIZE):
-            want = view[at : at + CHUNK_SIZE]
+        for at in range(0, len(view), PIECE):
+            want = view[at : at + PIECE]
             have = pread_exact(self._fd, len(want), start + at)
             if have != want:
                 self._found.append(Difference(region, start + at + _first_difference(have, bytes(want))))
@@ -204,16 +204,16 @@ class _Comparison:
         end = 0
         for offset, length in pieces:
             yield from _zeros(offset - end)
-            for done in range(0, length, CHUNK_SIZE):
-                yield pread_exact(self._fd, min(CHUNK_SIZE, length - done), source + done)
+            for done in range(0, length, PIECE):
+                yield pread_exact(self._fd, min(PIECE, length - done), source + done)
             source += length
             end = offset + length
         yield from _zeros(align_up(size) - end)
 
 
 def _zeros(count: int) -> Iterator[bytes]:
-    for done in range(0, count, CHUNK_SIZE):
-        yield bytes(min(CHUNK_SIZE, count - done))
+    for done in range(0, count, PIECE):
+        yield bytes(min(PIECE, count - done))
 
 
 def _first_difference(left: bytes, right: bytes) -> int:

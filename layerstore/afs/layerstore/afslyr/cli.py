@@ -18,7 +18,7 @@ from afs.core.errors import AfsError, Cancelled, InvalidArgument, NotFound, Perm
 from afs.core.units import format_size
 from afs.layerstore.afslyr.errors import printable
 from afs.layerstore.afslyr.interrupts import Interrupts
-from afs.layerstore.afslyr.layout import CHUNK_SIZE, FOOTER_SIZE, VERSION, ChunkTable, Layout
+from afs.layerstore.afslyr.layout import FOOTER_SIZE, PIECE, VERSION, ChunkTable, Layout
 from afs.layerstore.afslyr.outputs import is_stream, new_file, opened_stream, told_when_full, write_all
 from afs.layerstore.afslyr.progress import progress
 from afs.layerstore.afslyr.reader import checked_chunks, pread_exact, read_layer
@@ -61,8 +61,8 @@ def convert_command(interrupts: Interrupts, source: str, out: str, *, force: boo
                 made = _convert(interrupts, source, fd, Path(directory, "layer"), quiet=quiet)
                 finished = stack.enter_context(_opened(Path(directory, "layer")))
             interrupts.check()
-            for offset in range(0, made.file_size, CHUNK_SIZE):
-                write_all(sink, pread_exact(finished, min(CHUNK_SIZE, made.file_size - offset), offset))
+            for offset in range(0, made.file_size, PIECE):
+                write_all(sink, pread_exact(finished, min(PIECE, made.file_size - offset), offset))
             return
         with interrupts.deferred(), new_file(out, force=force) as temporary:
             made = _convert(interrupts, source, fd, temporary, quiet=quiet)

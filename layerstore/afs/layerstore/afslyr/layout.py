@@ -12,12 +12,13 @@ from afs.layerstore.afslyr.errors import CorruptLayer
 
 MAGIC = b"AFSLYR\x00\x01"
 FOOTER_MAGIC = b"AFSLYR\x00\xff"
-VERSION = 1
+VERSION = 2
 HEADER_SIZE = 1024  # bytes that the AFSLYR header owns; EROFS leaves 0..1023 to boot loaders
 HEADER_AREA = 4096  # header, superblock and padding; the tar starts here
 TAR_OFFSET = HEADER_AREA
 ALIGN = 4096
-CHUNK_SIZE = 1 << 20
+CHUNK_SIZE = 1 << 18
+PIECE = 4 * CHUNK_SIZE  # bytes that a program reads and hashes at a time
 DIGEST_SIZE = 32
 FOOTER_SIZE = 64
 BLOCK_BITS = 9

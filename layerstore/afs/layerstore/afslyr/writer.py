@@ -12,6 +12,7 @@ from afs.layerstore.afslyr.layout import (
     CHUNK_SIZE,
     DIGEST_SIZE,
     HEADER_AREA,
+    PIECE,
     ChunkTable,
     Layout,
     pack_footer,
@@ -63,8 +64,8 @@ class LayerWriter:
         start = self.offset
         for at, length in pieces:
             self.pad(start + at)
-            for done in range(0, length, CHUNK_SIZE):
-                part = min(CHUNK_SIZE, length - done)
+            for done in range(0, length, PIECE):
+                part = min(PIECE, length - done)
                 self.append(reader.pread_exact(self._fd, part, source + done))
             source += length
         self.pad(start + size)

@@ -87,6 +87,7 @@ class HeartbeatRequest(_message.Message):
     LEAVING_FIELD_NUMBER: _builtins.int
     TRACES_FIELD_NUMBER: _builtins.int
     REMOVED_TRACES_FIELD_NUMBER: _builtins.int
+    CHUNK_PORT_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     endpoint: _builtins.str
     """host:port of the layerstore's server to peers"""
@@ -101,6 +102,8 @@ class HeartbeatRequest(_message.Message):
     """the lists below are everything, not changes"""
     leaving: _builtins.bool
     """a clean stop: forget this node now"""
+    chunk_port: _builtins.int
+    """where peers read chunks, on the host of `endpoint`"""
     @_builtins.property
     def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldLayer]: ...
     @_builtins.property
@@ -133,10 +136,11 @@ class HeartbeatRequest(_message.Message):
         leaving: _builtins.bool = ...,
         traces: _abc.Iterable[Global___HeldTrace] | None = ...,
         removed_traces: _abc.Iterable[_builtins.str] | None = ...,
+        chunk_port: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "endpoint", b"endpoint", "full", b"full", "images", b"images", "incarnation", b"incarnation", "layers", b"layers", "leaving", b"leaving", "node_id", b"node_id", "removed_images", b"removed_images", "removed_layers", b"removed_layers", "removed_traces", b"removed_traces", "sequence", b"sequence", "traces", b"traces"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "chunk_port", b"chunk_port", "endpoint", b"endpoint", "full", b"full", "images", b"images", "incarnation", b"incarnation", "layers", b"layers", "leaving", b"leaving", "node_id", b"node_id", "removed_images", b"removed_images", "removed_layers", b"removed_layers", "removed_traces", b"removed_traces", "sequence", b"sequence", "traces", b"traces"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -183,10 +187,12 @@ class Node(_message.Message):
     LAYERS_FIELD_NUMBER: _builtins.int
     IMAGES_FIELD_NUMBER: _builtins.int
     TRACES_FIELD_NUMBER: _builtins.int
+    CHUNK_PORT_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     endpoint: _builtins.str
     capacity_bytes: _builtins.int
     last_seen_unix: _builtins.int
+    chunk_port: _builtins.int
     @_builtins.property
     def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldLayer]: ...
     @_builtins.property
@@ -203,10 +209,11 @@ class Node(_message.Message):
         layers: _abc.Iterable[Global___HeldLayer] | None = ...,
         images: _abc.Iterable[_builtins.str] | None = ...,
         traces: _abc.Iterable[Global___HeldTrace] | None = ...,
+        chunk_port: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "endpoint", b"endpoint", "images", b"images", "last_seen_unix", b"last_seen_unix", "layers", b"layers", "node_id", b"node_id", "traces", b"traces"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "chunk_port", b"chunk_port", "endpoint", b"endpoint", "images", b"images", "last_seen_unix", b"last_seen_unix", "layers", b"layers", "node_id", b"node_id", "traces", b"traces"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -288,19 +295,22 @@ class Holder(_message.Message):
     NODE_ID_FIELD_NUMBER: _builtins.int
     ENDPOINT_FIELD_NUMBER: _builtins.int
     COMPLETE_FIELD_NUMBER: _builtins.int
+    CHUNK_PORT_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     endpoint: _builtins.str
     complete: _builtins.bool
+    chunk_port: _builtins.int
     def __init__(
         self,
         *,
         node_id: _builtins.str = ...,
         endpoint: _builtins.str = ...,
         complete: _builtins.bool = ...,
+        chunk_port: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "endpoint", b"endpoint", "node_id", b"node_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_port", b"chunk_port", "complete", b"complete", "endpoint", b"endpoint", "node_id", b"node_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

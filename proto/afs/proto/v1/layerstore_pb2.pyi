@@ -252,32 +252,6 @@ class DescribeLayerResponse(_message.Message):
 Global___DescribeLayerResponse: _TypeAlias = DescribeLayerResponse  # noqa: Y015
 
 @_typing.final
-class ReadChunkRequest(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    DIFF_ID_FIELD_NUMBER: _builtins.int
-    INDEX_FIELD_NUMBER: _builtins.int
-    WAS_BAD_FIELD_NUMBER: _builtins.int
-    diff_id: _builtins.str
-    index: _builtins.int
-    was_bad: _builtins.bool
-    """what came for it before was not what the table says: read it from the disk and check it"""
-    def __init__(
-        self,
-        *,
-        diff_id: _builtins.str = ...,
-        index: _builtins.int = ...,
-        was_bad: _builtins.bool = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["diff_id", b"diff_id", "index", b"index", "was_bad", b"was_bad"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ReadChunkRequest: _TypeAlias = ReadChunkRequest  # noqa: Y015
-
-@_typing.final
 class ReadTraceRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class LayerstorePeerStub:
-    """Between layerstores, and for afs_proxy.
+    """Between layerstores, and for afs_proxy. Single chunks are not asked for with gRPC: layerstore/afs/layerstore/chunkwire.py.
     """
 
     def __init__(self, channel):
@@ -58,7 +58,7 @@ class LayerstorePeerStub:
 
 
 class LayerstorePeerServicer:
-    """Between layerstores, and for afs_proxy.
+    """Between layerstores, and for afs_proxy. Single chunks are not asked for with gRPC: layerstore/afs/layerstore/chunkwire.py.
     """
 
     def ResolveImage(self, request, context):
@@ -77,7 +77,8 @@ class LayerstorePeerServicer:
 
     def DescribeLayer(self, request, context):
         """A layer that this node holds at least partly: header, footer and chunk table in the first message, then what a mount
-        reads at once, in order, a chunk per message: superblock and EROFS metadata. Chunks that are not here are left out.
+        reads at once, in order, superblock and EROFS metadata: chunks in sequence, up to 1 MiB per message. Chunks that are not
+        here are left out.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -122,7 +123,7 @@ def add_LayerstorePeerServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class LayerstorePeer:
-    """Between layerstores, and for afs_proxy.
+    """Between layerstores, and for afs_proxy. Single chunks are not asked for with gRPC: layerstore/afs/layerstore/chunkwire.py.
     """
 
     @staticmethod
@@ -235,10 +236,7 @@ class LayerstorePeer:
 
 
 class LayerstoreNodeStub:
-    """One more method, LayerstoreChunks/Read, takes a ReadChunkRequest and answers with the bytes of the chunk as they are,
-    for protobuf would copy each MiB twice: layerstore/afs/layerstore/chunkwire.py. NOT_FOUND if the chunk is not here.
-
-    For the node's own snapshotter.
+    """For the node's own snapshotter.
     """
 
     def __init__(self, channel):
@@ -265,10 +263,7 @@ class LayerstoreNodeStub:
 
 
 class LayerstoreNodeServicer:
-    """One more method, LayerstoreChunks/Read, takes a ReadChunkRequest and answers with the bytes of the chunk as they are,
-    for protobuf would copy each MiB twice: layerstore/afs/layerstore/chunkwire.py. NOT_FOUND if the chunk is not here.
-
-    For the node's own snapshotter.
+    """For the node's own snapshotter.
     """
 
     def OpenImage(self, request, context):
@@ -321,10 +316,7 @@ def add_LayerstoreNodeServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class LayerstoreNode:
-    """One more method, LayerstoreChunks/Read, takes a ReadChunkRequest and answers with the bytes of the chunk as they are,
-    for protobuf would copy each MiB twice: layerstore/afs/layerstore/chunkwire.py. NOT_FOUND if the chunk is not here.
-
-    For the node's own snapshotter.
+    """For the node's own snapshotter.
     """
 
     @staticmethod

@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class LayerstorePeerStub:
-    """Between layerstores, and for afs_proxy."""
+    """Between layerstores, and for afs_proxy. Single chunks are not asked for with gRPC: layerstore/afs/layerstore/chunkwire.py."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -39,14 +39,15 @@ class LayerstorePeerStub:
     """Make a layer complete on this node: from peers that have it, else from the image's source. One pull at a time."""
     DescribeLayer: _grpc.UnaryStreamMultiCallable[_layerstore_pb2.DescribeLayerRequest, _layerstore_pb2.DescribeLayerResponse]
     """A layer that this node holds at least partly: header, footer and chunk table in the first message, then what a mount
-    reads at once, in order, a chunk per message: superblock and EROFS metadata. Chunks that are not here are left out.
+    reads at once, in order, superblock and EROFS metadata: chunks in sequence, up to 1 MiB per message. Chunks that are not
+    here are left out.
     """
     ReadTrace: _grpc.UnaryUnaryMultiCallable[_layerstore_pb2.ReadTraceRequest, _layerstore_pb2.ReadTraceResponse]
     """The start trace of an image, NOT_FOUND if this node has none."""
 
 @_typing.type_check_only
 class LayerstorePeerAsyncStub(LayerstorePeerStub):
-    """Between layerstores, and for afs_proxy."""
+    """Between layerstores, and for afs_proxy. Single chunks are not asked for with gRPC: layerstore/afs/layerstore/chunkwire.py."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ResolveImage: _aio.UnaryUnaryMultiCallable[_layerstore_pb2.ResolveImageRequest, _layerstore_pb2.Image]  # type: ignore[assignment]
@@ -55,13 +56,14 @@ class LayerstorePeerAsyncStub(LayerstorePeerStub):
     """Make a layer complete on this node: from peers that have it, else from the image's source. One pull at a time."""
     DescribeLayer: _aio.UnaryStreamMultiCallable[_layerstore_pb2.DescribeLayerRequest, _layerstore_pb2.DescribeLayerResponse]  # type: ignore[assignment]
     """A layer that this node holds at least partly: header, footer and chunk table in the first message, then what a mount
-    reads at once, in order, a chunk per message: superblock and EROFS metadata. Chunks that are not here are left out.
+    reads at once, in order, superblock and EROFS metadata: chunks in sequence, up to 1 MiB per message. Chunks that are not
+    here are left out.
     """
     ReadTrace: _aio.UnaryUnaryMultiCallable[_layerstore_pb2.ReadTraceRequest, _layerstore_pb2.ReadTraceResponse]  # type: ignore[assignment]
     """The start trace of an image, NOT_FOUND if this node has none."""
 
 class LayerstorePeerServicer(metaclass=_abc_1.ABCMeta):
-    """Between layerstores, and for afs_proxy."""
+    """Between layerstores, and for afs_proxy. Single chunks are not asked for with gRPC: layerstore/afs/layerstore/chunkwire.py."""
 
     @_abc_1.abstractmethod
     def ResolveImage(
@@ -86,7 +88,8 @@ class LayerstorePeerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_layerstore_pb2.DescribeLayerResponse], _abc.AsyncIterator[_layerstore_pb2.DescribeLayerResponse]]:
         """A layer that this node holds at least partly: header, footer and chunk table in the first message, then what a mount
-        reads at once, in order, a chunk per message: superblock and EROFS metadata. Chunks that are not here are left out.
+        reads at once, in order, superblock and EROFS metadata: chunks in sequence, up to 1 MiB per message. Chunks that are not
+        here are left out.
         """
 
     @_abc_1.abstractmethod
@@ -100,11 +103,7 @@ class LayerstorePeerServicer(metaclass=_abc_1.ABCMeta):
 def add_LayerstorePeerServicer_to_server(servicer: LayerstorePeerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class LayerstoreNodeStub:
-    """One more method, LayerstoreChunks/Read, takes a ReadChunkRequest and answers with the bytes of the chunk as they are,
-    for protobuf would copy each MiB twice: layerstore/afs/layerstore/chunkwire.py. NOT_FOUND if the chunk is not here.
-
-    For the node's own snapshotter.
-    """
+    """For the node's own snapshotter."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -123,11 +122,7 @@ class LayerstoreNodeStub:
 
 @_typing.type_check_only
 class LayerstoreNodeAsyncStub(LayerstoreNodeStub):
-    """One more method, LayerstoreChunks/Read, takes a ReadChunkRequest and answers with the bytes of the chunk as they are,
-    for protobuf would copy each MiB twice: layerstore/afs/layerstore/chunkwire.py. NOT_FOUND if the chunk is not here.
-
-    For the node's own snapshotter.
-    """
+    """For the node's own snapshotter."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     OpenImage: _aio.UnaryUnaryMultiCallable[_layerstore_pb2.OpenImageRequest, _layerstore_pb2.OpenImageResponse]  # type: ignore[assignment]
@@ -142,11 +137,7 @@ class LayerstoreNodeAsyncStub(LayerstoreNodeStub):
     """What is in the cache and how much of it could go."""
 
 class LayerstoreNodeServicer(metaclass=_abc_1.ABCMeta):
-    """One more method, LayerstoreChunks/Read, takes a ReadChunkRequest and answers with the bytes of the chunk as they are,
-    for protobuf would copy each MiB twice: layerstore/afs/layerstore/chunkwire.py. NOT_FOUND if the chunk is not here.
-
-    For the node's own snapshotter.
-    """
+    """For the node's own snapshotter."""
 
     @_abc_1.abstractmethod
     def OpenImage(
