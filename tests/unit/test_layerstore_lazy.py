@@ -279,7 +279,8 @@ async def test_what_cannot_be_prefetched_is_no_error(world: World, caplog: pytes
     await two.layers.prefetch("sha256:" + "0" * 64, [1])
 
 
-async def test_whoever_reads_on_and_on_finds_it_there(world: World) -> None:
+async def test_whoever_reads_on_and_on_finds_it_there(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readahead, "RUN", 3)  # the layer is short
     _, two = await holder(world), await world.node("n2")
     await open_partial(world, two)
     for index in (1, 2, 3):
