@@ -16,7 +16,7 @@ import pytest
 from afs.core.digests import hex_of
 from afs.core.errors import NotFound
 from afs.core.rpc import channel
-from afs.layerstore import describing, peerwatch, supply
+from afs.layerstore import describing, peerwatch, readahead, supply
 from afs.layerstore.afslyr.convert import convert
 from afs.layerstore.afslyr.layout import CHUNK_SIZE
 from afs.layerstore.chunkserver import serving_chunks
