@@ -210,3 +210,30 @@ async def test_the_lock_goes_to_another_task_when_its_holder_waits() -> None:
         group.create_task(next_in_line())
         await asyncio.sleep(0)
     assert order == ["first 0", "first 1", "first 2", "second"]
+
+
+async def test_a_request_that_is_taken_back_does_not_stop_the_loop() -> None:
+    """Readable by poll(2), and then nothing to read: the pipe has what the FUSE descriptor has then."""
+    readable, write_end = os.pipe()
+    never = os.eventfd(0)
+    waiting = fusedloop._Waiting(never, lambda: False)
+    rounds = 0
+
+    async def session_loop(nursery: object) -> None:
+        nonlocal rounds
+        rounds += 1
+        await waiting.wait_readable(readable)
+        if rounds == 1:
+            os.read(readable, 1)
+        os.read(readable, 1)  # a blocking one would sleep for ever in the first round
+        raise ProcessLookupError("other errors end it")
+
+    os.write(write_end, b"1")
+    asyncio.get_running_loop().call_later(0.01, os.write, write_end, b"2")
+    async with fusedloop._Nursery() as nursery:
+        nursery.start_soon(session_loop, nursery, name="one")
+        (task,) = nursery.tasks
+    assert isinstance(task.exception(), ProcessLookupError)
+    assert rounds == 2
+    for fd in (readable, write_end, never):
+        os.close(fd)
