@@ -9,8 +9,10 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
+from typing_extensions import override
 
 from afs.core.errors import NotFound
 from afs.core.mounts import list_mounts, unmount_below
@@ -20,6 +22,7 @@ from afs.snapshotter.fusedworkers import FusedWorkers
 from afs.snapshotter.layermounts import LayerMounts
 from tests.testbed import capabilities, tars, unpackers
 from tests.testbed.fillsource import FillSource, SourceLayer
+from tests.testbed.fusedpool import make_pool
 from tests.testbed.ourmounts import KINDS, Kind, layer_mounts, trials
 
 pytestmark = pytest.mark.root
@@ -245,3 +248,47 @@ async def test_a_clean_stop_can_leave_what_is_used(source: FillSource) -> None:
         await mounts.close(keep_used=True)
         assert (at.path.exists(), other.path.exists()) == (True, False)
         assert (at.path / "file").read_bytes() == b"used"
+
+
+async def test_mounts_of_dead_workers_are_not_taken_for_a_new_one_s(source: FillSource) -> None:
+    """They were used, so a clean stop left them, and no worker lived any more."""
+    layer = add(source, TAR, partial=True)
+    backends = Backends(trials(source.directory), None)
+    async with source.serving(), contextlib.AsyncExitStack() as users:
+        first = make_pool(source.directory, source)
+        await first.adopt()
+        mounts = LayerMounts(source.directory / "l", first, backends, 0)
+        await mounts.adopt()
+        old = await users.enter_async_context(mounts.using(layer.diff_id, ""))
+        assert old.worker is not None
+        replacing = asyncio.Event()
+        first._starting = _Never(replacing)  # the snapshotter ends before there is another one
+        os.kill(old.worker.pid, signal.SIGKILL)
+        await replacing.wait()
+        await mounts.close(keep_used=True)
+        await first.close(keep=mounts.workers())
+        assert [one.target for one in list_mounts(str(source.directory / "l"))] == [str(old.path)]
+        second = make_pool(source.directory, source)
+        await second.adopt()
+        again = LayerMounts(source.directory / "l", second, backends, 0)
+        await again.adopt()
+        assert old.worker.number not in {worker.number for worker in second.workers}
+        assert again.mounted() == []
+        async with again.using(layer.diff_id, "") as new:
+            assert await read(new.path) == b"content"
+        await again.close()
+        await second.close()
+
+
+class _Never(asyncio.Lock):
+    """A lock that nobody gets; says who wants it."""
+
+    def __init__(self, wanted: asyncio.Event) -> None:
+        super().__init__()
+        self._wanted = wanted
+
+    @override
+    async def acquire(self) -> Literal[True]:
+        self._wanted.set()
+        await asyncio.Event().wait()
+        return True

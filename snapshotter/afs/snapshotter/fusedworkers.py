@@ -3,7 +3,8 @@
 A worker has a number, and in the pool's directory: ``<n>``, its mount point; ``<n>.lock``, flocked as long as it lives;
 ``<n>.sock``, its control socket (:mod:`afs.snapshotter.fusedwire`). The lock is taken before the process is started, which
 inherits it, so a number has at no time two workers. Numbers ascend: names that lead into an old worker's file system, such
-as the sources of mounts, never lead into a new one's. For that the last lock file stays until the pool is closed.
+as the sources of mounts, never lead into a new one's. For that the last lock file stays until the pool is closed, and
+longer while mounts are left, were they of dead workers only.
 
 Workers outlive the snapshotter when it is killed: what is mounted on them goes on. :meth:`FusedWorkers.adopt` finds them.
 
@@ -290,7 +291,7 @@ class FusedWorkers:
             log.error("cannot replace a worker: %s", error)
 
     async def close(self, keep: Collection[Worker] = ()) -> None:
-        """End all workers but *keep*; call it when no mount uses them any more."""
+        """End all workers but *keep*, which are those that mounts are left of, dead or alive."""
         self._closing = True
         for task in self._replacing:
             task.cancel()
@@ -300,7 +301,7 @@ class FusedWorkers:
         for worker in keep:
             if self._workers.pop(worker.number, None) is not None:
                 worker.forget()
-        await asyncio.to_thread(_clear_dead, self._directory)
+        await asyncio.to_thread(_clear_dead, self._directory, anew=not keep)
         if not keep:
             await asyncio.to_thread(remove_tree, self._faults)
 
@@ -361,10 +362,13 @@ def _numbers(directory: Path) -> list[int]:
     return sorted({int(path.stem) for path in directory.iterdir() if path.stem.isdecimal()})
 
 
-def _clear_dead(directory: Path) -> None:
-    """Remove what dead workers left; their lock files too if none lives, so that the next pool begins at 0. Blocking."""
+def _clear_dead(directory: Path, *, anew: bool) -> None:
+    """Remove what dead workers left; with *anew* their lock files too if none lives: the next pool begins at 0. Blocking.
+
+    Otherwise a new worker could get the number of a dead one, and what is mounted through that one would count as its own.
+    """
     dead = [number for number in _numbers(directory) if not _is_held(directory / f"{number}.lock")]
-    last = len(dead) == len(_numbers(directory))
+    last = anew and len(dead) == len(_numbers(directory))
     for number in dead:
         _clear(directory, number, keep_lock=not last)
 

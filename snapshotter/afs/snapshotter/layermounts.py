@@ -306,7 +306,7 @@ class LayerMounts:
         return list(self._mounted.values())
 
     def workers(self) -> set[Worker]:
-        """The workers that a mount is read through."""
+        """The workers that a mount is read through; dead ones too, whose mounts nobody can read any more."""
         return {layer.worker for layer in self._all.values() if layer.worker is not None}
 
     async def close(self, *, keep_used: bool = False) -> None:
