@@ -34,6 +34,18 @@ for line in sys.stdin:
     except OSError as error:
         print(errno.errorcode[error.errno], flush=True)
 """
+# Reads pages that are apart from each other, all at once and with no read-ahead.
+STALLED = """
+import os, sys, threading
+fd = os.open(sys.argv[1], os.O_RDONLY)
+os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+threads = [threading.Thread(target=os.pread, args=(fd, 1, n << 15)) for n in range(int(sys.argv[2]))]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print("done", flush=True)
+"""
 # A snapshotter that places a layer and then waits to be killed.
 OWNER = """
 import asyncio, sys
@@ -118,6 +130,25 @@ async def test_layers_are_spread_and_released(tmp_path: Path, source: FillSource
         assert sorted(worker.number for worker in placed) == [0, 0, 1, 1]
         await placed[0].release(layers[0].diff_id)
         assert await pool.place(layers[0].diff_id) is placed[0], "it has the fewest now"
+
+
+async def test_waiting_readers_of_one_layer_do_not_stop_those_of_another(
+    tmp_path: Path, source: FillSource, layers: list[SourceLayer]
+) -> None:
+    readers = 110  # the kernel's default is 12 buffered reads at once, pyfuse3's 99 requests
+    slow = source.add(tars.tar_of({"file": bytes(readers << 15)}), partial=True)
+    async with running(tmp_path, source) as pool:
+        worker = await pool.place(slow.diff_id)
+        await pool.place(layers[0].diff_id)
+        slow.gate.clear()
+        async with program(STALLED, worker.file(slow.diff_id), readers) as stalled, asyncio.timeout(30):
+            while len(slow.asked) < readers:
+                slow.questioned.clear()
+                await slow.questioned.wait()
+            fast = worker.file(layers[0].diff_id)
+            assert await asyncio.to_thread(fast.read_bytes) == layers[0].whole.read_bytes()
+            slow.gate.set()
+            assert await stalled.line() == "done"
 
 
 async def test_one_of_two_is_killed_while_both_are_read(

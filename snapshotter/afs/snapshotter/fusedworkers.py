@@ -26,12 +26,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from afs.core import syscalls
 from afs.core.digests import hex_of
 from afs.core.errors import AfsError, Internal, Unavailable
 from afs.core.files import remove_tree
 from afs.core.mounts import unmount
 from afs.core.run import DEVNULL, Child, popen
-from afs.snapshotter.fusedwire import PROTOCOL, ReadStats, ask
+from afs.snapshotter.fusedwire import MAX_BACKGROUND, PROTOCOL, ReadStats, ask
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -265,7 +266,7 @@ class FusedWorkers:
             os.close(ready)
         worker = self._workers[number] = Worker(self._directory, number, process.pid, child=process, usable=True)
         worker.watch(self._end)
-        await asyncio.to_thread(_set_read_ahead, worker.mountpoint)
+        await asyncio.to_thread(_tune, worker.mountpoint)
         return worker
 
     def _end(self, worker: Worker) -> None:
@@ -330,14 +331,33 @@ async def _started(ready: int, process: Child) -> None:
         raise Internal(f"afs_fused did not start: status {process.wait()}")
 
 
-def _set_read_ahead(mountpoint: Path) -> None:
-    """Blocking: it asks the worker."""
+def _tune(mountpoint: Path) -> None:
+    """Set what the kernel keeps per FUSE mount. Blocking: it asks the worker."""
     try:
         device = mountpoint.stat().st_dev
         setting = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
         Path(setting).write_text(str(_READ_AHEAD_KIB))
     except OSError as error:  # /sys may be read-only, as in containers; or the worker has died, which is told elsewhere
         log.warning("%s keeps the kernel's read-ahead: %s", mountpoint, error)
+    try:
+        _allow_background(mountpoint.stat().st_dev)
+    except OSError as error:  # not root of the machine
+        log.warning("%s: some waiting readers of one layer stop those of all others: %s", mountpoint, error)
+
+
+def _allow_background(device: int) -> None:
+    # From a mount of our own, at no path: fusectl is not mounted everywhere, and this leaves no trace.
+    with syscalls.MountContext("fusectl") as context:
+        connections = context.make(0)
+    try:
+        for name in ("max_background", "congestion_threshold"):
+            fd = os.open(f"{os.minor(device)}/{name}", os.O_WRONLY | os.O_CLOEXEC, dir_fd=connections)
+            try:
+                os.write(fd, b"%d" % MAX_BACKGROUND)
+            finally:
+                os.close(fd)
+    finally:
+        os.close(connections)
 
 
 def _is_held(lock: Path) -> bool:
