@@ -2,16 +2,19 @@
 
 import asyncio
 import errno
+import mmap
 import os
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pyfuse3
 import pytest
 
 from afs.core.errors import Unavailable
 from afs.layerstore.fillwire import FillClient, FillError
-from afs.snapshotter import fusedloop
+from afs.snapshotter import fusedlayer, fusedloop
 from afs.snapshotter.fusedfs import LayerFiles
 from afs.snapshotter.fusedlayer import ServedLayer
 from afs.snapshotter.fusedwire import ReadStats, ask, serving
@@ -73,6 +76,48 @@ async def test_filled_elsewhere_is_read_there(layer: SourceLayer, client: FillCl
         layer.data, layer.chunks = layer.whole, tmp_path / "other"
         layer.chunks.write_bytes(bytes(old.stat().st_size))
         layer.whole.chmod(0o600)
+        assert await one.read(0, 100) == layer.whole.read_bytes()[:100]
+
+
+async def test_file_and_map_are_of_one_generation(
+    source: FillSource, client: FillClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The partial layer is made anew and filled after its file was opened and before its map is."""
+    source.directory = tmp_path / "layer"
+    source.directory.mkdir()
+    layer = source.add(tars.tar_of({"file": b"f" * CHUNK}), partial=True)
+    opened = fusedlayer._mapped
+
+    def made_anew(*args: Any) -> mmap.mmap:
+        if not (tmp_path / "old").exists():
+            source.directory.rename(tmp_path / "old")
+            shutil.copytree(tmp_path / "old", source.directory)
+            layer.fill(0, 2)
+        return opened(*args)
+
+    monkeypatch.setattr(fusedlayer, "_mapped", made_anew)
+    one = served(layer, client, tmp_path)
+    with one.held():
+        await one.open()
+        assert await one.read(0, 100) == layer.whole.read_bytes()[:100]
+
+
+async def test_a_layer_that_becomes_complete_between_answer_and_open(
+    layer: SourceLayer, client: FillClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = served(layer, client, tmp_path)
+    ask = client.ask
+
+    async def promoted(**question: Any) -> dict[str, Any]:
+        answer = await ask(**question)
+        if layer.data != layer.whole:
+            layer.data.unlink()
+            layer.data, layer.chunks = layer.whole, None
+        return answer
+
+    monkeypatch.setattr(client, "ask", promoted)
+    with one.held():
+        await one.open()
         assert await one.read(0, 100) == layer.whole.read_bytes()[:100]
 
 
