@@ -329,6 +329,25 @@ async def test_a_worker_ends_when_everybody_has_unmounted_it(
         assert (await pool.place(layers[0].diff_id)).number == worker.number + 1
 
 
+async def test_a_worker_that_somebody_unmounted_is_replaced(
+    tmp_path: Path, source: FillSource, layers: list[SourceLayer]
+) -> None:
+    async with running(tmp_path, source) as pool:
+        worker = await pool.place(layers[0].diff_id)
+        await asyncio.to_thread(bind, worker.tree(layers[0].diff_id), tmp_path / "bound")
+        await asyncio.to_thread(unmount, str(worker.mountpoint))
+        other = await pool.place(layers[1].diff_id)
+        assert other.number == worker.number + 1
+        assert await asyncio.to_thread((other.tree(layers[1].diff_id) / "n").read_bytes) == b"1"
+        assert (tmp_path / "bound" / "n").read_bytes() == b"0", "what was mounted goes on"
+        assert (worker.alive, pool.deaths) == (True, 0)
+        await asyncio.to_thread(unmount, str(tmp_path / "bound"))
+        await worker.release(layers[0].diff_id)
+        await died(worker)
+        await replaced(pool)
+        assert (pool.deaths, pool.workers) == (0, [other])
+
+
 async def test_a_worker_that_does_not_start(
     tmp_path: Path, source: FillSource, layers: list[SourceLayer], monkeypatch: pytest.MonkeyPatch
 ) -> None:

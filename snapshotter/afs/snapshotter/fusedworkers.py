@@ -35,7 +35,8 @@ from afs.core.run import DEVNULL, Child, popen
 from afs.snapshotter.fusedwire import MAX_BACKGROUND, PROTOCOL, ReadStats, ask
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
+    from typing import Any
 
 log = logging.getLogger(__name__)
 _ANSWER_S = 5.0  # for what a worker says without asking anybody
@@ -54,6 +55,7 @@ class Worker:
         self.number = number
         self.pid = pid
         self.usable = usable
+        self.unmounted = False  # by somebody else: it serves what is mounted through it, and nobody can mount more
         self.died = asyncio.Event()
         self.mountpoint = directory / str(number)
         self.socket = directory / f"{number}.sock"
@@ -68,6 +70,11 @@ class Worker:
     def tree(self, diff_id: str, *, user_xattrs: bool = False) -> Path:
         """The layer's tree; *user_xattrs*: with overlayfs's marks as those mounted with ``userxattr`` read them."""
         return self.mountpoint / ("u" if user_xattrs else "t") / hex_of(diff_id)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether its file system is where it was mounted; asks the kernel only, never the worker."""
+        return _mount_id(self.mountpoint) not in (None, _mount_id(self.mountpoint.parent))
 
     @property
     def alive(self) -> bool:
@@ -198,6 +205,9 @@ class FusedWorkers:
 
         Whoever mounts calls :meth:`Worker.release` when the mount is gone.
         """
+        for worker in self._usable():
+            if not worker.in_place:
+                self._give_up(worker)
         worker = self._least_loaded()
         if worker is None:
             async with self._starting:
@@ -206,7 +216,11 @@ class FusedWorkers:
         return worker
 
     def _usable(self) -> list[Worker]:
-        return [worker for worker in self._workers.values() if worker.usable and worker.alive]
+        return [
+            worker
+            for worker in self._workers.values()
+            if worker.usable and not worker.unmounted and worker.alive
+        ]
 
     def _least_loaded(self) -> Worker | None:
         return min(self._usable(), key=lambda worker: len(worker.layers), default=None)
@@ -269,21 +283,40 @@ class FusedWorkers:
         await asyncio.to_thread(_tune, worker.mountpoint)
         return worker
 
+    def _give_up(self, worker: Worker) -> None:
+        """Somebody unmounted it: what is mounted through it goes on, and it ends with that. Another one takes its place."""
+        if worker.alive:  # else the unmounting is the end of a dead one
+            worker.unmounted = True
+            log.error("afs_fused %d (pid %d) was unmounted by somebody: starting another", worker.number, worker.pid)
+            self._in_background(self._fill_up(), worker)
+
     def _end(self, worker: Worker) -> None:
         status = worker.end()
         del self._workers[worker.number]
-        if self._closing or not worker.usable:  # it ends with its last mount, which may be gone before release()
+        # One that nobody mounts on ends with its last mount, which may be gone before release().
+        if self._closing or not worker.usable or worker.unmounted:
             log.info("afs_fused %d (pid %d) ended with status %s", worker.number, worker.pid, status)
+            if worker.unmounted and not self._closing:
+                self._in_background(self._clear(worker), worker)
             return
         self.deaths += 1
         served = f"{len(worker.layers)} layers were mounted on it"
         log.error("afs_fused %d (pid %d) died with status %s; %s", worker.number, worker.pid, status, served)
-        task = asyncio.create_task(self._replace(worker), name=f"replace afs_fused {worker.number}")
+        self._in_background(self._replace(worker), worker)
+
+    def _in_background(self, work: "Coroutine[Any, Any, None]", worker: Worker) -> None:
+        task = asyncio.create_task(work, name=f"replace afs_fused {worker.number}")
         self._replacing.add(task)
         task.add_done_callback(self._replacing.discard)
 
-    async def _replace(self, dead: Worker) -> None:
+    async def _clear(self, dead: Worker) -> None:
         await asyncio.to_thread(_clear, self._directory, dead.number, keep_lock=dead.number == self._next - 1)
+
+    async def _replace(self, dead: Worker) -> None:
+        await self._clear(dead)
+        await self._fill_up()
+
+    async def _fill_up(self) -> None:
         try:
             async with self._starting:
                 if len(self._usable()) < self._count:
@@ -329,6 +362,19 @@ async def _started(ready: int, process: Child) -> None:
         loop.remove_reader(ready)
     if not os.read(ready, 1):  # EOF without a byte: it died
         raise Internal(f"afs_fused did not start: status {process.wait()}")
+
+
+def _mount_id(path: Path) -> int | None:
+    """The number of the mount that *path* leads into, or None if there is no such path."""
+    try:
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)  # stat(2) would ask the file system
+    except FileNotFoundError:
+        return None
+    try:
+        fields = dict(line.split(":\t") for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines())
+        return int(fields["mnt_id"])
+    finally:
+        os.close(fd)
 
 
 def _tune(mountpoint: Path) -> None:
