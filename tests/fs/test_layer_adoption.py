@@ -14,9 +14,10 @@ from typing import Literal
 import pytest
 from typing_extensions import override
 
-from afs.core.errors import NotFound
+from afs.core.errors import Internal, NotFound
 from afs.core.mounts import list_mounts, unmount_below
 from afs.layerstore.afslyr.convert import convert
+from afs.snapshotter import layermounts
 from afs.snapshotter.backends import Backend, Backends, mount_layer
 from afs.snapshotter.fusedworkers import FusedWorkers
 from afs.snapshotter.layermounts import LayerMounts
@@ -278,6 +279,32 @@ async def test_mounts_of_dead_workers_are_not_taken_for_a_new_one_s(source: Fill
             assert await read(new.path) == b"content"
         await again.close()
         await second.close()
+
+
+@pytest.mark.parametrize("deaths", [1, 3])
+async def test_a_worker_that_dies_while_a_layer_is_mounted(
+    source: FillSource, monkeypatch: pytest.MonkeyPatch, deaths: int
+) -> None:
+    """The user gets the layer from another one, unless the layer seems to be what ends them."""
+    layer = add(source, TAR, partial=True)
+    mount, killed = layermounts._mount_layer, []
+
+    def dying(backend: Backend, at: Path, target: Path) -> bool:
+        if len(killed) < deaths:
+            pid = int((source.directory / "fuse" / f"{at.parts[-3]}.lock").read_text())
+            killed.append(pid)
+            os.kill(pid, signal.SIGKILL)
+        return mount(backend, at, target)
+
+    async with layer_mounts(source, None) as mounts:
+        monkeypatch.setattr(layermounts, "_mount_layer", dying)
+        if deaths == 1:
+            async with mounts.using(layer.diff_id, "") as mounted:
+                assert await read(mounted.path) == b"content"
+        else:
+            with pytest.raises((Internal, OSError)):
+                await mounts.using(layer.diff_id, "").__aenter__()
+        assert len(set(killed)) == deaths
 
 
 class _Never(asyncio.Lock):

@@ -85,6 +85,19 @@ class Worker:
         poll.register(self._pidfd, select.POLLIN)
         return not poll.poll(0)
 
+    async def is_dead(self) -> bool:
+        """Whether it died, for one that just failed: its files are closed some time before the kernel tells of its end.
+
+        An answer tells that it lives. One that neither answers nor ends within seconds counts as living.
+        """
+        try:
+            await ask(self.socket, _ANSWER_S, op="hello")
+        except Unavailable:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.died.wait(), _ANSWER_S)
+            return self.died.is_set()
+        return False
+
     async def release(self, diff_id: str) -> None:
         """A mount that :meth:`FusedWorkers.place` gave this worker for is gone: the layer's files may be closed."""
         self.layers[diff_id] -= 1

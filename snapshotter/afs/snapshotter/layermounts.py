@@ -33,6 +33,7 @@ from afs.snapshotter.fusedworkers import FusedWorkers, Worker
 from afs.snapshotter.overlay import in_user_namespace
 
 log = logging.getLogger(__name__)
+_WORKERS_TRIED = 3  # for one mount; a layer that ends each of them is not to end all
 
 
 @dataclass(slots=True)
@@ -205,24 +206,35 @@ class LayerMounts:
         raise FailedPrecondition(f"cannot mount layer {diff_id}: {'; '.join(why) or self._backends.refusal(lazy=lazy)}")
 
     async def _mount_with(self, backend: Backend, diff_id: str, file: str) -> MountedLayer:
-        worker = None
-        if not file or backend is Backend.TREE:
+        if file and backend is not Backend.TREE:
+            return await self._mount_from(backend, diff_id, Path(file), None)
+        for _ in range(_WORKERS_TRIED - 1):
             worker = await self._fused.place(diff_id)
+            try:
+                return await self._mount_through(worker, backend, diff_id, lazy=not file)
+            except (Internal, Unusable, OSError):
+                if not await worker.is_dead():
+                    raise
+            log.warning("layer %s: afs_fused %d died while it was mounted; trying another", diff_id, worker.number)
+        return await self._mount_through(await self._fused.place(diff_id), backend, diff_id, lazy=not file)
+
+    async def _mount_through(self, worker: Worker, backend: Backend, diff_id: str, *, lazy: bool) -> MountedLayer:
+        """Mount what *worker*, which the layer was placed on, serves."""
+        tree = backend is Backend.TREE
+        source = worker.tree(diff_id, user_xattrs=in_user_namespace()) if tree else worker.file(diff_id)
+        try:
+            return await self._mount_from(backend, diff_id, source, worker, lazy=lazy)
+        except BaseException:
+            await worker.release(diff_id)
+            raise
+
+    async def _mount_from(
+        self, backend: Backend, diff_id: str, source: Path, worker: Worker | None, *, lazy: bool = False
+    ) -> MountedLayer:
         self._next += 1
         path = self._directory / str(self._next)
-        layer = MountedLayer(diff_id, path, backend, lazy=not file, worker=worker)
-        if worker is None:
-            source = Path(file)
-        else:
-            tree = backend is Backend.TREE
-            source = worker.tree(diff_id, user_xattrs=in_user_namespace()) if tree else worker.file(diff_id)
-        try:
-            layer.opaque = await asyncio.to_thread(_mount_layer, backend, source, path)
-        except BaseException:
-            if worker is not None:
-                await worker.release(diff_id)
-            raise
-        return layer
+        opaque = await asyncio.to_thread(_mount_layer, backend, source, path)
+        return MountedLayer(diff_id, path, backend, lazy, opaque, worker)
 
     async def _trim(self, keep: int) -> None:
         idle = [layer for layer in self._mounted.values() if layer.users == 0]
