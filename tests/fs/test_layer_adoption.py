@@ -15,7 +15,7 @@ import pytest
 from typing_extensions import override
 
 from afs.core.errors import Internal, NotFound
-from afs.core.mounts import list_mounts, unmount_below
+from afs.core.mounts import list_mounts, unmount, unmount_below
 from afs.layerstore.afslyr.convert import convert
 from afs.snapshotter import layermounts
 from afs.snapshotter.backends import Backend, Backends, mount_layer
@@ -23,7 +23,7 @@ from afs.snapshotter.fusedworkers import FusedWorkers
 from afs.snapshotter.layermounts import LayerMounts
 from tests.testbed import capabilities, tars, unpackers
 from tests.testbed.fillsource import FillSource, SourceLayer
-from tests.testbed.fusedpool import make_pool
+from tests.testbed.fusedpool import make_pool, open_files
 from tests.testbed.ourmounts import KINDS, Kind, layer_mounts, trials
 
 pytestmark = pytest.mark.root
@@ -305,6 +305,34 @@ async def test_a_worker_that_dies_while_a_layer_is_mounted(
             with pytest.raises((Internal, OSError)):
                 await mounts.using(layer.diff_id, "").__aenter__()
         assert len(set(killed)) == deaths
+
+
+async def test_files_of_mounts_that_went_unnoticed_are_closed(source: FillSource) -> None:
+    """The snapshotter was killed after it unmounted a tree and before it told the worker."""
+    layer = source.add(TAR)
+    backends = Backends(trials(source.directory), Backend.TREE)
+    async with source.serving():
+        first = make_pool(source.directory, source)
+        await first.adopt()
+        mounts = LayerMounts(source.directory / "l", first, backends, 1)
+        await mounts.adopt()
+        async with mounts.using(layer.diff_id, "") as mounted:
+            await read(mounted.path)
+        assert mounted.worker is not None
+        assert open_files(mounted.worker, source.directory)
+        unmount(str(mounted.path))
+        await first.close(keep=[mounted.worker])
+        second = make_pool(source.directory, source)
+        await second.adopt()
+        again = LayerMounts(source.directory / "l", second, backends, 1)
+        await again.adopt()
+        (adopted,) = second.workers
+        assert (adopted.pid, adopted.layers) == (mounted.worker.pid, {})
+        assert open_files(adopted, source.directory) == []
+        await again.close()
+        await second.close()
+        assert mounted.worker.child is not None
+        mounted.worker.child.wait(30)  # of the first pool, which gave it up
 
 
 class _Never(asyncio.Lock):

@@ -98,6 +98,16 @@ class Worker:
             return self.died.is_set()
         return False
 
+    async def keep_only(self, mounted: Counter[str]) -> None:
+        """Count what is *mounted* of it, and release all else: files that it has open and nobody unmounted in order.
+
+        A snapshotter that was killed between an unmount and its release leaves some, which keep an evicted layer's space.
+        """
+        for diff_id in set(self.layers) - set(mounted):
+            self.layers[diff_id] = 1
+            await self.release(diff_id)
+        self.layers = mounted
+
     async def release(self, diff_id: str) -> None:
         """A mount that :meth:`FusedWorkers.place` gave this worker for is gone: the layer's files may be closed."""
         self.layers[diff_id] -= 1

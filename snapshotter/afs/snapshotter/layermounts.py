@@ -94,11 +94,11 @@ class LayerMounts:
             better = self._mounted.get(layer.diff_id)
             if self._is_for_new_users(layer) and (better is None or better.lazy):
                 self._mounted[layer.diff_id] = layer
-        for (worker, diff_id), count in given.items():
-            worker.layers[diff_id] = count
         for path in self._directory.iterdir():
             if path not in self._all:
                 await asyncio.to_thread(_unmount_layer, path)
+        for worker in self._fused.workers:
+            await worker.keep_only(Counter({diff_id: count for (of, diff_id), count in given.items() if of is worker}))
         if found:
             log.info("adopted %d of %d layer mounts", len(self._all), len(found))
         self.changed.set()
