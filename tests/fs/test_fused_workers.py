@@ -364,6 +364,44 @@ async def test_a_worker_that_does_not_start(
         assert (await pool.place(layers[0].diff_id)).alive
 
 
+async def test_a_worker_that_is_not_ready_in_time(
+    tmp_path: Path, source: FillSource, layers: list[SourceLayer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hanging = tmp_path / "hanging"
+    hanging.write_text("#!/bin/sh\nexec sleep 600\n")
+    hanging.chmod(0o755)
+    pool = make_pool(tmp_path, source)
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "executable", str(hanging))
+        patched.setattr(fusedworkers, "_READY_S", 0.05)
+        with pytest.raises(Internal, match=r"afs_fused did not start within 0\.05 s"):
+            await pool.place(layers[0].diff_id)
+    assert pool.workers == []
+    await pool.close()
+
+
+async def test_workers_that_die_soon_are_replaced_ever_later(
+    tmp_path: Path, source: FillSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses = [fusedworkers._pause_s(row) for row in (0, 1, 2, 3, 7, 8, 9, 5000)]
+    assert pauses == [0, 0, 1, 2, 32, 64, 64, 64]
+    rows: list[int] = []
+
+    def note(row: int) -> float:
+        rows.append(row)
+        return 0.0
+
+    monkeypatch.setattr(fusedworkers, "_pause_s", note)
+    async with running(tmp_path, source) as pool:
+        for stable_s in (60.0, 60.0, 0.0, 60.0):
+            monkeypatch.setattr(fusedworkers, "_STABLE_S", stable_s)
+            (worker,) = pool.workers
+            os.kill(worker.pid, signal.SIGKILL)
+            await died(worker)
+            await replaced(pool)
+        assert rows == [1, 2, 0, 1]
+
+
 async def test_workers_that_are_kept_go_to_the_next_pool(
     tmp_path: Path, source: FillSource, layers: list[SourceLayer]
 ) -> None:

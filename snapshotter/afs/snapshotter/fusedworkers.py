@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 _ANSWER_S = 5.0  # for what a worker says without asking anybody
 _START_S = 20.0  # for a worker that was being started when its snapshotter was killed
+_READY_S = 60.0  # for one that we start, on a machine with much else to do
+_STABLE_S = 60.0  # one that lived so long does not die because it was started
+_LONGEST_PAUSE_S = 64.0  # before the next of a row that all died soon
 # What the kernel reads ahead of readers of the FUSE mount; its default is 128. Importing numpy and pandas from partial layers
 # of 1.3 GB, with EROFS on the files and with trees, touches 160 and 144 chunks with 128, 167 and 150 with 512, 173 and 151
 # with 1024; reading a layer of 122 MB from end to end takes 935, 235 and 120 requests, and 0.35, 0.07 and 0.08 s of CPU.
@@ -60,6 +63,8 @@ class Worker:
         self.mountpoint = directory / str(number)
         self.socket = directory / f"{number}.sock"
         self.child = child
+        self.row = 0  # how many in a row, of which each replaced another, died soon after their start before it
+        self.since = asyncio.get_running_loop().time()
         self.layers: Counter[str] = Counter()  # what it was given to serve, and is not released yet
         self._pidfd = os.pidfd_open(pid)
 
@@ -272,7 +277,7 @@ class FusedWorkers:
                 merged.setdefault(diff_id, ReadStats()).add(ReadStats(**counted))
         return merged
 
-    async def _start(self) -> Worker:
+    async def _start(self, row: int = 0) -> Worker:
         """Start a worker; the caller holds ``_starting``."""
         number, self._next = self._next, self._next + 1
         mountpoint = self._directory / str(number)
@@ -302,6 +307,7 @@ class FusedWorkers:
         finally:
             os.close(ready)
         worker = self._workers[number] = Worker(self._directory, number, process.pid, child=process, usable=True)
+        worker.row = row
         worker.watch(self._end)
         await asyncio.to_thread(_tune, worker.mountpoint)
         return worker
@@ -337,13 +343,16 @@ class FusedWorkers:
 
     async def _replace(self, dead: Worker) -> None:
         await self._clear(dead)
-        await self._fill_up()
+        lived_s = asyncio.get_running_loop().time() - dead.since
+        row = dead.row + 1 if lived_s < _STABLE_S else 0
+        await asyncio.sleep(_pause_s(row))
+        await self._fill_up(row)
 
-    async def _fill_up(self) -> None:
+    async def _fill_up(self, row: int = 0) -> None:
         try:
             async with self._starting:
                 if len(self._usable()) < self._count:
-                    await self._start()
+                    await self._start(row)
         except (AfsError, OSError) as error:  # the next mount tries again, and tells its caller
             log.error("cannot replace a worker: %s", error)
 
@@ -374,13 +383,21 @@ class FusedWorkers:
             await worker.died.wait()
 
 
+def _pause_s(row: int) -> float:
+    """How long to wait before another is started after *row* that died soon: the first death may be an accident."""
+    return 0.0 if row < 2 else min(2.0 ** min(row - 2, 10), _LONGEST_PAUSE_S)
+
+
 async def _started(ready: int, process: Child) -> None:
-    """Wait until *process* says so through the pipe *ready*; Internal if it died before."""
+    """Wait until *process* says so through the pipe *ready*; Internal if it died before, or is not ready in time."""
     loop = asyncio.get_running_loop()
     readable = asyncio.Event()
     loop.add_reader(ready, readable.set)
     try:
-        await readable.wait()
+        async with asyncio.timeout(_READY_S):
+            await readable.wait()
+    except TimeoutError:
+        raise Internal(f"afs_fused did not start within {_READY_S:g} s") from None
     finally:
         loop.remove_reader(ready)
     if not os.read(ready, 1):  # EOF without a byte: it died
