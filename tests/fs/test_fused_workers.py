@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -312,6 +313,28 @@ async def test_a_worker_that_does_not_answer_is_left_alone(
                 skip_if_held_elsewhere(worker)
                 raise
         reap(worker)
+
+
+@pytest.mark.parametrize("change", [{"pid": 1 << 22}, {"pid": "x"}, {"pid": None}, {"layers": 3}, {"nothing": 1}])
+async def test_a_worker_that_says_nonsense_is_left_alone(
+    tmp_path: Path, source: FillSource, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    """Above all the start goes on."""
+    async with killed_owner(tmp_path, source, source.add(tars.tar_of({"n": b"0"})).diff_id) as pids:
+        asked = fusedworkers.ask
+
+        async def nonsense(path: Path, timeout_s: float, **message: object) -> dict[str, Any]:
+            answer = await asked(path, timeout_s, **message)
+            return change if "nothing" in change else {**answer, **change}
+
+        pidfds = [os.pidfd_open(pid) for pid in pids]
+        with monkeypatch.context() as patched:
+            patched.setattr(fusedworkers, "_START_S", 0.0)
+            patched.setattr(fusedworkers, "ask", nonsense)
+            async with running(tmp_path, source) as pool:
+                assert list(pool._workers) == [2]
+        for pidfd in pidfds:
+            await asyncio.to_thread(ended, pidfd)
 
 
 async def test_a_worker_ends_when_everybody_has_unmounted_it(

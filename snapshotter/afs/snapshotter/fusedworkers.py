@@ -206,18 +206,33 @@ class FusedWorkers:
         deadline = asyncio.get_running_loop().time() + _START_S
         while _is_held(lock):
             try:
-                hello = await ask(self._directory / f"{number}.sock", _ANSWER_S, op="hello")
-                worker = Worker(self._directory, number, hello["pid"], child=None, usable=hello["protocol"] == PROTOCOL)
-            except (Unavailable, ProcessLookupError):
+                worker = await self._greet(number)
+            except Unavailable:
                 if asyncio.get_running_loop().time() > deadline:
                     raise
                 await asyncio.sleep(0.05)  # it may be starting: there is nothing that tells when it has a socket
                 continue
             if _is_held(lock):  # so the pid was still its own when the pidfd was made
-                worker.layers.update(hello["layers"])
                 return worker
             worker.forget()
         return None
+
+    async def _greet(self, number: int) -> Worker:
+        """The worker that answers on the socket of *number*; Unavailable if none does, or not as a worker would."""
+        hello = await ask(self._directory / f"{number}.sock", _ANSWER_S, op="hello")
+        try:
+            layers = Counter[str](hello["layers"])
+            worker = Worker(self._directory, number, hello["pid"], child=None, usable=hello["protocol"] == PROTOCOL)
+        except (
+            LookupError,
+            TypeError,
+            ValueError,
+            OverflowError,
+            OSError,
+        ) as error:  # of all versions, or there is no such process
+            raise Unavailable(f"afs_fused {number} said {hello}: {error!r}") from error
+        worker.layers = layers
+        return worker
 
     @property
     def workers(self) -> list[Worker]:
@@ -244,11 +259,7 @@ class FusedWorkers:
         return worker
 
     def _usable(self) -> list[Worker]:
-        return [
-            worker
-            for worker in self._workers.values()
-            if worker.usable and not worker.unmounted and worker.alive
-        ]
+        return [worker for worker in self._workers.values() if worker.usable and not worker.unmounted and worker.alive]
 
     def _least_loaded(self) -> Worker | None:
         return min(self._usable(), key=lambda worker: len(worker.layers), default=None)
