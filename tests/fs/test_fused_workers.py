@@ -17,7 +17,7 @@ import pytest
 from afs.core.errors import Internal
 from afs.core.mounts import list_mounts, unmount
 from afs.snapshotter import fusedworkers
-from afs.snapshotter.fusedwire import PROTOCOL
+from afs.snapshotter.fusedwire import PROTOCOL, ask
 from afs.snapshotter.fusedworkers import FusedWorkers, Worker
 from tests.testbed import tars
 from tests.testbed.fillsource import CHUNK, FillSource, SourceLayer
@@ -321,10 +321,9 @@ async def test_a_worker_that_says_nonsense_is_left_alone(
 ) -> None:
     """Above all the start goes on."""
     async with killed_owner(tmp_path, source, source.add(tars.tar_of({"n": b"0"})).diff_id) as pids:
-        asked = fusedworkers.ask
 
         async def nonsense(path: Path, timeout_s: float, **message: object) -> dict[str, Any]:
-            answer = await asked(path, timeout_s, **message)
+            answer = await ask(path, timeout_s, **message)
             return change if "nothing" in change else {**answer, **change}
 
         pidfds = [os.pidfd_open(pid) for pid in pids]

@@ -287,7 +287,8 @@ async def test_a_worker_that_dies_while_a_layer_is_mounted(
 ) -> None:
     """The user gets the layer from another one, unless the layer seems to be what ends them."""
     layer = add(source, TAR, partial=True)
-    mount, killed = layermounts._mount_layer, []
+    mount = layermounts._mount_layer
+    killed: list[int] = []
 
     def dying(backend: Backend, at: Path, target: Path) -> bool:
         if len(killed) < deaths:

@@ -264,7 +264,7 @@ async def test_a_request_that_is_taken_back_does_not_stop_the_loop() -> None:
     waiting = fusedloop._Waiting(never, lambda: False)
     rounds = 0
 
-    async def session_loop(nursery: object) -> None:
+    async def session_loop() -> None:
         nonlocal rounds
         rounds += 1
         await waiting.wait_readable(readable)
@@ -276,7 +276,7 @@ async def test_a_request_that_is_taken_back_does_not_stop_the_loop() -> None:
     os.write(write_end, b"1")
     asyncio.get_running_loop().call_later(0.01, os.write, write_end, b"2")
     async with fusedloop._Nursery() as nursery:
-        nursery.start_soon(session_loop, nursery, name="one")
+        nursery.start_soon(session_loop, name="one")
         (task,) = nursery.tasks
     assert isinstance(task.exception(), ProcessLookupError)
     assert rounds == 2

@@ -20,6 +20,7 @@ State: of one process and one event loop, as pyfuse3's own.
 """
 
 import asyncio
+import functools
 import os
 import select
 from collections import deque
@@ -119,7 +120,7 @@ class _Nursery(pyfuse3.asyncio._Nursery):
 
     @override
     def start_soon(self, func: Callable[..., Awaitable[None]], *args: Any, name: str | None = None) -> None:
-        super().start_soon(_begin_anew, func, *args, name=name)
+        super().start_soon(functools.partial(_begin_anew, func), *args, name=name)
 
 
 async def _begin_anew(session_loop: Callable[..., Awaitable[None]], *args: Any) -> None:

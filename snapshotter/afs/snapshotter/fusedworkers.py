@@ -248,9 +248,9 @@ class FusedWorkers:
 
         Whoever mounts calls :meth:`Worker.release` when the mount is gone.
         """
-        for worker in self._usable():
-            if not worker.in_place:
-                self._give_up(worker)
+        for usable in self._usable():
+            if not usable.in_place:
+                self._give_up(usable)
         worker = self._least_loaded()
         if worker is None:
             async with self._starting:
