@@ -10,13 +10,14 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from afs.core.errors import Internal
 from afs.core.mounts import list_mounts, unmount
 from afs.snapshotter import fusedworkers
-from afs.snapshotter.fusedwire import PROTOCOL
+from afs.snapshotter.fusedwire import PROTOCOL, ask
 from afs.snapshotter.fusedworkers import FusedWorkers, Worker
 from tests.testbed import tars
 from tests.testbed.fillsource import CHUNK, FillSource, SourceLayer
@@ -33,6 +34,18 @@ for line in sys.stdin:
         print(os.preadv(fd, [buffer], 0), flush=True)
     except OSError as error:
         print(errno.errorcode[error.errno], flush=True)
+"""
+# Reads pages that are apart from each other, all at once and with no read-ahead.
+STALLED = """
+import os, sys, threading
+fd = os.open(sys.argv[1], os.O_RDONLY)
+os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+threads = [threading.Thread(target=os.pread, args=(fd, 1, n << 15)) for n in range(int(sys.argv[2]))]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print("done", flush=True)
 """
 # A snapshotter that places a layer and then waits to be killed.
 OWNER = """
@@ -118,6 +131,25 @@ async def test_layers_are_spread_and_released(tmp_path: Path, source: FillSource
         assert sorted(worker.number for worker in placed) == [0, 0, 1, 1]
         await placed[0].release(layers[0].diff_id)
         assert await pool.place(layers[0].diff_id) is placed[0], "it has the fewest now"
+
+
+async def test_waiting_readers_of_one_layer_do_not_stop_those_of_another(
+    tmp_path: Path, source: FillSource, layers: list[SourceLayer]
+) -> None:
+    readers = 110  # the kernel's default is 12 buffered reads at once, pyfuse3's 99 requests
+    slow = source.add(tars.tar_of({"file": bytes(readers << 15)}), partial=True)
+    async with running(tmp_path, source) as pool:
+        worker = await pool.place(slow.diff_id)
+        await pool.place(layers[0].diff_id)
+        slow.gate.clear()
+        async with program(STALLED, worker.file(slow.diff_id), readers) as stalled, asyncio.timeout(30):
+            while len(slow.asked) < readers:
+                slow.questioned.clear()
+                await slow.questioned.wait()
+            fast = worker.file(layers[0].diff_id)
+            assert await asyncio.to_thread(fast.read_bytes) == layers[0].whole.read_bytes()
+            slow.gate.set()
+            assert await stalled.line() == "done"
 
 
 async def test_one_of_two_is_killed_while_both_are_read(
@@ -283,6 +315,27 @@ async def test_a_worker_that_does_not_answer_is_left_alone(
         reap(worker)
 
 
+@pytest.mark.parametrize("change", [{"pid": 1 << 22}, {"pid": "x"}, {"pid": None}, {"layers": 3}, {"nothing": 1}])
+async def test_a_worker_that_says_nonsense_is_left_alone(
+    tmp_path: Path, source: FillSource, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    """Above all the start goes on."""
+    async with killed_owner(tmp_path, source, source.add(tars.tar_of({"n": b"0"})).diff_id) as pids:
+
+        async def nonsense(path: Path, timeout_s: float, **message: object) -> dict[str, Any]:
+            answer = await ask(path, timeout_s, **message)
+            return change if "nothing" in change else {**answer, **change}
+
+        pidfds = [os.pidfd_open(pid) for pid in pids]
+        with monkeypatch.context() as patched:
+            patched.setattr(fusedworkers, "_START_S", 0.0)
+            patched.setattr(fusedworkers, "ask", nonsense)
+            async with running(tmp_path, source) as pool:
+                assert list(pool._workers) == [2]
+        for pidfd in pidfds:
+            await asyncio.to_thread(ended, pidfd)
+
+
 async def test_a_worker_ends_when_everybody_has_unmounted_it(
     tmp_path: Path, source: FillSource, layers: list[SourceLayer]
 ) -> None:
@@ -296,6 +349,25 @@ async def test_a_worker_ends_when_everybody_has_unmounted_it(
         await died(worker)
         await replaced(pool)
         assert (await pool.place(layers[0].diff_id)).number == worker.number + 1
+
+
+async def test_a_worker_that_somebody_unmounted_is_replaced(
+    tmp_path: Path, source: FillSource, layers: list[SourceLayer]
+) -> None:
+    async with running(tmp_path, source) as pool:
+        worker = await pool.place(layers[0].diff_id)
+        await asyncio.to_thread(bind, worker.tree(layers[0].diff_id), tmp_path / "bound")
+        await asyncio.to_thread(unmount, str(worker.mountpoint))
+        other = await pool.place(layers[1].diff_id)
+        assert other.number == worker.number + 1
+        assert await asyncio.to_thread((other.tree(layers[1].diff_id) / "n").read_bytes) == b"1"
+        assert (tmp_path / "bound" / "n").read_bytes() == b"0", "what was mounted goes on"
+        assert (worker.alive, pool.deaths) == (True, 0)
+        await asyncio.to_thread(unmount, str(tmp_path / "bound"))
+        await worker.release(layers[0].diff_id)
+        await died(worker)
+        await replaced(pool)
+        assert (pool.deaths, pool.workers) == (0, [other])
 
 
 async def test_a_worker_that_does_not_start(
@@ -312,6 +384,44 @@ async def test_a_worker_that_does_not_start(
                 await pool.place(layers[0].diff_id)
             assert [path.suffix for path in (tmp_path / "fuse").iterdir()] == [".lock"] * 3
         assert (await pool.place(layers[0].diff_id)).alive
+
+
+async def test_a_worker_that_is_not_ready_in_time(
+    tmp_path: Path, source: FillSource, layers: list[SourceLayer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hanging = tmp_path / "hanging"
+    hanging.write_text("#!/bin/sh\nexec sleep 600\n")
+    hanging.chmod(0o755)
+    pool = make_pool(tmp_path, source)
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "executable", str(hanging))
+        patched.setattr(fusedworkers, "_READY_S", 0.05)
+        with pytest.raises(Internal, match=r"afs_fused did not start within 0\.05 s"):
+            await pool.place(layers[0].diff_id)
+    assert pool.workers == []
+    await pool.close()
+
+
+async def test_workers_that_die_soon_are_replaced_ever_later(
+    tmp_path: Path, source: FillSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses = [fusedworkers._pause_s(row) for row in (0, 1, 2, 3, 7, 8, 9, 5000)]
+    assert pauses == [0, 0, 1, 2, 32, 64, 64, 64]
+    rows: list[int] = []
+
+    def note(row: int) -> float:
+        rows.append(row)
+        return 0.0
+
+    monkeypatch.setattr(fusedworkers, "_pause_s", note)
+    async with running(tmp_path, source) as pool:
+        for stable_s in (60.0, 60.0, 0.0, 60.0):
+            monkeypatch.setattr(fusedworkers, "_STABLE_S", stable_s)
+            (worker,) = pool.workers
+            os.kill(worker.pid, signal.SIGKILL)
+            await died(worker)
+            await replaced(pool)
+        assert rows == [1, 2, 0, 1]
 
 
 async def test_workers_that_are_kept_go_to_the_next_pool(

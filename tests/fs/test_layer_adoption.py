@@ -9,17 +9,21 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
+from typing_extensions import override
 
-from afs.core.errors import NotFound
-from afs.core.mounts import list_mounts, unmount_below
+from afs.core.errors import Internal, NotFound
+from afs.core.mounts import list_mounts, unmount, unmount_below
 from afs.layerstore.afslyr.convert import convert
+from afs.snapshotter import layermounts
 from afs.snapshotter.backends import Backend, Backends, mount_layer
 from afs.snapshotter.fusedworkers import FusedWorkers
 from afs.snapshotter.layermounts import LayerMounts
 from tests.testbed import capabilities, tars, unpackers
 from tests.testbed.fillsource import FillSource, SourceLayer
+from tests.testbed.fusedpool import make_pool, open_files
 from tests.testbed.ourmounts import KINDS, Kind, layer_mounts, trials
 
 pytestmark = pytest.mark.root
@@ -296,3 +300,102 @@ async def test_a_clean_stop_can_leave_what_is_used(source: FillSource) -> None:
         await mounts.close(keep_used=True)
         assert (at.path.exists(), other.path.exists()) == (True, False)
         assert (at.path / "file").read_bytes() == b"used"
+
+
+async def test_mounts_of_dead_workers_are_not_taken_for_a_new_one_s(source: FillSource) -> None:
+    """They were used, so a clean stop left them, and no worker lived any more."""
+    layer = add(source, TAR, partial=True)
+    backends = Backends(trials(source.directory), None)
+    async with source.serving(), contextlib.AsyncExitStack() as users:
+        first = make_pool(source.directory, source)
+        await first.adopt()
+        mounts = LayerMounts(source.directory / "l", first, backends, 0)
+        await mounts.adopt()
+        old = await users.enter_async_context(mounts.using(layer.diff_id, ""))
+        assert old.worker is not None
+        replacing = asyncio.Event()
+        first._starting = _Never(replacing)  # the snapshotter ends before there is another one
+        os.kill(old.worker.pid, signal.SIGKILL)
+        await replacing.wait()
+        await mounts.close(keep_used=True)
+        await first.close(keep=mounts.workers())
+        assert [one.target for one in list_mounts(str(source.directory / "l"))] == [str(old.path)]
+        second = make_pool(source.directory, source)
+        await second.adopt()
+        again = LayerMounts(source.directory / "l", second, backends, 0)
+        await again.adopt()
+        assert old.worker.number not in {worker.number for worker in second.workers}
+        assert again.mounted() == []
+        async with again.using(layer.diff_id, "") as new:
+            assert await read(new.path) == b"content"
+        await again.close()
+        await second.close()
+
+
+@pytest.mark.parametrize("deaths", [1, 3])
+async def test_a_worker_that_dies_while_a_layer_is_mounted(
+    source: FillSource, monkeypatch: pytest.MonkeyPatch, deaths: int
+) -> None:
+    """The user gets the layer from another one, unless the layer seems to be what ends them."""
+    layer = add(source, TAR, partial=True)
+    mount = layermounts._mount_layer
+    killed: list[int] = []
+
+    def dying(backend: Backend, at: Path, target: Path) -> bool:
+        if len(killed) < deaths:
+            pid = int((source.directory / "fuse" / f"{at.parts[-3]}.lock").read_text())
+            killed.append(pid)
+            os.kill(pid, signal.SIGKILL)
+        return mount(backend, at, target)
+
+    async with layer_mounts(source, None) as mounts:
+        monkeypatch.setattr(layermounts, "_mount_layer", dying)
+        if deaths == 1:
+            async with mounts.using(layer.diff_id, "") as mounted:
+                assert await read(mounted.path) == b"content"
+        else:
+            with pytest.raises((Internal, OSError)):
+                await mounts.using(layer.diff_id, "").__aenter__()
+        assert len(set(killed)) == deaths
+
+
+async def test_files_of_mounts_that_went_unnoticed_are_closed(source: FillSource) -> None:
+    """The snapshotter was killed after it unmounted a tree and before it told the worker."""
+    layer = source.add(TAR)
+    backends = Backends(trials(source.directory), Backend.TREE)
+    async with source.serving():
+        first = make_pool(source.directory, source)
+        await first.adopt()
+        mounts = LayerMounts(source.directory / "l", first, backends, 1)
+        await mounts.adopt()
+        async with mounts.using(layer.diff_id, "") as mounted:
+            await read(mounted.path)
+        assert mounted.worker is not None
+        assert open_files(mounted.worker, source.directory)
+        unmount(str(mounted.path))
+        await first.close(keep=[mounted.worker])
+        second = make_pool(source.directory, source)
+        await second.adopt()
+        again = LayerMounts(source.directory / "l", second, backends, 1)
+        await again.adopt()
+        (adopted,) = second.workers
+        assert (adopted.pid, adopted.layers) == (mounted.worker.pid, {})
+        assert open_files(adopted, source.directory) == []
+        await again.close()
+        await second.close()
+        assert mounted.worker.child is not None
+        mounted.worker.child.wait(30)  # of the first pool, which gave it up
+
+
+class _Never(asyncio.Lock):
+    """A lock that nobody gets; says who wants it."""
+
+    def __init__(self, wanted: asyncio.Event) -> None:
+        super().__init__()
+        self._wanted = wanted
+
+    @override
+    async def acquire(self) -> Literal[True]:
+        self._wanted.set()
+        await asyncio.Event().wait()
+        return True

@@ -2,10 +2,13 @@
 
 import asyncio
 import errno
+import mmap
 import os
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pyfuse3
 import pytest
@@ -116,6 +119,48 @@ async def test_what_failed_at_once_is_asked_for_again(layer: SourceLayer, client
         layer.broken = False
         await asyncio.sleep(one.stats.wait_s)  # as long as that took
         assert await one.read(0, 10) == layer.whole.read_bytes()[:10]
+
+
+async def test_file_and_map_are_of_one_generation(
+    source: FillSource, client: FillClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The partial layer is made anew and filled after its file was opened and before its map is."""
+    source.directory = tmp_path / "layer"
+    source.directory.mkdir()
+    layer = source.add(tars.tar_of({"file": b"f" * CHUNK}), partial=True)
+    opened = fusedlayer._mapped
+
+    def made_anew(*args: Any) -> mmap.mmap:
+        if not (tmp_path / "old").exists():
+            source.directory.rename(tmp_path / "old")
+            shutil.copytree(tmp_path / "old", source.directory)
+            layer.fill(0, 2)
+        return opened(*args)
+
+    monkeypatch.setattr(fusedlayer, "_mapped", made_anew)
+    one = served(layer, client, tmp_path)
+    with one.held():
+        await one.open()
+        assert await one.read(0, 100) == layer.whole.read_bytes()[:100]
+
+
+async def test_a_layer_that_becomes_complete_between_answer_and_open(
+    layer: SourceLayer, client: FillClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = served(layer, client, tmp_path)
+    ask = client.ask
+
+    async def promoted(**question: Any) -> dict[str, Any]:
+        answer = await ask(**question)
+        if layer.data != layer.whole:
+            layer.data.unlink()
+            layer.data, layer.chunks = layer.whole, None
+        return answer
+
+    monkeypatch.setattr(client, "ask", promoted)
+    with one.held():
+        await one.open()
+        assert await one.read(0, 100) == layer.whole.read_bytes()[:100]
 
 
 async def test_another_size_is_another_layer(layer: SourceLayer, client: FillClient, tmp_path: Path) -> None:
@@ -252,3 +297,30 @@ async def test_the_lock_goes_to_another_task_when_its_holder_waits() -> None:
         group.create_task(next_in_line())
         await asyncio.sleep(0)
     assert order == ["first 0", "first 1", "first 2", "second"]
+
+
+async def test_a_request_that_is_taken_back_does_not_stop_the_loop() -> None:
+    """Readable by poll(2), and then nothing to read: the pipe has what the FUSE descriptor has then."""
+    readable, write_end = os.pipe()
+    never = os.eventfd(0)
+    waiting = fusedloop._Waiting(never, lambda: False)
+    rounds = 0
+
+    async def session_loop() -> None:
+        nonlocal rounds
+        rounds += 1
+        await waiting.wait_readable(readable)
+        if rounds == 1:
+            os.read(readable, 1)
+        os.read(readable, 1)  # a blocking one would sleep for ever in the first round
+        raise ProcessLookupError("other errors end it")
+
+    os.write(write_end, b"1")
+    asyncio.get_running_loop().call_later(0.01, os.write, write_end, b"2")
+    async with fusedloop._Nursery() as nursery:
+        nursery.start_soon(session_loop, name="one")
+        (task,) = nursery.tasks
+    assert isinstance(task.exception(), ProcessLookupError)
+    assert rounds == 2
+    for fd in (readable, write_end, never):
+        os.close(fd)

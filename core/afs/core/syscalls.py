@@ -177,11 +177,18 @@ class MountContext:
         """Set an option that takes a file, to the one that *fd* (perhaps of O_PATH) has open."""
         self._configure(_FSCONFIG_SET_FD, key, None, fd)
 
-    def mount(self, target: str, attributes: int) -> None:
-        """Make the file system and mount it at *target*; *attributes* are MOUNT_ATTR_*."""
+    def make(self, attributes: int) -> int:
+        """Make the file system and mount it nowhere: a descriptor (close-on-exec) that paths can be relative to.
+
+        *attributes* are MOUNT_ATTR_*. The mount goes with the descriptor; nobody else sees it.
+        """
         self._configure(_FSCONFIG_CMD_CREATE, None, None, 0)
         call = ctypes.c_long(_NR_FSMOUNT), ctypes.c_int(self._fd), ctypes.c_uint(_FSMOUNT_CLOEXEC)
-        mounted = self._checked(_libc.syscall(*call, ctypes.c_uint(attributes)), target)
+        return self._checked(_libc.syscall(*call, ctypes.c_uint(attributes)), self._fstype)
+
+    def mount(self, target: str, attributes: int) -> None:
+        """Make the file system and mount it at *target*; *attributes* are MOUNT_ATTR_*."""
+        mounted = self.make(attributes)
         try:
             source = ctypes.c_int(mounted), ctypes.c_char_p(b"")
             to = ctypes.c_int(_AT_FDCWD), ctypes.c_char_p(os.fsencode(target))

@@ -3,7 +3,7 @@
 One JSON object per line each way; ``id`` pairs answers with questions, which may overtake each other.
 
 - ``{"id": 1, "op": "open", "diff_id": D}`` -> ``{"id": 1, "size": bytes, "chunk_size": bytes, "data": path, "chunks": path}``;
-  ``chunks`` is "" when the layer is complete.
+  ``chunks`` is "" when the layer is complete, else it is in the directory of ``data``.
 - ``{"id": 2, "op": "fill", "diff_id": D, "first": i, "count": n}`` -> ``{"id": 2}`` once the chunks are in ``data``.
 - Failures: ``{"id": 2, "error": message, "errno": number}``.
 

@@ -22,7 +22,11 @@ from afs.core.service import FORMAT, raise_file_limit
 from afs.layerstore.fillwire import FillClient
 from afs.snapshotter import fusedloop
 from afs.snapshotter.fusedfs import OPTIONS, LayerFiles
-from afs.snapshotter.fusedwire import PROTOCOL, serving
+from afs.snapshotter.fusedwire import MAX_BACKGROUND, PROTOCOL, serving
+
+# Requests that may wait at once, each in a task that has 1 MiB of address space and touches a page or two of it: buffered
+# reads, as many others, and one more that is read, lest nobody sees that the file system is unmounted.
+_MAX_TASKS = 2 * MAX_BACKGROUND + 1
 
 
 def _answer(files: LayerFiles, message: dict[str, Any]) -> dict[str, Any]:
@@ -46,7 +50,7 @@ async def _serve(files: LayerFiles, directory: Path, number: int, ready_fd: int)
         async with serving(directory / f"{number}.sock", lambda message: _answer(files, message)):
             os.write(ready_fd, b"R")
             os.close(ready_fd)
-            await pyfuse3.main()
+            await pyfuse3.main(max_tasks=_MAX_TASKS)
     finally:
         pyfuse3.close(unmount=True)
 

@@ -114,16 +114,17 @@ class ServedLayer:
 
     async def _reopen(self) -> None:
         """Read from the files that the layer has now; FillError if they cannot be the same layer's."""
+        try:
+            await self._open_files()
+        except FileNotFoundError:  # it became complete since the answer, or was made anew
+            await self._open_files()
+
+    async def _open_files(self) -> None:
         answer = await self._client.ask(op="open", diff_id=self.diff_id)
         size, chunk_size = int(answer["size"]), int(answer["chunk_size"])
         if self.size not in (0, size):
             raise FillError(f"layer {self.diff_id} has another size than before", errno.EIO)
-        data = os.open(answer["data"], os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            chunks = _mapped(answer["chunks"]) if answer["chunks"] else None
-        except BaseException:
-            os.close(data)
-            raise
+        data, chunks = _opened(answer["data"], answer["chunks"])
         self.close()
         self.size, self._chunk_size, self._data, self._chunks = size, chunk_size, data, chunks
 
@@ -256,8 +257,30 @@ class ServedLayer:
             log.error("cannot note that a read of layer %s failed: %s", self.diff_id, failure)
 
 
-def _mapped(path: str) -> mmap.mmap:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+def _opened(data: str, chunks: str) -> tuple[int, mmap.mmap | None]:
+    """The layer's file and, if it is partial, its map in the same directory.
+
+    Both are opened from one open directory, which is one generation of a partial layer. By their paths the map could be
+    that of a later one, and the zeros that the file has still would pass for bytes that are here.
+    """
+    directory = os.open(os.path.dirname(data), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fd = _open_in(directory, data)
+        try:
+            return fd, _mapped(directory, chunks) if chunks else None
+        except BaseException:
+            os.close(fd)
+            raise
+    finally:
+        os.close(directory)
+
+
+def _open_in(directory: int, path: str) -> int:
+    return os.open(os.path.basename(path), os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+
+
+def _mapped(directory: int, path: str) -> mmap.mmap:
+    fd = _open_in(directory, path)
     try:
         return mmap.mmap(fd, 0, prot=mmap.PROT_READ)
     finally:

@@ -10,18 +10,27 @@ descriptor and on the loop's own (which is readable when the loop has something 
 descriptor says so, after each ``_BURST`` requests, and whenever no request came in time. It is not kept waiting at all
 while *busy* says that requests are being waited for elsewhere.
 
+The descriptor does not block. The kernel takes a request back when its asker is killed before anybody has read it, so a
+descriptor that was readable a moment ago may have nothing to read; read(2) would sleep till the next request, and with it
+all requests that are being answered, and the control socket. pyfuse3 takes EAGAIN for the end of the task that answers;
+here that task begins anew. Its buffer is lost then: 1 MiB of address space, of which only the pages that requests
+reached are memory.
+
 State: of one process and one event loop, as pyfuse3's own.
 """
 
 import asyncio
+import functools
+import os
 import select
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Any
 
 import pyfuse3
 import pyfuse3.asyncio
+from typing_extensions import override
 
 _LINGER_MS = 2  # what a question on the control socket may wait at most when the kernel asks nothing
 _BURST = 16
@@ -79,6 +88,7 @@ class _Waiting:
     async def wait_readable(self, fd: int) -> None:
         if fd != self._fd:
             self._fd = fd
+            os.set_blocking(fd, False)
             self._poll.register(fd, select.POLLIN)
         self._served += 1
         if self._served % _BURST == 0 or self._busy():
@@ -105,9 +115,26 @@ def _set(future: "asyncio.Future[None]") -> None:
         future.set_result(None)
 
 
+class _Nursery(pyfuse3.asyncio._Nursery):
+    """Its tasks begin anew after a request that was taken back."""
+
+    @override
+    def start_soon(self, func: Callable[..., Awaitable[None]], *args: Any, name: str | None = None) -> None:
+        super().start_soon(functools.partial(_begin_anew, func), *args, name=name)
+
+
+async def _begin_anew(session_loop: Callable[..., Awaitable[None]], *args: Any) -> None:
+    while True:
+        try:
+            return await session_loop(*args)
+        except BlockingIOError:  # of the FUSE descriptor: handlers raise nothing but FUSEError
+            await asyncio.sleep(0)
+
+
 def enable(loop_fd: int, busy: Callable[[], bool]) -> None:
     """Have pyfuse3 run on the event loop whose selector is *loop_fd*. *busy*: whether an answer is being waited for."""
     pyfuse3.asyncio.enable()
     stand_in: Any = pyfuse3.asyncio
     stand_in.Lock = _Lock
+    stand_in.open_nursery = _Nursery
     stand_in.wait_readable = _Waiting(loop_fd, busy).wait_readable

@@ -24,6 +24,9 @@ from afs.core.errors import Unavailable
 from afs.layerstore.fillwire import decode, encode
 
 PROTOCOL = 1
+# Buffered reads that the kernel asks a worker for at once. Its default is 12 for all files of a mount together: so many
+# readers that wait for chunks of one layer would stop those of all others.
+MAX_BACKGROUND = 1024
 MAX_LINE = 1 << 20  # of an answer: 4000 layers fit
 
 

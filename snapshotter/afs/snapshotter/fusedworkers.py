@@ -3,7 +3,8 @@
 A worker has a number, and in the pool's directory: ``<n>``, its mount point; ``<n>.lock``, flocked as long as it lives;
 ``<n>.sock``, its control socket (:mod:`afs.snapshotter.fusedwire`). The lock is taken before the process is started, which
 inherits it, so a number has at no time two workers. Numbers ascend: names that lead into an old worker's file system, such
-as the sources of mounts, never lead into a new one's. For that the last lock file stays until the pool is closed.
+as the sources of mounts, never lead into a new one's. For that the last lock file stays until the pool is closed, and
+longer while mounts are left, were they of dead workers only.
 
 Workers outlive the snapshotter when it is killed: what is mounted on them goes on. :meth:`FusedWorkers.adopt` finds them.
 
@@ -25,19 +26,24 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from afs.core import syscalls
 from afs.core.digests import hex_of
 from afs.core.errors import AfsError, Internal, Unavailable
 from afs.core.files import remove_tree
 from afs.core.mounts import unmount
 from afs.core.run import DEVNULL, Child, popen
-from afs.snapshotter.fusedwire import PROTOCOL, ReadStats, ask
+from afs.snapshotter.fusedwire import MAX_BACKGROUND, PROTOCOL, ReadStats, ask
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
+    from typing import Any
 
 log = logging.getLogger(__name__)
 _ANSWER_S = 5.0  # for what a worker says without asking anybody
 _START_S = 20.0  # for a worker that was being started when its snapshotter was killed
+_READY_S = 60.0  # for one that we start, on a machine with much else to do
+_STABLE_S = 60.0  # one that lived so long does not die because it was started
+_LONGEST_PAUSE_S = 64.0  # before the next of a row that all died soon
 # What the kernel reads ahead of readers of the FUSE mount; its default is 128. Importing numpy and pandas from partial layers
 # of 1.3 GB, with EROFS on the files and with trees, touches 160 and 144 chunks with 128, 167 and 150 with 512, 173 and 151
 # with 1024; reading a layer of 122 MB from end to end takes 935, 235 and 120 requests, and 0.35, 0.07 and 0.08 s of CPU.
@@ -52,10 +58,13 @@ class Worker:
         self.number = number
         self.pid = pid
         self.usable = usable
+        self.unmounted = False  # by somebody else: it serves what is mounted through it, and nobody can mount more
         self.died = asyncio.Event()
         self.mountpoint = directory / str(number)
         self.socket = directory / f"{number}.sock"
         self.child = child
+        self.row = 0  # how many in a row, of which each replaced another, died soon after their start before it
+        self.since = asyncio.get_running_loop().time()
         self.layers: Counter[str] = Counter()  # what it was given to serve, and is not released yet
         self._pidfd = os.pidfd_open(pid)
 
@@ -68,6 +77,11 @@ class Worker:
         return self.mountpoint / ("u" if user_xattrs else "t") / hex_of(diff_id)
 
     @property
+    def in_place(self) -> bool:
+        """Whether its file system is where it was mounted; asks the kernel only, never the worker."""
+        return _mount_id(self.mountpoint) not in (None, _mount_id(self.mountpoint.parent))
+
+    @property
     def alive(self) -> bool:
         """Whether its process runs; asks the kernel, for the loop may not have come to notice its end yet."""
         if self.died.is_set():
@@ -75,6 +89,29 @@ class Worker:
         poll = select.poll()
         poll.register(self._pidfd, select.POLLIN)
         return not poll.poll(0)
+
+    async def is_dead(self) -> bool:
+        """Whether it died, for one that just failed: its files are closed some time before the kernel tells of its end.
+
+        An answer tells that it lives. One that neither answers nor ends within seconds counts as living.
+        """
+        try:
+            await ask(self.socket, _ANSWER_S, op="hello")
+        except Unavailable:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.died.wait(), _ANSWER_S)
+            return self.died.is_set()
+        return False
+
+    async def keep_only(self, mounted: Counter[str]) -> None:
+        """Count what is *mounted* of it, and release all else: files that it has open and nobody unmounted in order.
+
+        A snapshotter that was killed between an unmount and its release leaves some, which keep an evicted layer's space.
+        """
+        for diff_id in set(self.layers) - set(mounted):
+            self.layers[diff_id] = 1
+            await self.release(diff_id)
+        self.layers = mounted
 
     async def release(self, diff_id: str) -> None:
         """A mount that :meth:`FusedWorkers.place` gave this worker for is gone: the layer's files may be closed."""
@@ -169,18 +206,33 @@ class FusedWorkers:
         deadline = asyncio.get_running_loop().time() + _START_S
         while _is_held(lock):
             try:
-                hello = await ask(self._directory / f"{number}.sock", _ANSWER_S, op="hello")
-                worker = Worker(self._directory, number, hello["pid"], child=None, usable=hello["protocol"] == PROTOCOL)
-            except (Unavailable, ProcessLookupError):
+                worker = await self._greet(number)
+            except Unavailable:
                 if asyncio.get_running_loop().time() > deadline:
                     raise
                 await asyncio.sleep(0.05)  # it may be starting: there is nothing that tells when it has a socket
                 continue
             if _is_held(lock):  # so the pid was still its own when the pidfd was made
-                worker.layers.update(hello["layers"])
                 return worker
             worker.forget()
         return None
+
+    async def _greet(self, number: int) -> Worker:
+        """The worker that answers on the socket of *number*; Unavailable if none does, or not as a worker would."""
+        hello = await ask(self._directory / f"{number}.sock", _ANSWER_S, op="hello")
+        try:
+            layers = Counter[str](hello["layers"])
+            worker = Worker(self._directory, number, hello["pid"], child=None, usable=hello["protocol"] == PROTOCOL)
+        except (
+            LookupError,
+            TypeError,
+            ValueError,
+            OverflowError,
+            OSError,
+        ) as error:  # of all versions, or there is no such process
+            raise Unavailable(f"afs_fused {number} said {hello}: {error!r}") from error
+        worker.layers = layers
+        return worker
 
     @property
     def workers(self) -> list[Worker]:
@@ -196,6 +248,9 @@ class FusedWorkers:
 
         Whoever mounts calls :meth:`Worker.release` when the mount is gone.
         """
+        for usable in self._usable():
+            if not usable.in_place:
+                self._give_up(usable)
         worker = self._least_loaded()
         if worker is None:
             async with self._starting:
@@ -204,7 +259,7 @@ class FusedWorkers:
         return worker
 
     def _usable(self) -> list[Worker]:
-        return [worker for worker in self._workers.values() if worker.usable and worker.alive]
+        return [worker for worker in self._workers.values() if worker.usable and not worker.unmounted and worker.alive]
 
     def _least_loaded(self) -> Worker | None:
         return min(self._usable(), key=lambda worker: len(worker.layers), default=None)
@@ -233,7 +288,7 @@ class FusedWorkers:
                 merged.setdefault(diff_id, ReadStats()).add(ReadStats(**counted))
         return merged
 
-    async def _start(self) -> Worker:
+    async def _start(self, row: int = 0) -> Worker:
         """Start a worker; the caller holds ``_starting``."""
         number, self._next = self._next, self._next + 1
         mountpoint = self._directory / str(number)
@@ -263,34 +318,57 @@ class FusedWorkers:
         finally:
             os.close(ready)
         worker = self._workers[number] = Worker(self._directory, number, process.pid, child=process, usable=True)
+        worker.row = row
         worker.watch(self._end)
-        await asyncio.to_thread(_set_read_ahead, worker.mountpoint)
+        await asyncio.to_thread(_tune, worker.mountpoint)
         return worker
+
+    def _give_up(self, worker: Worker) -> None:
+        """Somebody unmounted it: what is mounted through it goes on, and it ends with that. Another one takes its place."""
+        if worker.alive:  # else the unmounting is the end of a dead one
+            worker.unmounted = True
+            log.error("afs_fused %d (pid %d) was unmounted by somebody: starting another", worker.number, worker.pid)
+            self._in_background(self._fill_up(), worker)
 
     def _end(self, worker: Worker) -> None:
         status = worker.end()
         del self._workers[worker.number]
-        if self._closing or not worker.usable:  # it ends with its last mount, which may be gone before release()
+        # One that nobody mounts on ends with its last mount, which may be gone before release().
+        if self._closing or not worker.usable or worker.unmounted:
             log.info("afs_fused %d (pid %d) ended with status %s", worker.number, worker.pid, status)
+            if worker.unmounted and not self._closing:
+                self._in_background(self._clear(worker), worker)
             return
         self.deaths += 1
         served = f"{len(worker.layers)} layers were mounted on it"
         log.error("afs_fused %d (pid %d) died with status %s; %s", worker.number, worker.pid, status, served)
-        task = asyncio.create_task(self._replace(worker), name=f"replace afs_fused {worker.number}")
+        self._in_background(self._replace(worker), worker)
+
+    def _in_background(self, work: "Coroutine[Any, Any, None]", worker: Worker) -> None:
+        task = asyncio.create_task(work, name=f"replace afs_fused {worker.number}")
         self._replacing.add(task)
         task.add_done_callback(self._replacing.discard)
 
-    async def _replace(self, dead: Worker) -> None:
+    async def _clear(self, dead: Worker) -> None:
         await asyncio.to_thread(_clear, self._directory, dead.number, keep_lock=dead.number == self._next - 1)
+
+    async def _replace(self, dead: Worker) -> None:
+        await self._clear(dead)
+        lived_s = asyncio.get_running_loop().time() - dead.since
+        row = dead.row + 1 if lived_s < _STABLE_S else 0
+        await asyncio.sleep(_pause_s(row))
+        await self._fill_up(row)
+
+    async def _fill_up(self, row: int = 0) -> None:
         try:
             async with self._starting:
                 if len(self._usable()) < self._count:
-                    await self._start()
+                    await self._start(row)
         except (AfsError, OSError) as error:  # the next mount tries again, and tells its caller
             log.error("cannot replace a worker: %s", error)
 
     async def close(self, keep: Collection[Worker] = ()) -> None:
-        """End all workers but *keep*; call it when no mount uses them any more."""
+        """End all workers but *keep*, which are those that mounts are left of, dead or alive."""
         self._closing = True
         for task in self._replacing:
             task.cancel()
@@ -300,7 +378,7 @@ class FusedWorkers:
         for worker in keep:
             if self._workers.pop(worker.number, None) is not None:
                 worker.forget()
-        await asyncio.to_thread(_clear_dead, self._directory)
+        await asyncio.to_thread(_clear_dead, self._directory, anew=not keep)
         if not keep:
             await asyncio.to_thread(remove_tree, self._faults)
 
@@ -316,27 +394,67 @@ class FusedWorkers:
             await worker.died.wait()
 
 
+def _pause_s(row: int) -> float:
+    """How long to wait before another is started after *row* that died soon: the first death may be an accident."""
+    return 0.0 if row < 2 else min(2.0 ** min(row - 2, 10), _LONGEST_PAUSE_S)
+
+
 async def _started(ready: int, process: Child) -> None:
-    """Wait until *process* says so through the pipe *ready*; Internal if it died before."""
+    """Wait until *process* says so through the pipe *ready*; Internal if it died before, or is not ready in time."""
     loop = asyncio.get_running_loop()
     readable = asyncio.Event()
     loop.add_reader(ready, readable.set)
     try:
-        await readable.wait()
+        async with asyncio.timeout(_READY_S):
+            await readable.wait()
+    except TimeoutError:
+        raise Internal(f"afs_fused did not start within {_READY_S:g} s") from None
     finally:
         loop.remove_reader(ready)
     if not os.read(ready, 1):  # EOF without a byte: it died
         raise Internal(f"afs_fused did not start: status {process.wait()}")
 
 
-def _set_read_ahead(mountpoint: Path) -> None:
-    """Blocking: it asks the worker."""
+def _mount_id(path: Path) -> int | None:
+    """The number of the mount that *path* leads into, or None if there is no such path."""
+    try:
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)  # stat(2) would ask the file system
+    except FileNotFoundError:
+        return None
+    try:
+        fields = dict(line.split(":\t") for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines())
+        return int(fields["mnt_id"])
+    finally:
+        os.close(fd)
+
+
+def _tune(mountpoint: Path) -> None:
+    """Set what the kernel keeps per FUSE mount. Blocking: it asks the worker."""
     try:
         device = mountpoint.stat().st_dev
         setting = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
         Path(setting).write_text(str(_READ_AHEAD_KIB))
     except OSError as error:  # /sys may be read-only, as in containers; or the worker has died, which is told elsewhere
         log.warning("%s keeps the kernel's read-ahead: %s", mountpoint, error)
+    try:
+        _allow_background(mountpoint.stat().st_dev)
+    except OSError as error:  # not root of the machine
+        log.warning("%s: some waiting readers of one layer stop those of all others: %s", mountpoint, error)
+
+
+def _allow_background(device: int) -> None:
+    # From a mount of our own, at no path: fusectl is not mounted everywhere, and this leaves no trace.
+    with syscalls.MountContext("fusectl") as context:
+        connections = context.make(0)
+    try:
+        for name in ("max_background", "congestion_threshold"):
+            fd = os.open(f"{os.minor(device)}/{name}", os.O_WRONLY | os.O_CLOEXEC, dir_fd=connections)
+            try:
+                os.write(fd, b"%d" % MAX_BACKGROUND)
+            finally:
+                os.close(fd)
+    finally:
+        os.close(connections)
 
 
 def _is_held(lock: Path) -> bool:
@@ -361,10 +479,13 @@ def _numbers(directory: Path) -> list[int]:
     return sorted({int(path.stem) for path in directory.iterdir() if path.stem.isdecimal()})
 
 
-def _clear_dead(directory: Path) -> None:
-    """Remove what dead workers left; their lock files too if none lives, so that the next pool begins at 0. Blocking."""
+def _clear_dead(directory: Path, *, anew: bool) -> None:
+    """Remove what dead workers left; with *anew* their lock files too if none lives: the next pool begins at 0. Blocking.
+
+    Otherwise a new worker could get the number of a dead one, and what is mounted through that one would count as its own.
+    """
     dead = [number for number in _numbers(directory) if not _is_held(directory / f"{number}.lock")]
-    last = len(dead) == len(_numbers(directory))
+    last = anew and len(dead) == len(_numbers(directory))
     for number in dead:
         _clear(directory, number, keep_lock=not last)
 

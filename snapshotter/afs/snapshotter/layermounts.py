@@ -34,6 +34,7 @@ from afs.snapshotter.fusedworkers import FusedWorkers, Worker
 from afs.snapshotter.overlay import in_user_namespace
 
 log = logging.getLogger(__name__)
+_WORKERS_TRIED = 3  # for one mount; a layer that ends each of them is not to end all
 
 
 FileId = tuple[int, int]  # st_dev and st_ino, which nobody else has while the file is mounted
@@ -101,11 +102,11 @@ class LayerMounts:
             better = self._mounted.get(layer.diff_id)
             if self._is_for_new_users(layer) and (better is None or better.lazy):
                 self._mounted[layer.diff_id] = layer
-        for (worker, diff_id), count in given.items():
-            worker.layers[diff_id] = count
         for path in self._directory.iterdir():
             if path not in self._all:
                 await asyncio.to_thread(_unmount_layer, path)
+        for worker in self._fused.workers:
+            await worker.keep_only(Counter({diff_id: count for (of, diff_id), count in given.items() if of is worker}))
         if found:
             log.info("adopted %d of %d layer mounts", len(self._all), len(found))
         self.changed.set()
@@ -219,25 +220,37 @@ class LayerMounts:
         raise FailedPrecondition(f"cannot mount layer {diff_id}: {'; '.join(why) or self._backends.refusal(lazy=lazy)}")
 
     async def _mount_with(self, backend: Backend, diff_id: str, file: str) -> MountedLayer:
-        worker = None
-        if not file or backend is Backend.TREE:
+        if file and backend is not Backend.TREE:
+            return await self._mount_from(backend, diff_id, Path(file), None)
+        for _ in range(_WORKERS_TRIED - 1):
             worker = await self._fused.place(diff_id)
+            try:
+                return await self._mount_through(worker, backend, diff_id, lazy=not file)
+            except (Internal, Unusable, OSError):
+                if not await worker.is_dead():
+                    raise
+            log.warning("layer %s: afs_fused %d died while it was mounted; trying another", diff_id, worker.number)
+        return await self._mount_through(await self._fused.place(diff_id), backend, diff_id, lazy=not file)
+
+    async def _mount_through(self, worker: Worker, backend: Backend, diff_id: str, *, lazy: bool) -> MountedLayer:
+        """Mount what *worker*, which the layer was placed on, serves."""
+        tree = backend is Backend.TREE
+        source = worker.tree(diff_id, user_xattrs=in_user_namespace()) if tree else worker.file(diff_id)
+        try:
+            return await self._mount_from(backend, diff_id, source, worker, lazy=lazy)
+        except BaseException:
+            await worker.release(diff_id)
+            raise
+
+    async def _mount_from(
+        self, backend: Backend, diff_id: str, source: Path, worker: Worker | None, *, lazy: bool = False
+    ) -> MountedLayer:
         # Before it is mounted: if the file is replaced in between, the next user mounts it once more.
-        file_id = _file_id(file) if worker is None else None
+        file_id = _file_id(str(source)) if worker is None else None
         self._next += 1
         path = self._directory / "-".join(map(str, (self._next, *(file_id or ()))))
-        layer = MountedLayer(diff_id, path, backend, lazy=not file, worker=worker, file_id=file_id)
-        if worker is None:
-            source = Path(file)
-        else:
-            tree = backend is Backend.TREE
-            source = worker.tree(diff_id, user_xattrs=in_user_namespace()) if tree else worker.file(diff_id)
-        try:
-            layer.opaque = await asyncio.to_thread(_mount_layer, backend, source, path)
-        except BaseException:
-            if worker is not None:
-                await worker.release(diff_id)
-            raise
+        layer = MountedLayer(diff_id, path, backend, lazy=lazy, worker=worker, file_id=file_id)
+        layer.opaque = await asyncio.to_thread(_mount_layer, backend, source, path)
         return layer
 
     async def _trim(self, keep: int) -> None:
@@ -323,7 +336,7 @@ class LayerMounts:
         return list(self._mounted.values())
 
     def workers(self) -> set[Worker]:
-        """The workers that a mount is read through."""
+        """The workers that a mount is read through; dead ones too, whose mounts nobody can read any more."""
         return {layer.worker for layer in self._all.values() if layer.worker is not None}
 
     async def close(self, *, keep_used: bool = False) -> None:
