@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import threading
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -14,8 +15,8 @@ import pytest
 
 from afs.core.digests import hex_of
 from afs.core.errors import NotFound
-from afs.core.rpc import channel
-from afs.layerstore import describing, supply
+from afs.core.rpc import channel, serving
+from afs.layerstore import describing, peerwatch, supply
 from afs.layerstore.afslyr.convert import convert
 from afs.layerstore.afslyr.layout import CHUNK_SIZE
 from afs.layerstore.chunkserver import serving_chunks
@@ -148,10 +149,50 @@ async def test_a_node_that_came_later_is_found_while_reading(world: World, monke
     await open_partial(world, three)
     two = await holder(world, "n2")
     await three.layers.fill(world.diff_id, 1, 1)
-    await asyncio.gather(*three.layers._supply._refreshing.values())
+    await asyncio.gather(*three.layers._supply._looking.values())
     await one.stop_serving()
     await three.layers.fill(world.diff_id, 2, 1)
     assert two.service.chunks[-1] == 2
+
+
+async def test_a_node_that_comes_while_the_only_one_is_silent_is_asked(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supply, "_SLOW_REFRESH_S", 0.0)
+    monkeypatch.setattr(peerwatch, "_LEAST_TIMEOUT_S", 60.0)  # it is not given up before
+    one, three = await holder(world), await world.node("n3", deadline=60.0)
+    partial = await open_partial(world, three)
+    three.layers._supply._fetcher._watch._now = world.clock  # it stands still
+    one.service.gate = asyncio.Event()
+    one.service.chunks.clear()
+    filling = asyncio.create_task(three.layers.fill(world.diff_id, 1, 1))
+    await eventually(lambda: one.service.chunks == [1])
+    two = await holder(world, "n2")
+    await filling
+    assert partial.read(1) == complete_of(two, world).read_chunk(1)
+    assert (one.service.chunks, two.service.chunks) == ([1], [1])
+    assert three.layers.stats(world.diff_id).hedges == 1
+
+
+async def test_who_comes_back_is_asked_though_the_layer_is_being_pulled(world: World) -> None:
+    one, two = await holder(world), await world.node("n2", deadline=60.0)
+    partial = await open_partial(world, two)
+    world.server.add(Fault("blobs/", gate=(gate := threading.Event())))  # a registry that does not answer
+    await one.stop_serving()
+    world.directory.leave("n1", one.announcer._incarnation)
+    await two.announcer.flush()
+    filling = asyncio.create_task(two.layers.fill(world.diff_id, 1, 2))
+    try:
+        await eventually(lambda: world.reads == 2)  # one's, and this
+        async with serving_chunks("127.0.0.1", one.announcer.me.chunk_port, one.service.read_chunk):
+            await one.announcer.flush()
+            await filling
+            assert not partial.has(3)
+            await two.layers.fill(world.diff_id, 3, 1)
+    finally:
+        gate.set()
+    assert partial.read(1) == complete_of(one, world).read_chunk(1)
+    assert world.reads == 2, "one pull, whoever waits for it"
 
 
 async def test_readers_wait_for_nodes_that_come_back(world: World) -> None:

@@ -216,5 +216,6 @@ def test_a_slow_link_gets_more_time_with_every_round() -> None:
     clock = Clock()
     watch = PeerWatch(clock)
     assert [watch.timeout(A.endpoint, n) for n in range(6)] == [2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+    assert PeerWatch(clock, longest=5.0).timeout(A.endpoint, 5) == 5.0, "others have to get their turn"
     ask(watch, clock, A, 5.0)
     assert watch.timeout(A.endpoint, 0) > 20.0

@@ -33,10 +33,11 @@ class _Seen:
 
 
 class PeerWatch:
-    """*now* is a monotonic clock."""
+    """*now* is a monotonic clock. No answer is waited for longer than *longest* seconds."""
 
-    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, now: Callable[[], float] = time.monotonic, longest: float = _MOST_TIMEOUT_S) -> None:
         self._now = now
+        self._longest = min(longest, _MOST_TIMEOUT_S)
         self._seen: dict[str, _Seen] = {}
 
     def _of(self, endpoint: str) -> _Seen:
@@ -68,7 +69,7 @@ class PeerWatch:
     def timeout(self, endpoint: str, round_: int) -> float:
         """Seconds to wait for an answer in the *round_*-th round of asking everybody, from 0."""
         seen = self._seen.get(endpoint, _Seen())
-        return min(max(_LEAST_TIMEOUT_S * 2.0**round_, 4 * (seen.mean + 4 * seen.deviation)), _MOST_TIMEOUT_S)
+        return min(max(_LEAST_TIMEOUT_S * 2.0**round_, 4 * (seen.mean + 4 * seen.deviation)), self._longest)
 
     @contextlib.contextmanager
     def asking(self, endpoint: str) -> Iterator[None]:
