@@ -15,7 +15,7 @@ import pytest
 
 from afs.core.digests import hex_of
 from afs.core.errors import NotFound
-from afs.core.rpc import channel, serving
+from afs.core.rpc import channel
 from afs.layerstore import describing, peerwatch, supply
 from afs.layerstore.afslyr.convert import convert
 from afs.layerstore.afslyr.layout import CHUNK_SIZE
@@ -110,6 +110,40 @@ async def test_what_a_peer_claims_makes_no_room_before_it_came(world: World, mon
     monkeypatch.setattr(Peers, "describe_layer", describe)
     await two.layers.open(world.origin, local=False)
     assert two.layers.find(other.diff_id) is other
+
+
+async def test_a_layer_that_is_completed_while_it_is_described_is_not_closed_below_that(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await holder(world)
+    two = await world.node("n2")
+    gate, real = asyncio.Event(), Peers.describe_layer
+
+    async def describe(self: Peers, peer: Peer, diff_id: str) -> AsyncIterator[Description | tuple[int, bytes]]:
+        async for part in real(self, peer, diff_id):
+            if not isinstance(part, Description):
+                await gate.wait()
+            yield part
+
+    monkeypatch.setattr(Peers, "describe_layer", describe)
+    opening = asyncio.create_task(two.layers.open(world.origin, local=False))
+    await eventually(lambda: two.layers.find(world.diff_id) is not None)
+    partial = two.layers.find(world.diff_id)
+    assert isinstance(partial, PartialLayer)
+    complete = await two.layers._supply.pull(world.origin)
+    dropping = asyncio.create_task(two.layers.completion.drop_beside(world.diff_id))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert two.layers._partials.is_open(partial), "chunks of it are still to come"
+    gate.set()
+    assert await opening is complete, "not the partial one, which is closed"
+    await dropping
+    assert two.store.partial_ids() == []
+    descriptor = os.open(os.devnull, os.O_RDONLY)  # it may have the number that the layer's file had
+    partial.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        partial.put(1, complete.read_chunk(1) or b"")
+    os.close(descriptor)  # it is open
 
 
 # Who is asked
