@@ -24,7 +24,7 @@ from afs.layerstore.completion import Completing, Mode
 from afs.layerstore.errors import LayerUnavailable
 from afs.layerstore.partial import Description, PartialLayer
 from afs.layerstore.peers import Peers
-from afs.layerstore.scheduling import Priority
+from afs.layerstore.scheduling import Priority, Ticket
 from afs.proto.v1 import layerstore_pb2 as pb
 from afs.proto.v1.layerstore_pb2_grpc import LayerstoreNodeStub
 from tests.testbed.faults import Fault
@@ -493,6 +493,26 @@ async def test_a_layer_that_nobody_gives_is_left_alone_for_a_while(
         assert background.node.layers.completion._next_partial() is None
         world.clock.now += 31.0
         assert background.node.layers.completion._next_partial() is partial
+
+
+async def test_a_mistake_of_ours_does_not_end_completing(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    await holder(world)
+    async with completing(world, Mode.ALWAYS) as (background, _):
+        node = background.node
+        real = node.layers._supply.fetch
+
+        async def fetch(layer: PartialLayer, index: int, ticket: Ticket) -> bytes | memoryview | None:
+            raise OverflowError("too large")
+
+        monkeypatch.setattr(node.layers._supply, "fetch", fetch)
+        background.mounted(world.diff_id)
+        await eventually(lambda: "OverflowError: too large" in caplog.text)
+        monkeypatch.setattr(node.layers._supply, "fetch", real)
+        await background.looked()
+        world.clock.now += 30.0
+        await whole(node, world)
 
 
 async def test_never_means_never(world: World) -> None:

@@ -277,6 +277,8 @@ class Layers:
                 await work()
             except (AfsError, OSError) as error:
                 log.error("layers: %s", error)
+            except Exception:  # a mistake of ours
+                log.exception("layers")
 
         task = asyncio.create_task(run())
         self._background.add(task)

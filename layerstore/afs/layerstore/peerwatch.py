@@ -20,6 +20,7 @@ _LEAST_HEDGE_S = 0.02  # below that a second request is noise: chunks take 2 ms,
 _LEAST_TIMEOUT_S, _MOST_TIMEOUT_S = 2.0, 30.0
 _STRIKES = 2  # given up so many times in a row without an answer: it is as good as gone
 _SHUN_S, _MOST_SHUN_S = 1.0, 30.0
+_DOUBLINGS = 5  # of these times, beyond which they are the longest anyway; a node may be gone for days
 
 
 @dataclass(slots=True)
@@ -69,7 +70,9 @@ class PeerWatch:
     def timeout(self, endpoint: str, round_: int) -> float:
         """Seconds to wait for an answer in the *round_*-th round of asking everybody, from 0."""
         seen = self._seen.get(endpoint, _Seen())
-        return min(max(_LEAST_TIMEOUT_S * 2.0**round_, 4 * (seen.mean + 4 * seen.deviation)), self._longest)
+        return min(
+            max(_LEAST_TIMEOUT_S * 2.0 ** min(round_, _DOUBLINGS), 4 * (seen.mean + 4 * seen.deviation)), self._longest
+        )
 
     @contextlib.contextmanager
     def asking(self, endpoint: str) -> Iterator[None]:
@@ -112,4 +115,6 @@ class PeerWatch:
     def _strike(self, seen: _Seen) -> None:
         seen.strikes += 1
         if seen.strikes >= _STRIKES:
-            seen.shunned_until = self._now() + min(_SHUN_S * 2 ** (seen.strikes - _STRIKES), _MOST_SHUN_S)
+            seen.shunned_until = self._now() + min(
+                _SHUN_S * 2.0 ** min(seen.strikes - _STRIKES, _DOUBLINGS), _MOST_SHUN_S
+            )

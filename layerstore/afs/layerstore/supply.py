@@ -247,11 +247,11 @@ class Supply:
         diff_id, pause, round_ = partial.diff_id, 0.05, 0
         while True:
             if (complete := self._store.complete(diff_id)) is not None:  # it was pulled meanwhile
-                data = await asyncio.to_thread(complete.read_chunk, index)
-                if data is not None and complete.table == partial.table:
-                    return data
-                if data is not None:
+                if complete.table != partial.table:  # which may even have more chunks
                     raise DataLoss(f"layer {diff_id}: a peer described it with an index that is not its own")
+                data = await asyncio.to_thread(complete.read_chunk, index)
+                if data is not None:
+                    return data
                 cause[0] = f"chunk {index} is damaged on disk"
                 self.repairs.suspect(complete)
                 if await self.repairs.check(complete):
