@@ -250,6 +250,66 @@ async def test_readers_wait_for_nodes_that_come_back(world: World) -> None:
     assert partial.read(1) == complete_of(one, world).read_chunk(1)
 
 
+async def test_who_reads_from_a_silent_node_does_not_hold_up_others(world: World) -> None:
+    one, three, two = await holder(world), await world.node("n3"), await world.node("n2", deadline=60.0)
+    other = world.origins[1]
+    await three.layers.open(other, local=True)
+    silent = await open_partial(world, two)
+    await two.layers.open(other, local=False)
+    two.layers._partials._slots._limits, two.layers._partials._slots._most_of_one = (2, 1, 1), 1
+    one.service.gate = asyncio.Event()
+    one.service.chunks.clear()
+    filling = asyncio.create_task(two.layers.fill(world.diff_id, 1, 3))
+    await eventually(lambda: bool(one.service.chunks))
+    await two.layers.fill(other.layer.diff_id, 1, 1)
+    assert not any(silent.has(index) for index in (1, 2, 3))
+    one.service.gate.set()
+    await filling
+
+
+async def test_who_waits_for_a_node_to_come_back_holds_no_slot(world: World) -> None:
+    one, three, two = await holder(world), await world.node("n3"), await world.node("n2", deadline=60.0)
+    other = world.origins[1]
+    await three.layers.open(other, local=True)
+    await open_partial(world, two)
+    await two.layers.open(other, local=False)
+    two.layers._partials._slots._limits = (1, 1, 1)
+    await one.stop_serving()
+    world.directory.leave("n1", one.announcer._incarnation)
+    world.server.add(Fault("blobs/", gate=(gate := threading.Event())))  # a registry that does not answer
+    filling = asyncio.create_task(two.layers.fill(world.diff_id, 1, 1))
+    try:
+        await eventually(lambda: world.reads == 2)  # n1's, and this
+        await two.layers.fill(other.layer.diff_id, 1, 1)
+        assert not filling.done()
+    finally:
+        gate.set()
+    await filling
+
+
+async def test_waiting_in_the_queue_counts_for_a_reader_and_for_nobody_else(world: World) -> None:
+    one, two = await holder(world), await world.node("n2", deadline=60.0)
+    partial = await open_partial(world, two)
+    two.layers._partials._slots._limits = (1, 1, 1)
+    one.service.gate = asyncio.Event()
+    one.service.chunks.clear()
+    first = asyncio.create_task(two.layers.fill(world.diff_id, 1, 1))
+    await eventually(lambda: one.service.chunks == [1])
+    two.layers._supply._read_deadline = 0.05
+    behind = asyncio.create_task(partial.fill([2, 3], two.layers._supply.fetch, Priority.PREFETCH))
+    with pytest.raises(LayerUnavailable, match="other chunks come first"):
+        await two.layers.fill(world.diff_id, 4, 1)
+    with pytest.raises(LayerUnavailable, match="other chunks come first"):
+        await two.layers.fill(world.diff_id, 2, 1)  # a reader wants it, too
+    assert partial.missing() == [1, 2, 3, 4]
+    assert list(partial._filling) == [1, 3], "chunk 3 has as little time, and waits"
+    one.service.gate.set()
+    await first
+    with pytest.raises(LayerUnavailable):
+        await behind
+    await partial.idle()
+
+
 async def test_connections_are_closed_when_there_are_too_many(world: World) -> None:
     nodes = [await holder(world, name) for name in ("n1", "n2", "n3")]
     peers = Peers(most=2)

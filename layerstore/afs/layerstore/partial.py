@@ -248,10 +248,9 @@ class PartialLayer:
 
     async def _fill_one(self, index: int, fetch: Fetch, ticket: Ticket) -> None:
         with self.pin():
-            async with self.slots.held(ticket):
-                data, since = await fetch(self, index, ticket), time.monotonic()
-                while data is not None and not await self._written(index, data):
-                    await self.on_full(self, len(data), since)
+            data, since = await fetch(self, index, ticket), time.monotonic()
+            while data is not None and not await self._written(index, data):
+                await self.on_full(self, len(data), since)
 
     @contextlib.contextmanager
     def using(self) -> Iterator[None]:
