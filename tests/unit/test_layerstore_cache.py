@@ -689,9 +689,7 @@ async def test_a_reader_on_a_full_disk_pushes_idle_layers_out(world: World, monk
     assert here(two, world) == [0]
 
 
-async def test_one_eviction_is_enough_for_all_who_wait_for_room(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_one_eviction_is_enough_for_all_who_wait_for_room(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     node = await world.node("n1")
     for number in range(3):
         await pull(world, node, number)

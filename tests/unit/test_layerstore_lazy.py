@@ -296,7 +296,9 @@ async def test_waiting_in_the_queue_counts_for_a_reader_and_for_nobody_else(worl
     first = asyncio.create_task(two.layers.fill(world.diff_id, 1, 1))
     await eventually(lambda: one.service.chunks == [1])
     two.layers._supply._read_deadline = 0.05
-    behind = asyncio.create_task(partial.fill([2, 3], two.layers._supply.fetch, Priority.PREFETCH))
+    behind = [
+        asyncio.create_task(partial.fill([index], two.layers._supply.fetch, Priority.PREFETCH)) for index in (2, 3)
+    ]
     with pytest.raises(LayerUnavailable, match="other chunks come first"):
         await two.layers.fill(world.diff_id, 4, 1)
     with pytest.raises(LayerUnavailable, match="other chunks come first"):
@@ -305,8 +307,7 @@ async def test_waiting_in_the_queue_counts_for_a_reader_and_for_nobody_else(worl
     assert list(partial._filling) == [1, 3], "chunk 3 has as little time, and waits"
     one.service.gate.set()
     await first
-    with pytest.raises(LayerUnavailable):
-        await behind
+    await asyncio.wait(behind)
     await partial.idle()
 
 
@@ -371,6 +372,30 @@ async def test_what_cannot_be_prefetched_is_no_error(world: World, caplog: pytes
     await two.layers.prefetch(world.diff_id, [1, 2])
     assert f"prefetch: layer {world.diff_id} cannot be read" in caplog.text
     await two.layers.prefetch("sha256:" + "0" * 64, [1])
+
+
+async def test_a_prefetch_that_is_given_up_leaves_nothing_in_the_queue(world: World) -> None:
+    one, two = await holder(world), await world.node("n2", deadline=60.0)
+    partial = await open_partial(world, two)
+    slots = two.layers._partials._slots
+    slots._limits = (2, 1, 1)
+    one.service.gate = asyncio.Event()
+    one.service.chunks.clear()
+    prefetching = asyncio.create_task(two.layers.prefetch(world.diff_id, [1, 2, 3]))
+    await eventually(lambda: one.service.chunks == [1] and len(slots._waiting[Priority.PREFETCH]) == 2)
+    waiting = asyncio.create_task(partial.fill([2], two.layers._supply.fetch, Priority.COMPLETION))
+    await asyncio.sleep(0)
+    prefetching.cancel()
+    await asyncio.wait([prefetching])
+    assert list(partial._filling) == [1, 2], "one runs, one somebody else waits for"
+    filling = asyncio.create_task(two.layers.fill(world.diff_id, 3, 1))
+    await eventually(lambda: one.service.chunks == [1, 3])
+    one.service.gate.set()
+    await asyncio.gather(waiting, filling)
+    assert partial.read(3) == complete_of(one, world).read_chunk(3)
+    await partial.idle()
+    assert not slots._of_peer
+    assert not any(slots._waiting)
 
 
 async def test_whoever_reads_on_and_on_finds_it_there(world: World) -> None:

@@ -70,11 +70,15 @@ class Slots:
             ticket.granted = None
             self._grant()
 
+    def is_waiting(self, ticket: Ticket) -> bool:
+        """Whether *ticket* is in the queue."""
+        return ticket in self._waiting[ticket.priority]
+
     def promote(self, ticket: Ticket, priority: Priority) -> None:
         """Make *ticket* as urgent as *priority*, unless it is already."""
         if priority >= ticket.priority:
             return
-        if ticket in self._waiting[ticket.priority]:
+        if self.is_waiting(ticket):
             del self._waiting[ticket.priority][ticket]
             self._waiting[priority][ticket] = None
         elif ticket.granted is not None:
