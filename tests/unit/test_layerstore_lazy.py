@@ -117,15 +117,13 @@ async def test_a_layer_that_is_completed_while_it_is_described_is_not_closed_bel
 ) -> None:
     await holder(world)
     two = await world.node("n2")
-    gate, real = asyncio.Event(), Peers.describe_layer
+    gate, real = asyncio.Event(), PartialLayer.put_async
 
-    async def describe(self: Peers, peer: Peer, diff_id: str) -> AsyncIterator[Description | tuple[int, bytes]]:
-        async for part in real(self, peer, diff_id):
-            if not isinstance(part, Description):
-                await gate.wait()
-            yield part
+    async def put(self: PartialLayer, index: int, data: bytes | memoryview) -> bool:
+        await gate.wait()
+        return await real(self, index, data)
 
-    monkeypatch.setattr(Peers, "describe_layer", describe)
+    monkeypatch.setattr(PartialLayer, "put_async", put)
     opening = asyncio.create_task(two.layers.open(world.origin, local=False))
     await eventually(lambda: two.layers.find(world.diff_id) is not None)
     partial = two.layers.find(world.diff_id)
