@@ -15,7 +15,7 @@ import pytest
 from afs.core.digests import hex_of
 from afs.core.errors import NotFound
 from afs.core.rpc import channel
-from afs.layerstore import describing, supply
+from afs.layerstore import describing, readahead, supply
 from afs.layerstore.afslyr.convert import convert
 from afs.layerstore.afslyr.layout import CHUNK_SIZE
 from afs.layerstore.chunkserver import serving_chunks
@@ -238,7 +238,8 @@ async def test_what_cannot_be_prefetched_is_no_error(world: World, caplog: pytes
     await two.layers.prefetch("sha256:" + "0" * 64, [1])
 
 
-async def test_whoever_reads_on_and_on_finds_it_there(world: World) -> None:
+async def test_whoever_reads_on_and_on_finds_it_there(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readahead, "RUN", 3)  # of the four chunks that are only data
     _, two = await holder(world), await world.node("n2")
     await open_partial(world, two)
     for index in (1, 2, 3):

@@ -125,31 +125,33 @@ def test_nothing_is_read_ahead_for_who_jumps_about() -> None:
 
 
 def test_the_window_grows_with_what_is_read_in_sequence() -> None:
-    ahead = ReadAhead(100)
-    assert [list(ahead.demanded(index)) for index in range(RUN)] == [*[[]] * (RUN - 1), [3, 4]]
-    got, position, sizes = set(range(5)), 5, []
-    while position < 100:
+    ahead, start = ReadAhead(1000), RUN + FIRST
+    found = [list(ahead.demanded(index)) for index in range(RUN)]
+    assert found == [*[[]] * (RUN - 1), list(range(RUN, start))]
+    got, position, sizes = set(range(start)), start, []
+    while position < 1000:
         chunks = ahead.demanded(position)
         sizes.append(len(chunks))
         got |= {position, *chunks}
         position = max(got) + 1
     assert sizes[:3] == [2 * FIRST, 4 * FIRST, 8 * FIRST]
     assert max(sizes) == MOST
-    assert got == set(range(100)), "each once, and nothing behind the end"
+    assert got == set(range(1000)), "each once, and nothing behind the end"
 
 
 def test_a_reader_that_waits_for_what_is_on_its_way_is_the_same_one() -> None:
     ahead = ReadAhead(100)
-    for index in range(3):
+    for index in range(RUN):
         ahead.demanded(index)
-    assert list(ahead.demanded(3)) == [5, 6, 7], "3 and 4 are on their way"
-    assert list(ahead.demanded(4)) == list(range(8, 13))
+    on_its_way, then = RUN + FIRST, RUN + 1 + 2 * FIRST
+    assert ahead.demanded(RUN) == range(on_its_way, then)
+    assert ahead.demanded(RUN + 1) == range(then, RUN + 2 + 4 * FIRST)
 
 
 def test_several_containers_read_several_files() -> None:
     ahead = ReadAhead(1000)
     found = [ahead.demanded(start + step) for step in range(RUN) for start in (0, 300, 600)]
-    assert found[-3:] == [range(3, 5), range(303, 305), range(603, 605)]
+    assert found[-3:] == [range(start + RUN, start + RUN + FIRST) for start in (0, 300, 600)]
 
 
 # Other nodes
