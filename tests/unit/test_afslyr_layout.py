@@ -80,7 +80,9 @@ def test_the_footer_must_agree_with_the_header() -> None:
     footer = lay.pack_footer(GOOD, b"r" * 32)
     assert lay.parse_footer(footer, GOOD) == b"r" * 32
     wrong = [footer[:-1], b"x" + footer[1:], footer[:-1] + b"\1"]
-    wrong += [struct.pack("<8sQQ32s8x", lay.FOOTER_MAGIC, *pair, b"r" * 32) for pair in ((0, 12 * 32), (GOOD.erofs_end, 64))]
+    wrong += [
+        struct.pack("<8sQQ32s8x", lay.FOOTER_MAGIC, *pair, b"r" * 32) for pair in ((0, 12 * 32), (GOOD.erofs_end, 64))
+    ]
     for bad in wrong:
         with pytest.raises(CorruptLayer):
             lay.parse_footer(bad, GOOD)

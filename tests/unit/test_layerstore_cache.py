@@ -15,7 +15,6 @@ from afs.core.rpc import calling, channel
 from afs.layerstore import pull as pulling
 from afs.layerstore import scrub
 from afs.layerstore import store as storing
-from afs.layerstore.afslyr.check import check_and_sync
 from afs.layerstore.afslyr.layout import CHUNK_SIZE, pack_header
 from afs.layerstore.errors import CacheFull, DamagedLayer, DiskFull, LayerUnavailable
 from afs.layerstore.leases import LEASE_S
@@ -43,8 +42,6 @@ from tests.testbed.layernodes import (
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-
-    from afs.discovery.client import Peer
 
 
 @pytest.fixture
