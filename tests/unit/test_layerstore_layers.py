@@ -136,6 +136,7 @@ async def test_a_bad_chunk_is_taken_from_another_peer(world: World, caplog: pyte
         await node.layers.open(world.origin, local=True)
     three = await world.node("n3")
     partial = await open_partial(world, three)
+    three.layers._supply.watch._of(two.address).running = 1  # so the other one is asked first
     one.service.spoil = True
     one.service.chunks.clear()
     await three.layers.fill(world.diff_id, 1, 3)

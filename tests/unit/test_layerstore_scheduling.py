@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import pytest
@@ -157,6 +158,8 @@ def test_several_containers_read_several_files() -> None:
 # Other nodes
 
 A, B, C = (Peer(name, f"{name}:1", 1) for name in "abc")
+ME = next(me for me in map(str, range(1000)) if PeerWatch(me).order([C, B, A], "abc") == [A, B, C])
+"""A node that asks these three in that order, if nothing else is known of them."""
 
 
 def ask(watch: PeerWatch, clock: Clock, peer: Peer, seconds: float, error: Exception | None = None) -> None:
@@ -169,7 +172,7 @@ def ask(watch: PeerWatch, clock: Clock, peer: Peer, seconds: float, error: Excep
 
 def test_the_second_request_waits_as_long_as_answers_take() -> None:
     clock = Clock()
-    watch = PeerWatch(clock)
+    watch = PeerWatch(ME, clock)
     for _ in range(50):
         ask(watch, clock, A, 0.2)
         ask(watch, clock, B, 0.001)
@@ -189,7 +192,7 @@ def give_up(watch: PeerWatch, clock: Clock, peer: Peer, seconds: float) -> None:
 
 def test_a_node_that_does_not_answer_goes_last_for_a_while_and_longer_each_time() -> None:
     clock = Clock()
-    watch = PeerWatch(clock)
+    watch = PeerWatch(ME, clock)
     everybody = frozenset("abc")
     ask(watch, clock, A, 0.0, Unavailable("gone"))
     assert watch.order([A, B], everybody) == [A, B], "once may happen"
@@ -207,16 +210,31 @@ def test_a_node_that_does_not_answer_goes_last_for_a_while_and_longer_each_time(
 
 
 def test_who_has_all_of_it_and_the_least_to_do_is_asked() -> None:
-    watch = PeerWatch(Clock())
+    watch = PeerWatch(ME, Clock())
     assert watch.order([A, B, C], frozenset("bc")) == [B, C, A]
     with watch.asking(B.endpoint):
         assert watch.order([A, B, C], frozenset("bc")) == [C, B, A]
     assert watch.order([A, B, C], frozenset("bc")) == [B, C, A]
+    with contextlib.ExitStack() as stack:
+        for _ in range(5):
+            stack.enter_context(watch.asking(B.endpoint))
+        assert watch.order([A, B, C], frozenset("bc")) == [C, A, B], "who has a part may be less busy"
+
+
+def test_not_everybody_asks_the_same_node_first() -> None:
+    peers = [Peer(f"n{number}", f"n{number}:1", 1) for number in range(4)]
+    everybody = frozenset(peer.node_id for peer in peers)
+    by_node = Counter(PeerWatch(f"m{number}").order(peers, everybody, 7)[0].node_id for number in range(400))
+    by_chunk = Counter(PeerWatch("m").order(peers, everybody, chunk)[0].node_id for chunk in range(400))
+    for found in (by_node, by_chunk):
+        assert found.keys() == everybody
+        assert max(found.values()) < 150
+    assert PeerWatch("m").order(peers, everybody, 7) == PeerWatch("m").order(peers[::-1], everybody, 7)
 
 
 def test_a_slow_link_gets_more_time_with_every_round() -> None:
     clock = Clock()
-    watch = PeerWatch(clock)
+    watch = PeerWatch(ME, clock)
     assert [watch.timeout(A.endpoint, n) for n in range(6)] == [2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
     ask(watch, clock, A, 5.0)
     assert watch.timeout(A.endpoint, 0) > 20.0

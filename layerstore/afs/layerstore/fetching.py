@@ -17,7 +17,7 @@ from afs.layerstore.layerstats import LayerStats
 from afs.layerstore.partial import PartialLayer
 from afs.layerstore.peers import Peers
 from afs.layerstore.peerwatch import PeerWatch
-from afs.layerstore.scheduling import Ticket
+from afs.layerstore.scheduling import Priority, Ticket
 
 log = logging.getLogger(__name__)
 
@@ -45,14 +45,14 @@ class Fetcher:
 
     async def fetch(self, wanted: Wanted, peers: Sequence[Peer], complete: Collection[str]) -> bytes | None:
         """The chunk from one of *peers*, see :data:`~afs.layerstore.partial.Fetch`. Raises LayerUnavailable."""
-        left, cause = self._watch.order(peers, complete), "no node holds it"
+        left, cause = self._watch.order(peers, complete, wanted.index), "no node holds it"
         running: dict[_Attempt, Peer] = {}
         try:
             while left or running:
                 if not running:
                     self._start(wanted, left, running)
                 first = next(iter(running.values()))
-                if not await self._some_done(running, left, first):
+                if not await self._some_done(wanted, running, left, first):
                     wanted.stats.hedges += 1
                     self._start(wanted, left, running)
                 for task in [task for task in running if task.done()]:
@@ -73,11 +73,20 @@ class Fetcher:
                 await asyncio.wait(running)
         raise LayerUnavailable(wanted.partial.diff_id, cause)
 
-    async def _some_done(self, running: dict[_Attempt, Peer], left: Sequence[Peer], first: Peer) -> bool:
-        """Wait for an answer; false if the only one asked is slow and another one could be asked too."""
+    async def _some_done(
+        self, wanted: Wanted, running: dict[_Attempt, Peer], left: Sequence[Peer], first: Peer
+    ) -> bool:
+        """Wait for an answer; false if a reader waits, the only one asked is slow and another one could be asked too.
+
+        Bulk fills links and disks, and would be slow for that alone: a second request would make it slower. It may
+        become a demand while it is on its way, so look again.
+        """
         may_hedge = len(running) == 1 and left and not self._watch.is_shunned(left[0].endpoint)
         delay = self._watch.hedge_delay(first.endpoint) if may_hedge else None
-        return bool((await asyncio.wait(running, timeout=delay, return_when=asyncio.FIRST_COMPLETED))[0])
+        while True:
+            done, _ = await asyncio.wait(running, timeout=delay, return_when=asyncio.FIRST_COMPLETED)
+            if done or wanted.ticket.priority is Priority.DEMAND:
+                return bool(done)
 
     def _start(self, wanted: Wanted, left: list[Peer], running: dict[_Attempt, Peer]) -> None:
         peer = left.pop(0)

@@ -100,7 +100,8 @@ class Supply:
         self._avoided: dict[str, dict[str, float]] = {}
         self._stats: dict[str, LayerStats] = {}
         self._refreshing: dict[str, asyncio.Task[None]] = {}
-        self._fetcher = Fetcher(peers, PeerWatch(), self._failed_at)
+        self.watch = PeerWatch(announcer.me.node_id)
+        self._fetcher = Fetcher(peers, self.watch, self._failed_at)
         self.repairs = Repairs(store, room, announcer, self._chunk_from_peers, self._copy_of)
 
     def know(self, origin: Origin) -> None:
