@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import socket
 import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
@@ -118,6 +120,7 @@ class Host(Namespace):
     def heal(self) -> None:
         """Undo all that the other methods did."""
         self._bridge.ip(f"link set {self._port} up")
+        self._bridge.run("nft", "-f", "-", text=self._no_loss)
         if "tbf" in self.run("tc", "qdisc", "show", "dev", "eth0"):
             self.run("tc", "qdisc", "del", "dev", "eth0", "root")
         self._incoming.clear()
@@ -129,8 +132,19 @@ class Host(Namespace):
         self.run("tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", *f"rate {rate} burst 64kb latency 1s".split())
 
     def lossy(self, percent: int) -> None:
-        """Lose so many of a hundred packets in each direction."""
-        self._filter(f"numgen random mod 100 < {percent} drop", f"numgen random mod 100 < {percent} drop")
+        """Lose so many of a hundred packets in each direction, evenly."""
+        every = f"numgen inc mod {100 // percent} == 0 drop"
+        self._filter(every, "")
+        # Not as they leave this host: TCP is told when its own machine drops a packet, and counts it as not sent.
+        chain = f'type filter hook ingress device "{self._port}" priority 0; {every};'
+        self._bridge.run(
+            "nft", "-f", "-", text=f"{self._no_loss}\ntable netdev {self._port} {{ chain c {{ {chain} }}; }}\n"
+        )
+
+    @property
+    def _no_loss(self) -> str:
+        """For nft(8): the end of what :meth:`lossy` did at the other end of the link."""
+        return f"table netdev {self._port}; delete table netdev {self._port};"
 
     def reset(self) -> None:
         """Answer every TCP segment of each direction with a reset: connections break, and new ones are refused."""
@@ -171,6 +185,15 @@ class Host(Namespace):
             if name.strip() == "eth0":
                 return [int(field) for field in counters.split()]
         raise AssertionError("no eth0")
+
+    def connected_to(self, address: str) -> bool:
+        """Whether somebody here has a TCP connection to `address`, as `198.51.100.1:80`."""
+        host, _, port = address.rpartition(":")
+        # proc(5): an address is shown as a number of the machine's byte order, 01 is ESTABLISHED. A socket of IPv6 shows the
+        # one of IPv4 that it is connected to behind a prefix.
+        remote = f"{int.from_bytes(socket.inet_aton(host), sys.byteorder):08X}:{int(port):04X}"
+        lines = self.run("cat", "/proc/net/tcp", "/proc/net/tcp6").splitlines()
+        return any(line.split()[2].endswith(remote) and line.split()[3] == "01" for line in lines)
 
     def tcp(self, counter: str) -> int:
         """A counter of TCP (RFC 4022), such as `RetransSegs`."""

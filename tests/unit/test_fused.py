@@ -5,18 +5,20 @@ import errno
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyfuse3
 import pytest
 
 from afs.core.errors import Unavailable
 from afs.layerstore.fillwire import FillClient, FillError
-from afs.snapshotter import fusedloop
+from afs.snapshotter import fusedlayer, fusedloop
 from afs.snapshotter.fusedfs import LayerFiles
 from afs.snapshotter.fusedlayer import ServedLayer
 from afs.snapshotter.fusedwire import ReadStats, ask, serving
 from tests.testbed import tars
 from tests.testbed.fillsource import CHUNK, FillSource, SourceLayer
+from tests.testbed.layernodes import Clock
 
 TREES = 3  # inode of the directory of trees
 
@@ -74,6 +76,46 @@ async def test_filled_elsewhere_is_read_there(layer: SourceLayer, client: FillCl
         layer.chunks.write_bytes(bytes(old.stat().st_size))
         layer.whole.chmod(0o600)
         assert await one.read(0, 100) == layer.whole.read_bytes()[:100]
+
+
+async def test_what_failed_late_fails_at_once_for_a_moment(
+    layer: SourceLayer, client: FillClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(fusedlayer, "time", SimpleNamespace(monotonic=clock))
+    one = served(layer, client, tmp_path)
+    whole = layer.whole.read_bytes()
+    layer.broken = True
+    layer.gate.clear()
+    with one.held():
+        await one.open()
+        reading = asyncio.create_task(one.read(0, 10))
+        await layer.questioned.wait()
+        clock.now += 40
+        layer.gate.set()
+        with pytest.raises(FillError, match="no chunk"):
+            await reading
+        layer.broken = False
+        for offset, count in ((0, 10), (CHUNK - 10, 20)):  # as the kernel tries again, alone or with what is next to it
+            with pytest.raises(FillError, match="no chunk"):
+                await one.read(offset, count)
+        assert layer.asked == [(0, 1)]
+        assert await one.read(CHUNK, 10) == whole[CHUNK : CHUNK + 10], "another chunk may well be there"
+        clock.now += 2
+        assert await one.read(0, 10) == whole[:10]
+        assert layer.asked == [(0, 1), (1, 1), (0, 1)]
+
+
+async def test_what_failed_at_once_is_asked_for_again(layer: SourceLayer, client: FillClient, tmp_path: Path) -> None:
+    one = served(layer, client, tmp_path)
+    layer.broken = True
+    with one.held():
+        await one.open()
+        with pytest.raises(FillError, match="no chunk"):
+            await one.read(0, 10)
+        layer.broken = False
+        await asyncio.sleep(one.stats.wait_s)  # as long as that took
+        assert await one.read(0, 10) == layer.whole.read_bytes()[:10]
 
 
 async def test_another_size_is_another_layer(layer: SourceLayer, client: FillClient, tmp_path: Path) -> None:

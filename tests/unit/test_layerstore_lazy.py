@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import threading
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ import pytest
 from afs.core.digests import hex_of
 from afs.core.errors import NotFound
 from afs.core.rpc import channel
-from afs.layerstore import describing, readahead, supply
+from afs.layerstore import describing, peerwatch, readahead, supply
 from afs.layerstore.afslyr.convert import convert
 from afs.layerstore.afslyr.layout import CHUNK_SIZE
 from afs.layerstore.chunkserver import serving_chunks
@@ -23,7 +24,7 @@ from afs.layerstore.completion import Completing, Mode
 from afs.layerstore.errors import LayerUnavailable
 from afs.layerstore.partial import Description, PartialLayer
 from afs.layerstore.peers import Peers
-from afs.layerstore.scheduling import Priority
+from afs.layerstore.scheduling import Priority, Ticket
 from afs.proto.v1 import layerstore_pb2 as pb
 from afs.proto.v1.layerstore_pb2_grpc import LayerstoreNodeStub
 from tests.testbed.faults import Fault
@@ -146,6 +147,40 @@ async def test_a_layer_that_nobody_describes_is_pulled(world: World, monkeypatch
     assert await three.layers.open(world.origin, local=False) is complete_of(three, world)
 
 
+async def test_a_layer_that_is_completed_while_it_is_described_is_not_closed_below_that(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await holder(world)
+    two = await world.node("n2")
+    gate, real = asyncio.Event(), Peers.describe_layer
+
+    async def describe(self: Peers, peer: Peer, diff_id: str) -> AsyncIterator[Description | tuple[int, bytes]]:
+        async for part in real(self, peer, diff_id):
+            if not isinstance(part, Description):
+                await gate.wait()
+            yield part
+
+    monkeypatch.setattr(Peers, "describe_layer", describe)
+    opening = asyncio.create_task(two.layers.open(world.origin, local=False))
+    await eventually(lambda: two.layers.find(world.diff_id) is not None)
+    partial = two.layers.find(world.diff_id)
+    assert isinstance(partial, PartialLayer)
+    complete = await two.layers._supply.pull(world.origin)
+    dropping = asyncio.create_task(two.layers.completion.drop_beside(world.diff_id))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert two.layers._partials.is_open(partial), "chunks of it are still to come"
+    gate.set()
+    assert await opening is complete, "not the partial one, which is closed"
+    await dropping
+    assert two.store.partial_ids() == []
+    descriptor = os.open(os.devnull, os.O_RDONLY)  # it may have the number that the layer's file had
+    partial.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        partial.put(1, complete.read_chunk(1) or b"")
+    os.close(descriptor)  # it is open
+
+
 # Who is asked
 
 
@@ -205,10 +240,50 @@ async def test_a_node_that_came_later_is_found_while_reading(world: World, monke
     await open_partial(world, three)
     two = await holder(world, "n2")
     await three.layers.fill(world.diff_id, 1, 1)
-    await asyncio.gather(*three.layers._supply._refreshing.values())
+    await asyncio.gather(*three.layers._supply._looking.values())
     await one.stop_serving()
     await three.layers.fill(world.diff_id, 2, 1)
     assert two.service.chunks[-1] == 2
+
+
+async def test_a_node_that_comes_while_the_only_one_is_silent_is_asked(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supply, "_SLOW_REFRESH_S", 0.0)
+    monkeypatch.setattr(peerwatch, "_LEAST_TIMEOUT_S", 60.0)  # it is not given up before
+    one, three = await holder(world), await world.node("n3", deadline=60.0)
+    partial = await open_partial(world, three)
+    three.layers._supply.watch._now = world.clock  # it stands still
+    one.service.gate = asyncio.Event()
+    one.service.chunks.clear()
+    filling = asyncio.create_task(three.layers.fill(world.diff_id, 1, 1))
+    await eventually(lambda: one.service.chunks == [1])
+    two = await holder(world, "n2")
+    await filling
+    assert partial.read(1) == complete_of(two, world).read_chunk(1)
+    assert (one.service.chunks, two.service.chunks) == ([1], [1])
+    assert three.layers.stats(world.diff_id).hedges == 1
+
+
+async def test_who_comes_back_is_asked_though_the_layer_is_being_pulled(world: World) -> None:
+    one, two = await holder(world), await world.node("n2", deadline=60.0)
+    partial = await open_partial(world, two)
+    world.server.add(Fault("blobs/", gate=(gate := threading.Event())))  # a registry that does not answer
+    await one.stop_serving()
+    world.directory.leave("n1", one.announcer._incarnation)
+    await two.announcer.flush()
+    filling = asyncio.create_task(two.layers.fill(world.diff_id, 1, 2))
+    try:
+        await eventually(lambda: world.reads == 2)  # one's, and this
+        async with serving_chunks("127.0.0.1", one.announcer.me.chunk_port, one.service.read_chunk):
+            await one.announcer.flush()
+            await filling
+            assert not partial.has(3)
+            await two.layers.fill(world.diff_id, 3, 1)
+    finally:
+        gate.set()
+    assert partial.read(1) == complete_of(one, world).read_chunk(1)
+    assert world.reads == 2, "one pull, whoever waits for it"
 
 
 async def test_readers_wait_for_nodes_that_come_back(world: World) -> None:
@@ -476,6 +551,26 @@ async def test_a_layer_that_nobody_gives_is_left_alone_for_a_while(
         assert background.node.layers.completion._next_partial() is None
         world.clock.now += 31.0
         assert background.node.layers.completion._next_partial() is partial
+
+
+async def test_a_mistake_of_ours_does_not_end_completing(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    await holder(world)
+    async with completing(world, Mode.ALWAYS) as (background, _):
+        node = background.node
+        real = node.layers._supply.fetch
+
+        async def fetch(layer: PartialLayer, index: int, ticket: Ticket) -> bytes | memoryview | None:
+            raise OverflowError("too large")
+
+        monkeypatch.setattr(node.layers._supply, "fetch", fetch)
+        background.mounted(world.diff_id)
+        await eventually(lambda: "OverflowError: too large" in caplog.text)
+        monkeypatch.setattr(node.layers._supply, "fetch", real)
+        await background.looked()
+        world.clock.now += 30.0
+        await whole(node, world)
 
 
 async def test_never_means_never(world: World) -> None:

@@ -236,5 +236,18 @@ def test_a_slow_link_gets_more_time_with_every_round() -> None:
     clock = Clock()
     watch = PeerWatch(ME, clock)
     assert [watch.timeout(A.endpoint, n) for n in range(6)] == [2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+    assert PeerWatch(ME, clock, longest=5.0).timeout(A.endpoint, 5) == 5.0, "others have to get their turn"
     ask(watch, clock, A, 5.0)
     assert watch.timeout(A.endpoint, 0) > 20.0
+
+
+def test_a_node_may_be_gone_for_days() -> None:
+    clock = Clock()
+    watch = PeerWatch(ME, clock)
+    for _ in range(2000):
+        ask(watch, clock, A, 0.0, Unavailable("gone"))
+    clock.now += 29.0
+    assert watch.is_shunned(A.endpoint)
+    clock.now += 2.0
+    assert not watch.is_shunned(A.endpoint)
+    assert watch.timeout(A.endpoint, 2000) == 30.0

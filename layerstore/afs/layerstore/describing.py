@@ -5,7 +5,8 @@ from the others. Somebody waits for the mount: a node that is silent gets anothe
 describe the layer is taken; one that falls silent behind that is left.
 
 State (one event loop): ``_describing`` is single flight by diff_id and knows no origin; who joined one that failed tries
-again. Nothing that a peer claims makes room before its bytes came: what is promised runs ``AHEAD`` before what is here.
+again. The layer is used until its metadata is here: what completes it meanwhile must not close it below what comes. Nothing
+that a peer claims makes room before its bytes came: what is promised runs ``AHEAD`` before what is here.
 """
 
 import asyncio
@@ -71,7 +72,8 @@ class Describing:
             if not known.is_mountable():
                 if not holders.peers:
                     return None
-                await self._fill_metadata(known, holders)
+                with known.using():
+                    await self._fill_metadata(known, holders)
             return known
         return await self._describe_anew(diff_id, holders)
 
@@ -101,7 +103,8 @@ class Describing:
                     del asked[task]
                     await _end(asked)
                     async with contextlib.aclosing(parts):
-                        await self._fill_metadata(partial, holders, self._received(partial, parts, peer.endpoint))
+                        with partial.using():
+                            await self._fill_metadata(partial, holders, self._received(partial, parts, peer.endpoint))
                     return partial
         finally:
             await _end(asked)
@@ -144,11 +147,14 @@ class Describing:
     ) -> None:
         """Take a partial layer in and have its metadata here. Raises CacheFull, and then a new one is gone."""
         chunks, diff_id = partial.metadata_chunks(), partial.diff_id
+        taken_in = self._partials.is_open(partial)
         try:
             # Only of this room can a container be sure; what it reads later may push others out.
             async with self._room.reserved(diff_id, self._promise(partial)) as reservation:
                 self._supply.provide(diff_id, holders)
-                self._partials.take_in(partial)
+                if not taken_in:
+                    self._partials.take_in(partial)
+                    taken_in = True
                 self._room.note(diff_id)
                 if received is not None:
                     async for _ in received:
@@ -156,7 +162,7 @@ class Describing:
                 await partial.fill(chunks, self._supply.fetch)
                 self._room.settle(reservation)
         except BaseException:
-            if not self._partials.is_open(partial):
+            if not taken_in:  # else it belongs to all
                 partial.close()
                 self._store.drop_partial(diff_id)
             raise

@@ -1,5 +1,7 @@
 """One chunk from one of several nodes: the next one on an error, a second one beside the first if that is slow.
 
+If there is no second one, others may have the chunk by now, so whoever knows is asked again and again until the first answers.
+
 State: nothing of its own; what is known of the nodes is in :class:`~afs.layerstore.peerwatch.PeerWatch`. The attempts for a
 chunk are tasks of the fetch: when the first one has verified and written the chunk, the others are cancelled and awaited. Two
 that come at once write the same bytes.
@@ -21,7 +23,11 @@ from afs.layerstore.scheduling import Priority, Ticket
 
 log = logging.getLogger(__name__)
 
+_LOOK_S = 0.25  # between two looks for another node while the only one is slow
+
 _Attempt = asyncio.Task[bytes | None]
+# Nodes that have some of a layer, as far as is known by now, and the ids of those that have all of it.
+Known = tuple[Sequence[Peer], Collection[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,25 +42,41 @@ class Wanted:
 
 
 class Fetcher:
-    """*failed* is told of a node that did not give a chunk, and whether its bytes were wrong."""
+    """*failed* is told of a node that did not give a chunk, and whether its bytes were wrong.
 
-    def __init__(self, peers: Peers, watch: PeerWatch, failed: Callable[[str, Peer, bool], None]) -> None:
+    *known* is asked about a layer whose nodes are slow; it answers at once, and should find out more beside.
+    """
+
+    def __init__(
+        self,
+        peers: Peers,
+        watch: PeerWatch,
+        failed: Callable[[str, Peer, bool], None],
+        known: Callable[[str], Known],
+    ) -> None:
         self._peers = peers
         self._watch = watch
         self._failed = failed
+        self._known = known
 
     async def fetch(self, wanted: Wanted, peers: Sequence[Peer], complete: Collection[str]) -> bytes | None:
         """The chunk from one of *peers*, see :data:`~afs.layerstore.partial.Fetch`. Raises LayerUnavailable."""
         left, cause = self._watch.order(peers, complete, wanted.index), "no node holds it"
         running: dict[_Attempt, Peer] = {}
+        asked: set[str] = set()
+        patience = 0.0
         try:
             while left or running:
                 if not running:
-                    self._start(wanted, left, running)
+                    asked.add(self._start(wanted, left, running))
                 first = next(iter(running.values()))
-                if not await self._some_done(wanted, running, left, first):
-                    wanted.stats.hedges += 1
-                    self._start(wanted, left, running)
+                if not await self._some_done(wanted, running, first, patience):
+                    patience = _LOOK_S
+                    if not self._may_ask(left):
+                        left = self._others(wanted, asked)
+                    if self._may_ask(left):
+                        wanted.stats.hedges += 1
+                        asked.add(self._start(wanted, left, running))
                 for task in [task for task in running if task.done()]:
                     peer = running.pop(task)
                     if (error := task.exception()) is None:
@@ -73,25 +95,33 @@ class Fetcher:
                 await asyncio.wait(running)
         raise LayerUnavailable(wanted.partial.diff_id, cause)
 
-    async def _some_done(
-        self, wanted: Wanted, running: dict[_Attempt, Peer], left: Sequence[Peer], first: Peer
-    ) -> bool:
-        """Wait for an answer; false if a reader waits, the only one asked is slow and another one could be asked too.
+    async def _some_done(self, wanted: Wanted, running: Collection[_Attempt], first: Peer, patience: float) -> bool:
+        """Wait for an answer; false if a reader waits, the only one asked is slow, and *patience* seconds are over.
 
         Bulk fills links and disks, and would be slow for that alone: a second request would make it slower. It may
         become a demand while it is on its way, so look again.
         """
-        may_hedge = len(running) == 1 and left and not self._watch.is_shunned(left[0].endpoint)
-        delay = self._watch.hedge_delay(first.endpoint) if may_hedge else None
+        delay = max(self._watch.hedge_delay(first.endpoint), patience) if len(running) == 1 else None
         while True:
             done, _ = await asyncio.wait(running, timeout=delay, return_when=asyncio.FIRST_COMPLETED)
             if done or wanted.ticket.priority is Priority.DEMAND:
                 return bool(done)
 
-    def _start(self, wanted: Wanted, left: list[Peer], running: dict[_Attempt, Peer]) -> None:
+    def _may_ask(self, left: Sequence[Peer]) -> bool:
+        """Whether the next node would probably answer."""
+        return bool(left) and not self._watch.is_shunned(left[0].endpoint)
+
+    def _others(self, wanted: Wanted, asked: Collection[str]) -> list[Peer]:
+        """Who is left, by what is known now."""
+        peers, complete = self._known(wanted.partial.diff_id)
+        return self._watch.order([peer for peer in peers if peer.endpoint not in asked], complete, wanted.index)
+
+    def _start(self, wanted: Wanted, left: list[Peer], running: dict[_Attempt, Peer]) -> str:
+        """Ask the next node; its endpoint."""
         peer = left.pop(0)
         task = asyncio.create_task(self._attempt(wanted, peer), name=f"chunk {wanted.index} from {peer.node_id}")
         running[task] = peer
+        return peer.endpoint
 
     async def _attempt(self, wanted: Wanted, peer: Peer) -> bytes | None:
         try:

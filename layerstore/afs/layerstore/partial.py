@@ -19,6 +19,9 @@ State and locks. One :class:`PartialLayer` per diff_id, owned by the layerstore'
   The map needs no room later: its blocks are allocated when it is made, all zeros.
 - ``pin`` is held by every such task, for it goes on when those who waited for it are gone: the layer is not evicted, and
   its descriptor not closed below a write.
+- ``_users`` counts who else works on the files (:meth:`PartialLayer.using`). :meth:`PartialLayer.idle` waits for them and for
+  the tasks, and whoever closes the layer does so on return, without an await in between: its descriptor may be another
+  file's right after.
 """
 
 import asyncio
@@ -28,7 +31,7 @@ import logging
 import mmap
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, TypeVar
@@ -89,6 +92,8 @@ class PartialLayer:
             os.close(fd)
         self._filling: dict[int, tuple[asyncio.Task[None], Ticket]] = {}
         self._verified = bytearray(table.count)
+        self._users = 0
+        self._unused = asyncio.Event()
         self.slots = Slots()  # the layerstore puts those of the node in place
         self.read_ahead = ReadAhead(table.count)
         self.is_forged = False  # it was whole, and not what its name says
@@ -144,8 +149,10 @@ class PartialLayer:
         return layer
 
     def close(self) -> None:
-        """Close the files; the layer stays on disk."""
-        os.close(self._data)
+        """Close the files, once; the layer stays on disk."""
+        fd, self._data = self._data, -1
+        if fd >= 0:
+            os.close(fd)
         self._chunks.close()
 
     def has(self, index: int) -> bool:
@@ -246,8 +253,18 @@ class PartialLayer:
                 while data is not None and not await self._written(index, data):
                     await self.on_full(self, len(data), since)
 
+    @contextlib.contextmanager
+    def using(self) -> Iterator[None]:
+        """The layer is not closed while the block runs."""
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            self._unused.set()
+
     def put(self, index: int, data: bytes | memoryview) -> bool:
-        """Verify and write a chunk; false if the disk is full. Raises BadChunk. Blocks; the layer must not be closed."""
+        """Verify and write a chunk; false if the disk is full. Raises BadChunk. Blocks; for who is :meth:`using` the layer."""
         if not self.table.verify(index, data):
             raise BadChunk(self.diff_id, index)
         try:
@@ -285,9 +302,12 @@ class PartialLayer:
         await self.idle()
 
     async def idle(self) -> None:
-        """Wait until nothing is being fetched; before closing."""
-        while self._filling:
+        """Wait until nothing is being fetched and nobody uses the layer; before closing."""
+        while self._filling or self._users:
             await asyncio.gather(*(task for task, _ in self._filling.values()), return_exceptions=True)
+            if self._users:
+                self._unused.clear()
+                await self._unused.wait()
 
 
 async def _unbroken(work: Callable[[int, bytes | memoryview], T], index: int, data: bytes | memoryview) -> T:

@@ -22,6 +22,7 @@ _LEAST_TIMEOUT_S, _MOST_TIMEOUT_S = 2.0, 30.0
 _PART = 4  # chunks under way that make a node that has all of a layer as busy as an idle one that has a part
 _STRIKES = 2  # given up so many times in a row without an answer: it is as good as gone
 _SHUN_S, _MOST_SHUN_S = 1.0, 30.0
+_DOUBLINGS = 5  # of these times, beyond which they are the longest anyway; a node may be gone for days
 
 
 @dataclass(slots=True)
@@ -35,11 +36,12 @@ class _Seen:
 
 
 class PeerWatch:
-    """Of the node *me*. *now* is a monotonic clock."""
+    """Of the node *me*. *now* is a monotonic clock. No answer is waited for longer than *longest* seconds."""
 
-    def __init__(self, me: str, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, me: str, now: Callable[[], float] = time.monotonic, longest: float = _MOST_TIMEOUT_S) -> None:
         self._me = me
         self._now = now
+        self._longest = min(longest, _MOST_TIMEOUT_S)
         self._seen: dict[str, _Seen] = {}
 
     def _of(self, endpoint: str) -> _Seen:
@@ -79,7 +81,9 @@ class PeerWatch:
     def timeout(self, endpoint: str, round_: int) -> float:
         """Seconds to wait for an answer in the *round_*-th round of asking everybody, from 0."""
         seen = self._seen.get(endpoint, _Seen())
-        return min(max(_LEAST_TIMEOUT_S * 2.0**round_, 4 * (seen.mean + 4 * seen.deviation)), _MOST_TIMEOUT_S)
+        return min(
+            max(_LEAST_TIMEOUT_S * 2.0 ** min(round_, _DOUBLINGS), 4 * (seen.mean + 4 * seen.deviation)), self._longest
+        )
 
     @contextlib.contextmanager
     def asking(self, endpoint: str) -> Iterator[None]:
@@ -122,4 +126,6 @@ class PeerWatch:
     def _strike(self, seen: _Seen) -> None:
         seen.strikes += 1
         if seen.strikes >= _STRIKES:
-            seen.shunned_until = self._now() + min(_SHUN_S * 2 ** (seen.strikes - _STRIKES), _MOST_SHUN_S)
+            seen.shunned_until = self._now() + min(
+                _SHUN_S * 2.0 ** min(seen.strikes - _STRIKES, _DOUBLINGS), _MOST_SHUN_S
+            )

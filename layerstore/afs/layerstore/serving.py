@@ -74,9 +74,10 @@ class Serving:
     async def _read_part(self, layer: PartialLayer, index: int, *, was_bad: bool) -> bytes | None:
         if not layer.has(index):
             raise NotFound(f"chunk {index} of layer {layer.diff_id} is not on this node")
-        data = await layer.read_async(index, from_disk=was_bad)
-        if data is None:
-            log.error("layer %s: chunk %d is damaged on disk; fetching it again", layer.diff_id, index)
-            layer.unmark(index)
-            self._in_background(functools.partial(self._refill, layer, index))
+        with layer.using():
+            data = await layer.read_async(index, from_disk=was_bad)
+            if data is None:
+                log.error("layer %s: chunk %d is damaged on disk; fetching it again", layer.diff_id, index)
+                layer.unmark(index)
+                self._in_background(functools.partial(self._refill, layer, index))
         return data

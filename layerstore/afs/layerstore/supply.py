@@ -2,8 +2,12 @@
 
 State (one event loop): ``_providers``, ``_avoided`` and ``_origins`` are hints; any await may find them changed, and a wrong
 one costs one failed call. They go with the layer when it is evicted, as its statistics do. Discovery is asked again for the
-providers of a layer that is being read when the last answer is ``_REFRESH_S`` old, beside the reading (``_refreshing``), and
-when none of them gave a chunk.
+providers of a layer that is being read when the last answer is ``_REFRESH_S`` old, or ``_SLOW_REFRESH_S`` while they are slow,
+beside the reading, and when none of them gave a chunk; ``_looking`` has these questions, one at a time for a layer.
+
+A layer that nobody has is pulled again beside the looking for somebody who has it, for its source may be away while a node
+comes back. ``_placing`` is single flight by origin, and by whether the pull is passed on to the owner: one who waits for the
+owner must not hold up one whom the owner told. Such a pull outlives its readers, as any pull does.
 
 ``_origins`` has for each layer where it may be pulled from. An image can claim any diff_id, so a new one goes last, behind
 what may be better; one that proved right goes first, and one that failed last.
@@ -12,7 +16,6 @@ what may be better; one that proved right goes first, and one that failed last.
 import asyncio
 import contextlib
 import functools
-import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
@@ -28,9 +31,10 @@ from afs.core.errors import (
     Unavailable,
 )
 from afs.core.images import ImageRef, Platform
+from afs.core.singleflight import SingleFlight
 from afs.discovery.client import Announcer, Peer
 from afs.layerstore.errors import LayerUnavailable
-from afs.layerstore.fetching import Fetcher, Wanted
+from afs.layerstore.fetching import Fetcher, Known, Wanted
 from afs.layerstore.layerstats import LayerStats
 from afs.layerstore.manifests import Layer
 from afs.layerstore.partial import PartialLayer
@@ -45,6 +49,8 @@ from afs.layerstore.store import CompleteLayer, LayerStore
 
 log = logging.getLogger(__name__)
 _REFRESH_S = 5.0
+_SLOW_REFRESH_S = 1.0
+_LOOK_S = 0.5  # between two looks for somebody who has the layer, while it is pulled
 _AVOID_S = 600.0  # a node that served wrong bytes even when told so; it may have been repaired since
 _MOST_ORIGINS = 16  # of one layer: any image can claim it
 
@@ -99,9 +105,11 @@ class Supply:
         # Until when, by diff_id and id of a node that served a bad chunk.
         self._avoided: dict[str, dict[str, float]] = {}
         self._stats: dict[str, LayerStats] = {}
-        self._refreshing: dict[str, asyncio.Task[None]] = {}
-        self.watch = PeerWatch(announcer.me.node_id)
-        self._fetcher = Fetcher(peers, self.watch, self._failed_at)
+        self._looking: dict[str, asyncio.Task[Providers]] = {}
+        self._placing: SingleFlight[tuple[OriginKey, bool], CompleteLayer | Peer | None] = SingleFlight()
+        # A request that is lost without a word must leave as much time again for another one.
+        self.watch = PeerWatch(announcer.me.node_id, longest=read_deadline / 2)
+        self._fetcher = Fetcher(peers, self.watch, self._failed_at, self._known_now)
         self.repairs = Repairs(store, room, announcer, self._chunk_from_peers, self._copy_of)
 
     def know(self, origin: Origin) -> None:
@@ -236,30 +244,30 @@ class Supply:
         self, partial: PartialLayer, index: int, ticket: Ticket, cause: list[str]
     ) -> bytes | memoryview | None:
         """Without the deadline; *cause* becomes why it takes so long."""
-        diff_id, pause = partial.diff_id, 0.05
-        for round_ in itertools.count():
+        diff_id, pause, round_ = partial.diff_id, 0.05, 0
+        while True:
             if (complete := self._store.complete(diff_id)) is not None:  # it was pulled meanwhile
-                data = await asyncio.to_thread(complete.read_chunk, index)
-                if data is not None and complete.table == partial.table:
-                    return data
-                if data is not None:
+                if complete.table != partial.table:  # which may even have more chunks
                     raise DataLoss(f"layer {diff_id}: a peer described it with an index that is not its own")
+                data = await asyncio.to_thread(complete.read_chunk, index)
+                if data is not None:
+                    return data
                 cause[0] = f"chunk {index} is damaged on disk"
                 self.repairs.suspect(complete)
                 if await self.repairs.check(complete):
                     continue
-            if providers := self._providers.get(diff_id):
-                self._refresh(diff_id, providers)
+            if (providers := self._providers.get(diff_id)) and providers.peers:
+                self._refresh(diff_id, providers, _REFRESH_S)
                 try:
                     wanted = Wanted(partial, index, ticket, self.stats(diff_id), round_)
                     return await self._fetcher.fetch(wanted, providers.peers, providers.complete)
                 except LayerUnavailable as error:
                     cause[0] = error.cause
+                    round_ += 1
             if await self._find_providers(diff_id) and not self.repairs.is_damaged(diff_id):
                 continue
             await asyncio.sleep(pause)
             pause = min(pause * 2, 1.0)
-        raise AssertionError  # the count has no end
 
     def _failed_at(self, diff_id: str, peer: Peer, bad: bool) -> None:
         """*peer* did not give a chunk of the layer: it goes last, or for a while not at all if its bytes were *bad*."""
@@ -273,45 +281,75 @@ class Supply:
     def _is_avoided(self, diff_id: str, node_id: str) -> bool:
         return self._avoided.get(diff_id, {}).get(node_id, 0.0) > time.monotonic()
 
-    def _refresh(self, diff_id: str, providers: "Providers") -> None:
-        """Ask discovery again, beside what goes on, if its answer is old."""
-        if time.monotonic() < providers.located + _REFRESH_S or diff_id in self._refreshing:
-            return
-        task = asyncio.create_task(self._look_again(diff_id), name=f"providers of {diff_id[:19]}")
-        self._refreshing[diff_id] = task
-        task.add_done_callback(lambda _: self._refreshing.pop(diff_id))
+    def _refresh(self, diff_id: str, providers: Providers, age: float) -> None:
+        """Ask discovery again, beside what goes on, if its answer is *age* seconds old."""
+        if time.monotonic() >= providers.located + age:
+            self._look_again(diff_id)
 
-    async def _look_again(self, diff_id: str) -> None:
+    def _known_now(self, diff_id: str) -> Known:
+        """See :class:`Fetcher`."""
+        providers = self._providers.get(diff_id)
+        if providers is None:
+            return [], frozenset()
+        self._refresh(diff_id, providers, _SLOW_REFRESH_S)
+        return providers.peers, providers.complete
+
+    def _look_again(self, diff_id: str) -> asyncio.Task[Providers]:
+        """Who has the layer, of discovery; also what reads of it use from now on, if there is anybody."""
+        task = self._looking.get(diff_id)
+        if task is None:
+            task = self._looking[diff_id] = asyncio.create_task(
+                self._look(diff_id), name=f"providers of {diff_id[:19]}"
+            )
+            task.add_done_callback(lambda _: self._looking.pop(diff_id))
+        return task
+
+    async def _look(self, diff_id: str) -> Providers:
         found = await self.holders(diff_id)
         known = self._providers.get(diff_id)
-        if known is None:
-            return  # evicted meanwhile
-        known.located = time.monotonic()
-        if found.peers:  # discovery may have started anew and know nothing yet
-            self._providers[diff_id] = found
+        if known is not None:  # else it was evicted meanwhile
+            known.located = time.monotonic()
+            if found.peers:  # discovery may have started anew and know nothing yet
+                self._providers[diff_id] = found
+        return found
 
     async def close(self) -> None:
         """End what is under way."""
-        for task in self._refreshing.values():
+        for task in self._looking.values():
             task.cancel()
-        await asyncio.gather(*self._refreshing.values(), return_exceptions=True)
+        await asyncio.gather(*self._looking.values(), return_exceptions=True)
+        await self._placing.close(cancel=True)
         await self.repairs.close()
 
     async def _find_providers(self, diff_id: str) -> bool:
-        """Refresh the providers; if nobody is left, have the layer pulled again. True if that was here."""
-        holders = await self.holders(diff_id)
+        """Refresh the providers; if nobody is left, have the layer pulled again. Whether that took time or gave the layer.
+
+        Waits for ``_LOOK_S`` at most; the pull goes on.
+        """
+        self._providers[diff_id] = await asyncio.shield(self._look_again(diff_id))
         origin = self.origin(diff_id)
-        if not holders.peers and origin is not None:
-            try:
-                # A node that was itself told to have the layer does not pass that on: two nodes that see different
-                # peers for a moment would wait for each other.
-                placed = await self.place(origin, local=origin.ref.is_local or self._told(diff_id))
-            except AfsError as error:
-                log.warning("layer %s cannot be pulled again: %s", diff_id, error.line)
-                self._failed(origin)
-                return False
-            if isinstance(placed, CompleteLayer):
-                return True
-            holders = Providers([placed], frozenset({placed.node_id}))
-        self._providers[diff_id] = holders
-        return False
+        if self._providers[diff_id].peers or origin is None:
+            return False
+        # A node that was itself told to have the layer does not pass that on: two nodes that see different
+        # peers for a moment would wait for each other.
+        local = origin.ref.is_local or self._told(diff_id)
+        limit = asyncio.timeout(_LOOK_S)
+        try:
+            async with limit:
+                placed = await self._placing.run((origin.key, local), lambda: self._place_again(origin, local=local))
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            return True
+        if isinstance(placed, Peer):
+            self._providers[diff_id] = Providers([placed], frozenset({placed.node_id}))
+        return isinstance(placed, CompleteLayer)
+
+    async def _place_again(self, origin: Origin, *, local: bool) -> CompleteLayer | Peer | None:
+        """The holder of a layer that was lost; None if it cannot be pulled from there."""
+        try:
+            return await self.place(origin, local=local)
+        except AfsError as error:
+            log.warning("layer %s cannot be pulled again: %s", origin.layer.diff_id, error.line)
+            self._failed(origin)
+            return None

@@ -5,7 +5,8 @@ A layer is a file and, while it is partial, a map of its chunks in shared memory
 
 State, on one event loop: files are open while somebody holds them (:meth:`ServedLayer.held`) or ``_index`` is set, which
 reads the metadata through a mapping; ``_opening`` guards opening them. They may be replaced by others of the same layer
-whenever this module awaits. A disk that fails to read a mapped page ends the process (SIGBUS): what it served is lost then,
+whenever this module awaits. ``_failures`` has the chunks that could not be filled lately, until when they are not asked for
+again; it is written by reads that failed, and stale entries of it mean nothing. A disk that fails to read a mapped page ends the process (SIGBUS): what it served is lost then,
 as with any other crash of a worker, while a failing pread is an error to one reader.
 """
 
@@ -29,6 +30,7 @@ from afs.snapshotter.fusedwire import ReadStats
 
 log = logging.getLogger(__name__)
 _REOPENS = 3
+_REMEMBER_S = 2.0
 
 
 class ServedLayer:
@@ -54,6 +56,7 @@ class ServedLayer:
         self._index: IndexReader | None = None
         self._metadata: mmap.mmap | None = None
         self._metadata_chunks = (0, 0)  # first and behind the last
+        self._failures: dict[int, tuple[float, FillError]] = {}
 
     # Its files
 
@@ -138,13 +141,39 @@ class ServedLayer:
         """Exactly *count* bytes at *offset* of the file, which is held and was opened. Raises FillError, OSError."""
         end = offset + count
         if self._chunks is not None and self._missing(offset, end) is not None:
-            await self._fill(offset, end)
+            await self._fill_or_fail(offset, end)
         data = os.pread(self._data, count, offset)
         if len(data) != count:  # the kernel would take it for the end of the file and show zeros
             raise CorruptLayer(f"{len(data)} bytes at {offset}, {count} wanted", layer=self.diff_id)
         self.stats.reads += 1
         self.stats.bytes += count
         return data
+
+    async def _fill_or_fail(self, start: int, end: int) -> None:
+        """As :meth:`_fill`, but what failed just now fails at once.
+
+        One read(2) of a program is up to four reads here: EROFS reads ahead, and when that fails tries the page alone, and
+        FUSE below it does the same. Each would wait for the whole deadline. A failure is remembered for as long as it
+        took, and not for long: the kernel asks again at once, and who comes later may find that all is well.
+        """
+        began = time.monotonic()
+        for chunk in self._missing_chunks(start, end):
+            until, error = self._failures.get(chunk, (0.0, None))
+            if error is not None and began < until:
+                raise FillError(str(error), error.errno)
+        try:
+            await self._fill(start, end)
+        except FillError as error:
+            now = time.monotonic()
+            self._failures = {chunk: failure for chunk, failure in self._failures.items() if now < failure[0]}
+            until = now + min(now - began, _REMEMBER_S)
+            self._failures.update(dict.fromkeys(self._missing_chunks(start, end), (until, error)))
+            raise
+
+    def _missing_chunks(self, start: int, end: int) -> list[int]:
+        if self._chunks is None or (missing := self._missing(start, end)) is None:
+            return []
+        return [chunk for chunk in range(missing[0], sum(missing)) if not self._chunks[chunk]]
 
     async def _fill(self, start: int, end: int) -> None:
         """Have the chunks of [start, end) in the open file; what is not there must never be read.
