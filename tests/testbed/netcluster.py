@@ -25,6 +25,7 @@ from afs.core.mounts import list_mounts
 from afs.core.rpc import calling, channel
 from afs.core.run import stop
 from afs.discovery.client import Peer
+from afs.layerstore.afslyr.layout import CHUNK_SIZE
 from afs.layerstore.fillwire import FillClient
 from afs.layerstore.manifests import image_key
 from afs.layerstore.placement import ranked
@@ -50,7 +51,7 @@ CAPACITY = 4 << 30
 """Of each node's cache, in bytes: their weight in placement."""
 _DISCOVERY, _REGISTRY = 254, 250
 _RATE = "40mbit"
-"""12 MiB take two and a half seconds, so that there is something left when something happens; a chunk a fifth of one."""
+"""12 MiB take two and a half seconds, so that there is something left when something happens; a chunk a twentieth of one."""
 _PROXIES = [f"{name}_proxy" for name in ("http", "https", "grpc", "all")]
 
 
@@ -390,7 +391,7 @@ async def until(condition: Callable[[], bool], what: str) -> None:
 def flip(path: Path) -> None:
     """Flip the bits of a byte in every chunk of a layer's file but the first, which has the header."""
     with path.open("r+b") as file:
-        for offset in range(MIB + 5000, path.stat().st_size, MIB):
+        for offset in range(CHUNK_SIZE + 5000, path.stat().st_size, CHUNK_SIZE):
             (byte,) = os.pread(file.fileno(), 1, offset)
             os.pwrite(file.fileno(), bytes([255 - byte]), offset)
 

@@ -16,7 +16,7 @@ import pytest
 from afs.core.digests import hex_of
 from afs.core.errors import NotFound
 from afs.core.rpc import channel
-from afs.layerstore import describing, peerwatch, supply
+from afs.layerstore import describing, peerwatch, readahead, supply
 from afs.layerstore.afslyr.convert import convert
 from afs.layerstore.afslyr.layout import CHUNK_SIZE
 from afs.layerstore.chunkserver import serving_chunks
@@ -112,6 +112,41 @@ async def test_what_a_peer_claims_makes_no_room_before_it_came(world: World, mon
     assert two.layers.find(other.diff_id) is other
 
 
+async def test_a_node_that_says_nothing_gets_another_one_beside_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(describing, "_BESIDE_S", 0.01)
+    one, two = await holder(world, "n1"), await holder(world, "n2")
+    three = await world.node("n3")
+    three.layers._supply.watch._of(two.address).running = 1  # so the other one is asked first
+    one.service.silent_after = 0
+    partial = await open_partial(world, three)
+    assert partial.is_mountable()
+    assert two.service.chunks == partial.metadata_chunks()
+    assert three.layers._supply.watch._of(one.address).strikes == 1
+    assert list(three.layers.stats(world.diff_id).from_peers) == [two.address]
+
+
+async def test_a_node_that_falls_silent_is_left(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It describes the layer; chunks it gives when it is asked for them."""
+    monkeypatch.setattr(describing, "_SILENT_S", 0.01)
+    one, two = await holder(world), await world.node("n2")
+    one.service.silent_after = 1
+    partial = await open_partial(world, two)
+    assert partial.is_mountable()
+    assert two.layers.stats(world.diff_id).demanded == 0
+
+
+async def test_a_layer_that_nobody_describes_is_pulled(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(describing, "_BESIDE_S", 0.01)
+    monkeypatch.setattr(describing, "_FIRST_S", 0.05)
+    nodes = [await holder(world, name) for name in ("n1", "n2")]
+    three = await world.node("n3", capacity=1 << 60)
+    for node in nodes:
+        node.service.silent_after = 0
+    assert await three.layers.open(world.origin, local=False) is complete_of(three, world)
+
+
 async def test_a_layer_that_is_completed_while_it_is_described_is_not_closed_below_that(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,7 +186,8 @@ async def test_a_slow_node_is_overtaken_by_another_one(world: World) -> None:
     one, two = await holder(world, "n1"), await holder(world, "n2")
     three = await world.node("n3")
     partial = await open_partial(world, three)
-    three.layers._supply._fetcher._watch._now = world.clock  # it stands still
+    three.layers._supply.watch._now = world.clock  # it stands still
+    three.layers._supply.watch._of(two.address).running = 1  # so the other one is asked first
     one.service.gate = asyncio.Event()
     one.service.chunks.clear()
     two.service.chunks.clear()
@@ -162,6 +198,27 @@ async def test_a_slow_node_is_overtaken_by_another_one(world: World) -> None:
     assert stats.hedges == len(one.service.chunks) == 2, "it is left alone after that"
     assert two.service.chunks == [1, 2, 3, 4]
     assert stats.failovers == 0
+
+
+async def test_what_nobody_waits_for_is_not_asked_for_twice(world: World) -> None:
+    one, two = await holder(world, "n1"), await holder(world, "n2")
+    three = await world.node("n3")
+    await open_partial(world, three)
+    watch = three.layers._supply.watch
+    watch._of(two.address).running = 1  # so the other one is asked first
+    one.service.gate = asyncio.Event()
+    one.service.chunks.clear()
+    two.service.chunks.clear()
+    watch.hedge_delay = lambda endpoint: 0.001  # type: ignore[method-assign]
+    prefetching = asyncio.create_task(three.layers.prefetch(world.diff_id, [1]))
+    await eventually(lambda: one.service.chunks == [1])
+    for _ in range(20):  # delays
+        await asyncio.sleep(0.001)
+    assert two.service.chunks == []
+    await three.layers.fill(world.diff_id, 1, 1)  # now a reader waits
+    assert two.service.chunks == [1]
+    assert three.layers.stats(world.diff_id).hedges == 1
+    await prefetching
 
 
 async def test_the_next_node_is_asked_after_an_error(world: World) -> None:
@@ -194,7 +251,7 @@ async def test_a_node_that_comes_while_the_only_one_is_silent_is_asked(
     monkeypatch.setattr(peerwatch, "_LEAST_TIMEOUT_S", 60.0)  # it is not given up before
     one, three = await holder(world), await world.node("n3", deadline=60.0)
     partial = await open_partial(world, three)
-    three.layers._supply._fetcher._watch._now = world.clock  # it stands still
+    three.layers._supply.watch._now = world.clock  # it stands still
     one.service.gate = asyncio.Event()
     one.service.chunks.clear()
     filling = asyncio.create_task(three.layers.fill(world.diff_id, 1, 1))
@@ -396,7 +453,8 @@ async def test_a_prefetch_that_is_given_up_leaves_nothing_in_the_queue(world: Wo
     assert not any(slots._waiting)
 
 
-async def test_whoever_reads_on_and_on_finds_it_there(world: World) -> None:
+async def test_whoever_reads_on_and_on_finds_it_there(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readahead, "RUN", 3)  # of the four chunks that are only data
     _, two = await holder(world), await world.node("n2")
     await open_partial(world, two)
     for index in (1, 2, 3):

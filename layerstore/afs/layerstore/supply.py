@@ -108,8 +108,8 @@ class Supply:
         self._looking: dict[str, asyncio.Task[Providers]] = {}
         self._placing: SingleFlight[tuple[OriginKey, bool], CompleteLayer | Peer | None] = SingleFlight()
         # A request that is lost without a word must leave as much time again for another one.
-        watch = PeerWatch(longest=read_deadline / 2)
-        self._fetcher = Fetcher(peers, watch, self._failed_at, self._known_now)
+        self.watch = PeerWatch(announcer.me.node_id, longest=read_deadline / 2)
+        self._fetcher = Fetcher(peers, self.watch, self._failed_at, self._known_now)
         self.repairs = Repairs(store, room, announcer, self._chunk_from_peers, self._copy_of)
 
     def know(self, origin: Origin) -> None:
@@ -258,7 +258,7 @@ class Supply:
                     continue
             if (providers := self._providers.get(diff_id)) and providers.peers:
                 self._refresh(diff_id, providers, _REFRESH_S)
-                first = self._fetcher.first(providers.peers, providers.complete).endpoint
+                first = self._fetcher.first(index, providers.peers, providers.complete).endpoint
                 if not round_:
                     cause[0] = "other chunks come first"
                 try:
