@@ -18,6 +18,7 @@ from afs.core.errors import Internal
 from afs.core.mounts import list_mounts, unmount_below
 from afs.core.rpc import serving
 from afs.layerstore.afslyr.convert import convert
+from afs.layerstore.afslyr.layout import CHUNK_SIZE
 from afs.layerstore.fillwire import decode, encode
 from afs.proto.v1 import layerstore_pb2 as pb
 from afs.proto.v1 import layerstore_pb2_grpc as pb_grpc
@@ -237,7 +238,9 @@ async def test_a_partial_layer_that_the_disk_cannot_read_is_an_error_to_the_read
         writers.append(writer)
         while line := await reader.readline():
             number = decode(line)["id"]
-            writer.write(encode({"id": number, "size": 1, "chunk_size": 1 << 20, "data": str(tmp_path), "chunks": ""}))
+            writer.write(
+                encode({"id": number, "size": 1, "chunk_size": CHUNK_SIZE, "data": str(tmp_path), "chunks": ""})
+            )
 
     server = await asyncio.start_unix_server(answer, tmp_path / "fill.sock")
     fused = FusedWorkers(tmp_path / "f", tmp_path / faults, tmp_path / "fill.sock", 1.0)

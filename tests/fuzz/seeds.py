@@ -6,8 +6,10 @@ from tempfile import TemporaryDirectory
 
 import zstandard
 
+from afs.core.errors import NotFound, Unavailable
 from afs.layerstore.afslyr import layout as lay
 from afs.layerstore.afslyr.convert import convert
+from afs.layerstore.chunkwire import ANSWER_SIZE, Question, pack_chunk, pack_error, pack_question
 from afs.layerstore.traces import Chunk, Trace
 from tests.fuzz.targets import TRACED_IMAGE, TRACED_LAYERS
 from tests.testbed import tars
@@ -87,6 +89,14 @@ def _traces() -> list[bytes]:
     return [Trace(TRACED_IMAGE, tuple(Chunk(*chunk) for chunk in order)).encode() for order in orders]
 
 
+def _chunks() -> list[bytes]:
+    questions = [
+        pack_question(Question(TRACED_LAYERS[1], index, was_bad)) for index, was_bad in ((0, False), (7, True))
+    ]
+    errors = [pack_error(error) for error in (NotFound("no chunk"), Unavailable("go away"), ValueError("x" * 5000))]
+    return [*questions, pack_chunk(900) + b"data", *errors, *(error[ANSWER_SIZE:] for error in errors)]
+
+
 def seeds(target: str) -> list[bytes]:
     """Inputs for *target* of tests.fuzz.targets."""
     found = small_tars()
@@ -110,4 +120,6 @@ def seeds(target: str) -> list[bytes]:
             return [*headers, *(data.rstrip(b"\0") for data in headers), *blocks, *text]
         case "trace":
             return _traces()
+        case "chunk":
+            return _chunks()
     raise ValueError(f"no target {target}")

@@ -12,7 +12,8 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 
-from afs.layerstore import traces
+from afs.core.errors import DataLoss, InvalidArgument
+from afs.layerstore import chunkwire, traces
 from afs.layerstore.afslyr import layout as lay
 from afs.layerstore.afslyr import pax, reader, sparse, tarheader, xattrs
 from afs.layerstore.afslyr.check import check_layer
@@ -287,6 +288,27 @@ def _named(data: bytes) -> bytes:
     return body + zlib.crc32(body).to_bytes(4, "little")
 
 
+def chunk(data: bytes) -> None:
+    """Questions for chunks and answers to them, as they are and with a head that fits."""
+    for content in (data, b"AFSK\1\0" + data[6:]):
+        with suppress(InvalidArgument):
+            question = chunkwire.parse_question(
+                content[: chunkwire.QUESTION_SIZE].ljust(chunkwire.QUESTION_SIZE, b"\0")
+            )
+            assert chunkwire.parse_question(chunkwire.pack_question(question)) == question
+    with suppress(DataLoss):
+        length, is_error = chunkwire.parse_answer(
+            data[: chunkwire.ANSWER_SIZE].ljust(chunkwire.ANSWER_SIZE, b"\0"), 1000
+        )
+        assert 0 <= length <= (4096 if is_error else 1000)
+    error = chunkwire.parse_error(data)
+    told = chunkwire.pack_error(error)
+    length, is_error = chunkwire.parse_answer(told[: chunkwire.ANSWER_SIZE], 0)
+    assert is_error
+    assert len(told) == chunkwire.ANSWER_SIZE + length
+    assert type(chunkwire.parse_error(told[chunkwire.ANSWER_SIZE :])) is type(error)
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "tar": tar,
     "inflate": inflated,
@@ -296,4 +318,5 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "records": records,
     "maps": maps,
     "trace": trace,
+    "chunk": chunk,
 }

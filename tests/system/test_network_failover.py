@@ -93,7 +93,7 @@ async def test_another_holder_takes_over_from_a_slow_one(net: NetworkCluster, rn
     first, second, _ = net.nodes
     image = await net.image(rng, first)
     async with net.rooted(image):  # with the metadata here, and the first holder known
-        first.host.slow("1mbit")  # eight seconds a chunk
+        first.host.slow("1mbit")  # two seconds a chunk
         await net.hold(image, second)
         net.registry_host.cut()
         async with net.reading(image, rng, faultless=True) as readers:

@@ -100,7 +100,7 @@ def test_a_node_has_what_another_one_s_start_read(
             answer = await LayerstorePeerStub(peer).ReadTrace(pb.ReadTraceRequest(manifest_digest=digest))
         trace = parse_trace(answer.trace, digest, diff_ids)
         chunks = {chunk.number for chunk in trace.chunks if chunk.diff_id == layer.diff_id}
-        assert len(READ) <= len(chunks) < len(present(two, layer)) < 30 * MIB // CHUNK_SIZE
+        assert len(READ) * MIB <= len(chunks) * CHUNK_SIZE < len(present(two, layer)) * CHUNK_SIZE < 30 * MIB
         await until(three, lambda traces: traces.prefetched_chunks >= len(chunks))
         found = await until(three, lambda _: True)
         assert (found.used, found.from_peers, found.refused) == (1, 1, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from dataclasses import dataclass
@@ -40,7 +41,6 @@ from tests.testbed import oci, tars
 from tests.testbed.faults import FaultServer
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
@@ -64,6 +64,8 @@ class Service(PeerService):
     spoil = False
     gate: asyncio.Event | None = None
     """What reads of chunks wait for."""
+    silent_after: int | None = None
+    """Messages of a description behind which nothing comes."""
 
     def __init__(self, images: Images, layers: Layers, tracing: Tracing) -> None:
         super().__init__(images, layers, tracing)
@@ -81,7 +83,11 @@ class Service(PeerService):
     async def DescribeLayer(
         self, request: pb.DescribeLayerRequest, context: Any
     ) -> AsyncIterator[pb.DescribeLayerResponse]:
+        said = 0
         async for message in super().DescribeLayer(request, context):
+            if said == self.silent_after:
+                await asyncio.Event().wait()
+            said += 1
             if message.data:
                 self.chunks.append(message.index)
             if message.data and self.spoil:

@@ -51,7 +51,7 @@ CAPACITY = 4 << 30
 """Of each node's cache, in bytes: their weight in placement."""
 _DISCOVERY, _REGISTRY = 254, 250
 _RATE = "40mbit"
-"""12 MiB take two and a half seconds, so that there is something left when something happens; a chunk a fifth of one."""
+"""12 MiB take two and a half seconds, so that there is something left when something happens; a chunk a twentieth of one."""
 _PROXIES = [f"{name}_proxy" for name in ("http", "https", "grpc", "all")]
 
 

@@ -26,7 +26,7 @@ def test_regions_are_aligned_and_ordered() -> None:
     assert GOOD.extras_offset == 16384
     assert GOOD.meta_offset == 20480
     assert GOOD.erofs_end == 20480 + lay.align_up(3_000_000)
-    assert GOOD.file_size == GOOD.erofs_end + 3 * 32 + 64
+    assert GOOD.file_size == GOOD.erofs_end + 12 * 32 + 64
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_hostile_fields_are_refused(field: str, value: int) -> None:
         lay.parse_header(lay.pack_header(bad), GOOD.file_size)
 
 
-@pytest.mark.parametrize(("at", "value"), [(0, 0x58), (7, 2), (8, 2), (200, 1), (1023, 1)])
+@pytest.mark.parametrize(("at", "value"), [(0, 0x58), (7, 2), (8, 1), (8, 3), (200, 1), (1023, 1)])
 def test_bad_magic_version_and_reserved_bytes_are_refused(at: int, value: int) -> None:
     header = bytearray(lay.pack_header(GOOD))
     header[at] = value
@@ -80,7 +80,9 @@ def test_the_footer_must_agree_with_the_header() -> None:
     footer = lay.pack_footer(GOOD, b"r" * 32)
     assert lay.parse_footer(footer, GOOD) == b"r" * 32
     wrong = [footer[:-1], b"x" + footer[1:], footer[:-1] + b"\1"]
-    wrong += [struct.pack("<8sQQ32s8x", lay.FOOTER_MAGIC, *pair, b"r" * 32) for pair in ((0, 96), (GOOD.erofs_end, 64))]
+    wrong += [
+        struct.pack("<8sQQ32s8x", lay.FOOTER_MAGIC, *pair, b"r" * 32) for pair in ((0, 12 * 32), (GOOD.erofs_end, 64))
+    ]
     for bad in wrong:
         with pytest.raises(CorruptLayer):
             lay.parse_footer(bad, GOOD)
@@ -125,7 +127,7 @@ def test_a_bad_chunk_is_named(tmp_path: Path) -> None:
     out = converted(tmp_path)
     fd = os.open(out, os.O_RDWR)
     try:
-        os.pwrite(fd, b"\0\0\0\0", (1 << 20) + 5)
+        os.pwrite(fd, b"\0\0\0\0", lay.CHUNK_SIZE + 5)
         with pytest.raises(CorruptLayer, match="chunk 1") as caught:
             reader.verify_layer(fd)
         assert caught.value.chunk == 1

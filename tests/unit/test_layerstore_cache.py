@@ -15,7 +15,6 @@ from afs.core.rpc import calling, channel
 from afs.layerstore import pull as pulling
 from afs.layerstore import scrub
 from afs.layerstore import store as storing
-from afs.layerstore.afslyr.check import check_and_sync
 from afs.layerstore.afslyr.layout import CHUNK_SIZE, pack_header
 from afs.layerstore.errors import CacheFull, DamagedLayer, DiskFull, LayerUnavailable
 from afs.layerstore.leases import LEASE_S
@@ -43,8 +42,6 @@ from tests.testbed.layernodes import (
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-
-    from afs.discovery.client import Peer
 
 
 @pytest.fixture
@@ -89,7 +86,7 @@ async def test_a_full_cache_is_that_pull_s_error_only(world: World) -> None:
     for number in (0, 1):
         node.layers.use(world.origins[number].layer.diff_id)
     diff_id = world.origins[2].layer.diff_id
-    with pytest.raises(ResourceExhausted, match=f"^cache of node n1 is full: layer {diff_id} needs 5.2 MiB, "):
+    with pytest.raises(ResourceExhausted, match=f"^cache of node n1 is full: layer {diff_id} needs 1.3 MiB, "):
         await node.layers.open(world.origins[2], local=True)
     with pytest.raises(CacheFull):
         await node.layers.ensure(world.origins[2])
@@ -157,10 +154,10 @@ async def test_a_fill_that_nobody_waits_for_any_more_still_holds_the_layer(
     reading, gate = asyncio.Event(), asyncio.Event()
     real = Peers.read_chunk
 
-    async def read_chunk(self: Peers, peer: Peer, diff_id: str, index: int, **options: Any) -> bytes:
+    async def read_chunk(self: Peers, *arguments: Any, **options: Any) -> Any:
         reading.set()
         await gate.wait()
-        return await real(self, peer, diff_id, index, **options)
+        return await real(self, *arguments, **options)
 
     monkeypatch.setattr(Peers, "read_chunk", read_chunk)
     filling = asyncio.create_task(two.layers.fill(world.diff_id, 1, 1))
@@ -204,16 +201,18 @@ async def test_completing_from_peers_needs_room(world: World) -> None:
 
 
 async def test_a_reader_outlives_the_eviction_of_the_only_complete_copy(world: World) -> None:
-    one, two = await world.node("n1", quota=LAYER_SIZE + CHUNK_SIZE), await world.node("n2")
+    one = await world.node("n1", capacity=1 << 60, quota=LAYER_SIZE + CHUNK_SIZE)  # who pulls it again
+    two = await world.node("n2")
     await pull(world, one, 0)
     partial = await open_partial(world, two)
     world.clock.now += LEASE_S
     await pull(world, one, 1)
     assert here(one, world) == [1]
-    for index in range(partial.table.count):
-        await two.layers.fill(world.diff_id, index, 1)
-    assert partial.missing() == []
-    check_and_sync(partial.data_path)
+    with partial.data_path.open("rb") as mounted:
+        for index in range(partial.table.count):
+            await two.layers.fill(world.diff_id, index, 1)
+        assert mounted.read() == complete_of(one, world).path.read_bytes()
+    assert here(one, world) == [0]
     assert world.reads == 2
 
 
@@ -689,13 +688,46 @@ async def test_a_reader_on_a_full_disk_pushes_idle_layers_out(world: World, monk
     assert here(two, world) == [0]
 
 
+async def test_a_description_on_a_full_disk_pushes_idle_layers_out(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = await world.node("n1"), await world.node("n2")
+    await pull(world, one, 0)
+    await pull(world, two, 1)
+    real = PartialLayer.create
+
+    def create(diff_id: str, directory: Path, said: Description) -> PartialLayer:
+        if here(two, world) == [1]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(diff_id, directory, said)
+
+    monkeypatch.setattr(PartialLayer, "create", create)
+    two.layers.use(world.origins[1].layer.diff_id)
+    with pytest.raises(DiskFull, match=f"^layer {world.diff_id}: no space left in {two.store.root}$"):
+        await open_partial(world, two)
+    world.clock.now += LEASE_S
+    await open_partial(world, two)
+    assert here(two, world) == [0]
+
+
+async def test_one_eviction_is_enough_for_all_who_wait_for_room(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = await world.node("n1")
+    for number in range(3):
+        await pull(world, node, number)
+    assert await asyncio.gather(*(node.room.on_full_disk(CHUNK_SIZE) for _ in range(5))) == [True] * 5
+    assert here(node, world) == [1, 2]
+    monkeypatch.setattr(node.store, "free", lambda: 0)
+    assert await asyncio.gather(*(node.room.on_full_disk(CHUNK_SIZE) for _ in range(2))) == [True] * 2
+    assert here(node, world) == [], "it was not enough"
+
+
 @pytest.mark.root
 async def test_a_pull_into_a_full_file_system(tmp_path: Path) -> None:
     """The blob's size promised that it fits; its content does not."""
     async with running_world(tmp_path, "gzip") as world:
         root = tmp_path / "n1"
         root.mkdir()
-        mounts.mount("tmpfs", root, "tmpfs", "size=8m")
+        mounts.mount("tmpfs", root, "tmpfs", "size=2m")
         try:
             node = await world.node("n1")
             first = await pull(world, node, 0)

@@ -16,10 +16,12 @@ import pytest
 from afs.core.digests import hex_of
 from afs.core.errors import DataLoss, NotFound, ResourceExhausted, Unavailable
 from afs.layerstore.afslyr.convert import convert
+from afs.layerstore.afslyr.layout import ChunkTable
 from afs.layerstore.errors import LayerUnavailable
 from afs.layerstore.fillserver import serving_fills
 from afs.layerstore.fillwire import FillClient, FillError, decode, encode
 from afs.layerstore.partial import PartialLayer
+from afs.layerstore.scheduling import Priority, Ticket
 from afs.layerstore.scrub import Scrubber
 from afs.layerstore.store import CompleteLayer, LayerStore
 from afs.layerstore.supply import Origin
@@ -78,11 +80,11 @@ async def test_a_failed_pull_leaves_nothing(world: World, fault: Fault, error: t
 async def test_a_disk_that_is_too_small_is_not_even_tried(world: World) -> None:
     root = world.tmp_path / "n1"
     root.mkdir()
-    mounts.mount("tmpfs", root, "tmpfs", "size=2m")
+    mounts.mount("tmpfs", root, "tmpfs", "size=1m")
     try:
         node = await world.node("n1")
         with pytest.raises(
-            ResourceExhausted, match=f"^cache of node n1 is full: layer {world.diff_id} needs 5.2 MiB, "
+            ResourceExhausted, match=f"^cache of node n1 is full: layer {world.diff_id} needs 1.3 MiB, "
         ):
             await node.puller.pull(world.origin.ref, world.origin.layer)
         assert list((root / "tmp").iterdir()) == []
@@ -136,6 +138,7 @@ async def test_a_bad_chunk_is_taken_from_another_peer(world: World, caplog: pyte
         await node.layers.open(world.origin, local=True)
     three = await world.node("n3")
     partial = await open_partial(world, three)
+    three.layers._supply.watch._of(two.address).running = 1  # so the other one is asked first
     one.service.spoil = True
     one.service.chunks.clear()
     await three.layers.fill(world.diff_id, 1, 3)
@@ -149,13 +152,13 @@ async def test_a_bad_chunk_is_taken_from_another_peer(world: World, caplog: pyte
 async def test_readers_get_an_error_when_everybody_is_gone(world: World) -> None:
     one = await world.node("n1")
     await one.layers.open(world.origin, local=True)
-    two = await world.node("n2", deadline=0.1)
+    two = await world.node("n2", deadline=1.0)  # time to be refused at least once
     partial = await open_partial(world, two)
     await one.stop_serving()
     world.server.add(Fault("", status=404))
     with pytest.raises(LayerUnavailable, match=f"^layer {world.diff_id} cannot be read: ") as caught:
         await two.layers.fill(world.diff_id, 1, 1)
-    assert one.announcer.me.endpoint in caught.value.line
+    assert f"layerstore 127.0.0.1:{one.announcer.me.chunk_port} does not answer" in caught.value.line
     assert not partial.has(1)
 
 
@@ -429,6 +432,59 @@ async def test_fills_over_the_socket(world: World) -> None:
         answer = await client.ask(op="open", diff_id=world.diff_id)
         assert (answer["data"], answer["chunks"]) == (str(complete.path), "")
     await client.close()
+
+
+async def test_a_mistake_of_ours_fails_one_question_and_no_other(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    await (await world.node("n1")).layers.open(world.origin, local=True)
+    two = await world.node("n2")
+    await open_partial(world, two)
+    gate, real = asyncio.Event(), two.layers.fill
+
+    async def fill(diff_id: str, first: int, count: int) -> None:
+        if first == 1:
+            raise OverflowError("too large")
+        await gate.wait()
+        await real(diff_id, first, count)
+
+    monkeypatch.setattr(two.layers, "fill", fill)
+    path = world.tmp_path / "fill.sock"
+    client = FillClient(str(path), 60.0)
+    async with serving_fills(path, two.layers):
+        slow = asyncio.create_task(client.ask(op="fill", diff_id=world.diff_id, first=2, count=1))
+        with pytest.raises(FillError, match="OverflowError: too large") as caught:
+            await client.ask(op="fill", diff_id=world.diff_id, first=1, count=1)
+        assert caught.value.errno == errno.EIO
+        assert "Traceback" in caplog.text
+        gate.set()
+        await slow
+        await client.close()
+
+
+async def test_a_mistake_of_ours_does_not_end_what_goes_on_in_the_background(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    node = await world.node("n1")
+
+    async def fail() -> None:
+        raise KeyError("no such thing")
+
+    node.layers._in_background(fail)
+    (task,) = node.layers._background
+    await task
+    assert "KeyError: 'no such thing'" in caplog.text
+
+
+async def test_an_index_with_too_many_chunks_is_no_mistake_of_ours(world: World) -> None:
+    one, two = await world.node("n1"), await world.node("n2")
+    await one.layers.open(world.origin, local=True)
+    partial = await open_partial(world, two)
+    count = partial.table.count
+    partial.table = ChunkTable(partial.table.digests + bytes(32))
+    await two.layers._supply.pull(world.origin)
+    with pytest.raises(DataLoss, match="an index that is not its own"):
+        await two.layers._supply.fetch(partial, count, Ticket(Priority.DEMAND))
 
 
 async def test_questions_wait_while_the_server_is_away(world: World) -> None:

@@ -24,7 +24,7 @@ from afs.layerstore.completion import Completing, Mode
 from afs.layerstore.errors import LayerUnavailable
 from afs.layerstore.partial import Description, PartialLayer
 from afs.layerstore.peers import Peers
-from afs.layerstore.scheduling import Priority
+from afs.layerstore.scheduling import Priority, Ticket
 from afs.proto.v1 import layerstore_pb2 as pb
 from afs.proto.v1.layerstore_pb2_grpc import LayerstoreNodeStub
 from tests.testbed.faults import Fault
@@ -112,6 +112,73 @@ async def test_what_a_peer_claims_makes_no_room_before_it_came(world: World, mon
     assert two.layers.find(other.diff_id) is other
 
 
+async def test_a_node_that_says_nothing_gets_another_one_beside_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(describing, "_BESIDE_S", 0.01)
+    one, two = await holder(world, "n1"), await holder(world, "n2")
+    three = await world.node("n3")
+    three.layers._supply.watch._of(two.address).running = 1  # so the other one is asked first
+    one.service.silent_after = 0
+    partial = await open_partial(world, three)
+    assert partial.is_mountable()
+    assert two.service.chunks == partial.metadata_chunks()
+    assert three.layers._supply.watch._of(one.address).strikes == 1
+    assert list(three.layers.stats(world.diff_id).from_peers) == [two.address]
+
+
+async def test_a_node_that_falls_silent_is_left(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It describes the layer; chunks it gives when it is asked for them."""
+    monkeypatch.setattr(describing, "_SILENT_S", 0.01)
+    one, two = await holder(world), await world.node("n2")
+    one.service.silent_after = 1
+    partial = await open_partial(world, two)
+    assert partial.is_mountable()
+    assert two.layers.stats(world.diff_id).demanded == 0
+
+
+async def test_a_layer_that_nobody_describes_is_pulled(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(describing, "_BESIDE_S", 0.01)
+    monkeypatch.setattr(describing, "_FIRST_S", 0.05)
+    nodes = [await holder(world, name) for name in ("n1", "n2")]
+    three = await world.node("n3", capacity=1 << 60)
+    for node in nodes:
+        node.service.silent_after = 0
+    assert await three.layers.open(world.origin, local=False) is complete_of(three, world)
+
+
+async def test_a_layer_that_is_completed_while_it_is_described_is_not_closed_below_that(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await holder(world)
+    two = await world.node("n2")
+    gate, real = asyncio.Event(), PartialLayer.put_async
+
+    async def put(self: PartialLayer, index: int, data: bytes | memoryview) -> bool:
+        await gate.wait()
+        return await real(self, index, data)
+
+    monkeypatch.setattr(PartialLayer, "put_async", put)
+    opening = asyncio.create_task(two.layers.open(world.origin, local=False))
+    await eventually(lambda: two.layers.find(world.diff_id) is not None)
+    partial = two.layers.find(world.diff_id)
+    assert isinstance(partial, PartialLayer)
+    complete = await two.layers._supply.pull(world.origin)
+    dropping = asyncio.create_task(two.layers.completion.drop_beside(world.diff_id))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert two.layers._partials.is_open(partial), "chunks of it are still to come"
+    gate.set()
+    assert await opening is complete, "not the partial one, which is closed"
+    await dropping
+    assert two.store.partial_ids() == []
+    descriptor = os.open(os.devnull, os.O_RDONLY)  # it may have the number that the layer's file had
+    partial.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        partial.put(1, complete.read_chunk(1) or b"")
+    os.close(descriptor)  # it is open
+
+
 # Who is asked
 
 
@@ -119,7 +186,8 @@ async def test_a_slow_node_is_overtaken_by_another_one(world: World) -> None:
     one, two = await holder(world, "n1"), await holder(world, "n2")
     three = await world.node("n3")
     partial = await open_partial(world, three)
-    three.layers._supply._fetcher._watch._now = world.clock  # it stands still
+    three.layers._supply.watch._now = world.clock  # it stands still
+    three.layers._supply.watch._of(two.address).running = 1  # so the other one is asked first
     one.service.gate = asyncio.Event()
     one.service.chunks.clear()
     two.service.chunks.clear()
@@ -130,6 +198,27 @@ async def test_a_slow_node_is_overtaken_by_another_one(world: World) -> None:
     assert stats.hedges == len(one.service.chunks) == 2, "it is left alone after that"
     assert two.service.chunks == [4, 3, 2, 1]
     assert stats.failovers == 0
+
+
+async def test_what_nobody_waits_for_is_not_asked_for_twice(world: World) -> None:
+    one, two = await holder(world, "n1"), await holder(world, "n2")
+    three = await world.node("n3")
+    await open_partial(world, three)
+    watch = three.layers._supply.watch
+    watch._of(two.address).running = 1  # so the other one is asked first
+    one.service.gate = asyncio.Event()
+    one.service.chunks.clear()
+    two.service.chunks.clear()
+    watch.hedge_delay = lambda endpoint: 0.001  # type: ignore[method-assign]
+    prefetching = asyncio.create_task(three.layers.prefetch(world.diff_id, [1]))
+    await eventually(lambda: one.service.chunks == [1])
+    for _ in range(20):  # delays
+        await asyncio.sleep(0.001)
+    assert two.service.chunks == []
+    await three.layers.fill(world.diff_id, 1, 1)  # now a reader waits
+    assert two.service.chunks == [1]
+    assert three.layers.stats(world.diff_id).hedges == 1
+    await prefetching
 
 
 async def test_the_next_node_is_asked_after_an_error(world: World) -> None:
@@ -162,7 +251,7 @@ async def test_a_node_that_comes_while_the_only_one_is_silent_is_asked(
     monkeypatch.setattr(peerwatch, "_LEAST_TIMEOUT_S", 60.0)  # it is not given up before
     one, three = await holder(world), await world.node("n3", deadline=60.0)
     partial = await open_partial(world, three)
-    three.layers._supply._fetcher._watch._now = world.clock  # it stands still
+    three.layers._supply.watch._now = world.clock  # it stands still
     one.service.gate = asyncio.Event()
     one.service.chunks.clear()
     filling = asyncio.create_task(three.layers.fill(world.diff_id, 1, 1))
@@ -214,6 +303,67 @@ async def test_readers_wait_for_nodes_that_come_back(world: World) -> None:
         await stack.enter_async_context(serving_chunks("127.0.0.1", port, one.service.read_chunk))
         await filling
     assert partial.read(1) == complete_of(one, world).read_chunk(1)
+
+
+async def test_who_reads_from_a_silent_node_does_not_hold_up_others(world: World) -> None:
+    one, three, two = await holder(world), await world.node("n3"), await world.node("n2", deadline=60.0)
+    other = world.origins[1]
+    await three.layers.open(other, local=True)
+    silent = await open_partial(world, two)
+    await two.layers.open(other, local=False)
+    two.layers._partials._slots._limits, two.layers._partials._slots._most_of_one = (2, 1, 1), 1
+    one.service.gate = asyncio.Event()
+    one.service.chunks.clear()
+    filling = asyncio.create_task(two.layers.fill(world.diff_id, 1, 3))
+    await eventually(lambda: bool(one.service.chunks))
+    await two.layers.fill(other.layer.diff_id, 1, 1)
+    assert not any(silent.has(index) for index in (1, 2, 3))
+    one.service.gate.set()
+    await filling
+
+
+async def test_who_waits_for_a_node_to_come_back_holds_no_slot(world: World) -> None:
+    one, three, two = await holder(world), await world.node("n3"), await world.node("n2", deadline=60.0)
+    other = world.origins[1]
+    await three.layers.open(other, local=True)
+    await open_partial(world, two)
+    await two.layers.open(other, local=False)
+    two.layers._partials._slots._limits = (1, 1, 1)
+    await one.stop_serving()
+    world.directory.leave("n1", one.announcer._incarnation)
+    world.server.add(Fault("blobs/", gate=(gate := threading.Event())))  # a registry that does not answer
+    filling = asyncio.create_task(two.layers.fill(world.diff_id, 1, 1))
+    try:
+        await eventually(lambda: world.reads == 2)  # n1's, and this
+        await two.layers.fill(other.layer.diff_id, 1, 1)
+        assert not filling.done()
+    finally:
+        gate.set()
+    await filling
+
+
+async def test_waiting_in_the_queue_counts_for_a_reader_and_for_nobody_else(world: World) -> None:
+    one, two = await holder(world), await world.node("n2", deadline=60.0)
+    partial = await open_partial(world, two)
+    two.layers._partials._slots._limits = (1, 1, 1)
+    one.service.gate = asyncio.Event()
+    one.service.chunks.clear()
+    first = asyncio.create_task(two.layers.fill(world.diff_id, 1, 1))
+    await eventually(lambda: one.service.chunks == [1])
+    two.layers._supply._read_deadline = 0.05
+    behind = [
+        asyncio.create_task(partial.fill([index], two.layers._supply.fetch, Priority.PREFETCH)) for index in (2, 3)
+    ]
+    with pytest.raises(LayerUnavailable, match="other chunks come first"):
+        await two.layers.fill(world.diff_id, 4, 1)
+    with pytest.raises(LayerUnavailable, match="other chunks come first"):
+        await two.layers.fill(world.diff_id, 2, 1)  # a reader wants it, too
+    assert partial.missing() == [1, 2, 3, 4]
+    assert list(partial._filling) == [1, 3], "chunk 3 has as little time, and waits"
+    one.service.gate.set()
+    await first
+    await asyncio.wait(behind)
+    await partial.idle()
 
 
 async def test_connections_are_closed_when_there_are_too_many(world: World) -> None:
@@ -279,8 +429,32 @@ async def test_what_cannot_be_prefetched_is_no_error(world: World, caplog: pytes
     await two.layers.prefetch("sha256:" + "0" * 64, [1])
 
 
+async def test_a_prefetch_that_is_given_up_leaves_nothing_in_the_queue(world: World) -> None:
+    one, two = await holder(world), await world.node("n2", deadline=60.0)
+    partial = await open_partial(world, two)
+    slots = two.layers._partials._slots
+    slots._limits = (2, 1, 1)
+    one.service.gate = asyncio.Event()
+    one.service.chunks.clear()
+    prefetching = asyncio.create_task(two.layers.prefetch(world.diff_id, [1, 2, 3]))
+    await eventually(lambda: one.service.chunks == [1] and len(slots._waiting[Priority.PREFETCH]) == 2)
+    waiting = asyncio.create_task(partial.fill([2], two.layers._supply.fetch, Priority.COMPLETION))
+    await asyncio.sleep(0)
+    prefetching.cancel()
+    await asyncio.wait([prefetching])
+    assert list(partial._filling) == [1, 2], "one runs, one somebody else waits for"
+    filling = asyncio.create_task(two.layers.fill(world.diff_id, 3, 1))
+    await eventually(lambda: one.service.chunks == [1, 3])
+    one.service.gate.set()
+    await asyncio.gather(waiting, filling)
+    assert partial.read(3) == complete_of(one, world).read_chunk(3)
+    await partial.idle()
+    assert not slots._of_peer
+    assert not any(slots._waiting)
+
+
 async def test_whoever_reads_on_and_on_finds_it_there(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readahead, "RUN", 3)  # the layer is short
+    monkeypatch.setattr(readahead, "RUN", 3)  # of the four chunks that are only data
     _, two = await holder(world), await world.node("n2")
     await open_partial(world, two)
     for index in (1, 2, 3):
@@ -460,6 +634,26 @@ async def test_a_layer_that_nobody_gives_is_left_alone_for_a_while(
         assert background.node.layers.completion._next_partial() is None
         world.clock.now += 31.0
         assert background.node.layers.completion._next_partial() is partial
+
+
+async def test_a_mistake_of_ours_does_not_end_completing(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    await holder(world)
+    async with completing(world, Mode.ALWAYS) as (background, _):
+        node = background.node
+        real = node.layers._supply.fetch
+
+        async def fetch(layer: PartialLayer, index: int, ticket: Ticket) -> bytes | memoryview | None:
+            raise OverflowError("too large")
+
+        monkeypatch.setattr(node.layers._supply, "fetch", fetch)
+        background.mounted(world.diff_id)
+        await eventually(lambda: "OverflowError: too large" in caplog.text)
+        monkeypatch.setattr(node.layers._supply, "fetch", real)
+        await background.looked()
+        world.clock.now += 30.0
+        await whole(node, world)
 
 
 async def test_never_means_never(world: World) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import pytest
@@ -31,14 +32,14 @@ class Work:
         self.tasks: dict[str, asyncio.Task[None]] = {}
         self._ends: dict[str, asyncio.Event] = {}
 
-    async def start(self, name: str, priority: Priority) -> None:
-        """Have a task that wants a slot."""
+    async def start(self, name: str, priority: Priority, peer: str = "") -> None:
+        """Have a task that wants a slot, to ask *peer*."""
         self.tickets[name], self._ends[name] = Ticket(priority), asyncio.Event()
-        self.tasks[name] = asyncio.create_task(self._hold(name))
+        self.tasks[name] = asyncio.create_task(self._hold(name, peer))
         await settle()
 
-    async def _hold(self, name: str) -> None:
-        async with self.slots.held(self.tickets[name]):
+    async def _hold(self, name: str, peer: str) -> None:
+        async with self.slots.held(self.tickets[name], peer):
             self.running.append(name)
             try:
                 await self._ends[name].wait()
@@ -116,6 +117,25 @@ async def test_whoever_gives_up_leaves_no_slot_taken(work: Work) -> None:
     assert work.running == ["d3", "d5", "d7"]
 
 
+async def test_a_silent_node_does_not_take_all_slots(work: Work) -> None:
+    work.slots._most_of_one = 2
+    for name in ("d1", "d2", "d3"):
+        await work.start(name, DEMAND, "a")
+    await work.start("p1", PREFETCH, "a")
+    assert work.running == ["d1", "d2"]
+    await work.start("d4", DEMAND, "b")
+    assert work.running == ["d1", "d2", "d4"]
+    await work.end("d4")
+    await work.start("p2", PREFETCH, "b")
+    assert work.running == ["d1", "d2", "p2"]
+    await work.end("d1")
+    assert work.running == ["d2", "p2", "d3"]
+    work.tasks["p1"].cancel()  # it waits
+    await work.end("d2")
+    await work.end("d3")
+    assert work.slots._of_peer == {"b": 1}
+
+
 # Reading ahead
 
 
@@ -125,9 +145,10 @@ def test_nothing_is_read_ahead_for_who_jumps_about() -> None:
 
 
 def test_the_window_grows_with_what_is_read_in_sequence() -> None:
-    ahead = ReadAhead(1000)
-    assert [ahead.demanded(index) for index in range(RUN)] == [*[range(0)] * (RUN - 1), range(RUN, RUN + FIRST)]
-    got, position, sizes = set(range(RUN + FIRST)), RUN + FIRST, list[int]()
+    ahead, start = ReadAhead(1000), RUN + FIRST
+    found = [list(ahead.demanded(index)) for index in range(RUN)]
+    assert found == [*[[]] * (RUN - 1), list(range(RUN, start))]
+    got, position, sizes = set(range(start)), start, []
     while position < 1000:
         chunks = ahead.demanded(position)
         sizes.append(len(chunks))
@@ -142,9 +163,9 @@ def test_a_reader_that_waits_for_what_is_on_its_way_is_the_same_one() -> None:
     ahead = ReadAhead(100)
     for index in range(RUN):
         ahead.demanded(index)
-    end = RUN + 1 + 2 * FIRST
-    assert ahead.demanded(RUN) == range(RUN + FIRST, end), "those before are on their way"
-    assert ahead.demanded(RUN + 1) == range(end, RUN + 2 + 4 * FIRST)
+    on_its_way, then = RUN + FIRST, RUN + 1 + 2 * FIRST
+    assert ahead.demanded(RUN) == range(on_its_way, then)
+    assert ahead.demanded(RUN + 1) == range(then, RUN + 2 + 4 * FIRST)
 
 
 def test_several_containers_read_several_files() -> None:
@@ -156,6 +177,8 @@ def test_several_containers_read_several_files() -> None:
 # Other nodes
 
 A, B, C = (Peer(name, f"{name}:1", 1) for name in "abc")
+ME = next(me for me in map(str, range(1000)) if PeerWatch(me).order([C, B, A], "abc") == [A, B, C])
+"""A node that asks these three in that order, if nothing else is known of them."""
 
 
 def ask(watch: PeerWatch, clock: Clock, peer: Peer, seconds: float, error: Exception | None = None) -> None:
@@ -168,7 +191,7 @@ def ask(watch: PeerWatch, clock: Clock, peer: Peer, seconds: float, error: Excep
 
 def test_the_second_request_waits_as_long_as_answers_take() -> None:
     clock = Clock()
-    watch = PeerWatch(clock)
+    watch = PeerWatch(ME, clock)
     for _ in range(50):
         ask(watch, clock, A, 0.2)
         ask(watch, clock, B, 0.001)
@@ -188,7 +211,7 @@ def give_up(watch: PeerWatch, clock: Clock, peer: Peer, seconds: float) -> None:
 
 def test_a_node_that_does_not_answer_goes_last_for_a_while_and_longer_each_time() -> None:
     clock = Clock()
-    watch = PeerWatch(clock)
+    watch = PeerWatch(ME, clock)
     everybody = frozenset("abc")
     ask(watch, clock, A, 0.0, Unavailable("gone"))
     assert watch.order([A, B], everybody) == [A, B], "once may happen"
@@ -206,17 +229,44 @@ def test_a_node_that_does_not_answer_goes_last_for_a_while_and_longer_each_time(
 
 
 def test_who_has_all_of_it_and_the_least_to_do_is_asked() -> None:
-    watch = PeerWatch(Clock())
+    watch = PeerWatch(ME, Clock())
     assert watch.order([A, B, C], frozenset("bc")) == [B, C, A]
     with watch.asking(B.endpoint):
         assert watch.order([A, B, C], frozenset("bc")) == [C, B, A]
     assert watch.order([A, B, C], frozenset("bc")) == [B, C, A]
+    with contextlib.ExitStack() as stack:
+        for _ in range(5):
+            stack.enter_context(watch.asking(B.endpoint))
+        assert watch.order([A, B, C], frozenset("bc")) == [C, A, B], "who has a part may be less busy"
+
+
+def test_not_everybody_asks_the_same_node_first() -> None:
+    peers = [Peer(f"n{number}", f"n{number}:1", 1) for number in range(4)]
+    everybody = frozenset(peer.node_id for peer in peers)
+    by_node = Counter(PeerWatch(f"m{number}").order(peers, everybody, 7)[0].node_id for number in range(400))
+    by_chunk = Counter(PeerWatch("m").order(peers, everybody, chunk)[0].node_id for chunk in range(400))
+    for found in (by_node, by_chunk):
+        assert found.keys() == everybody
+        assert max(found.values()) < 150
+    assert PeerWatch("m").order(peers, everybody, 7) == PeerWatch("m").order(peers[::-1], everybody, 7)
 
 
 def test_a_slow_link_gets_more_time_with_every_round() -> None:
     clock = Clock()
-    watch = PeerWatch(clock)
+    watch = PeerWatch(ME, clock)
     assert [watch.timeout(A.endpoint, n) for n in range(6)] == [2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
-    assert PeerWatch(clock, longest=5.0).timeout(A.endpoint, 5) == 5.0, "others have to get their turn"
+    assert PeerWatch(ME, clock, longest=5.0).timeout(A.endpoint, 5) == 5.0, "others have to get their turn"
     ask(watch, clock, A, 5.0)
     assert watch.timeout(A.endpoint, 0) > 20.0
+
+
+def test_a_node_may_be_gone_for_days() -> None:
+    clock = Clock()
+    watch = PeerWatch(ME, clock)
+    for _ in range(2000):
+        ask(watch, clock, A, 0.0, Unavailable("gone"))
+    clock.now += 29.0
+    assert watch.is_shunned(A.endpoint)
+    clock.now += 2.0
+    assert not watch.is_shunned(A.endpoint)
+    assert watch.timeout(A.endpoint, 2000) == 30.0

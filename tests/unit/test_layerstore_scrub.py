@@ -153,7 +153,7 @@ async def test_a_layer_that_is_mounted_while_it_is_scrubbed_gets_the_higher_rate
         return True
 
     await scrubbers.start(check).scrub(layer)
-    assert pauses == [1e-9, 1 / MOUNTED_RATE]
+    assert pauses == [0.25e-9, 0.25 / MOUNTED_RATE], "seconds for a quarter of a MiB"
 
 
 async def test_damage_that_a_boot_brought_is_repaired_while_the_layer_is_mounted(world: World) -> None:

@@ -47,7 +47,7 @@ def test_the_largest_trace_keeps_the_limit() -> None:
 
 def raw(layers: list[str], runs: list[tuple[int, int, int]], run_count: int | None = None) -> bytes:
     """An encoded trace that may be wrong; runs are (layer, count, first)."""
-    body = b"AFSTRC\0\1" + bytes.fromhex(IMAGE[7:])
+    body = b"AFSTRC\0\2" + bytes.fromhex(IMAGE[7:])
     body += len(layers).to_bytes(2, "little") + (run_count or len(runs)).to_bytes(2, "little")
     body += b"".join(bytes.fromhex(layer[7:]) for layer in layers)
     for layer, count, first in runs:
@@ -66,7 +66,7 @@ def test_raw_writes_what_is_right() -> None:
         (bytes(47), "47 bytes"),
         (bytes(48), "not a trace"),
         (bytes(MAX_BYTES + 1), f"{MAX_BYTES + 1} bytes"),
-        (trace((A, 1)).encode().replace(b"\0\1", b"\0\2", 1), "unknown version"),
+        (trace((A, 1)).encode().replace(b"C\0\2", b"C\0\1", 1), "unknown version"),
         (trace((A, 1)).encode()[:-1], "bytes for 1 layers and 1 runs"),
         (raw([A], [(0, 1, 1)], run_count=2), "bytes for 1 layers and 2 runs"),
         (trace((A, 1)).encode()[:-1] + b"x", "damaged"),

@@ -15,6 +15,7 @@ from afs.core.rpc import channel
 from afs.discovery.client import Peer
 from afs.layerstore import peers
 from afs.layerstore.afslyr.convert import convert
+from afs.layerstore.afslyr.layout import CHUNK_SIZE
 from afs.layerstore.partial import PartialLayer
 from afs.layerstore.peers import image_name
 from afs.layerstore.traces import MAX_BYTES, Chunk, Trace, parse_trace
@@ -384,14 +385,14 @@ async def test_a_disk_that_takes_nothing_costs_the_trace_alone(world: World, cap
 async def test_a_full_cache_is_left_to_those_who_need_it(world: World, caplog: pytest.LogCaptureFixture) -> None:
     two = await world.node("n2")
     await run_image(world, two, 3, 1, 2, 4)
-    three = await world.node("n3", quota=LAYER_SIZE + (5 << 20))  # room for a layer and this one's metadata
+    three = await world.node("n3", quota=LAYER_SIZE + 5 * CHUNK_SIZE)  # room for a layer and this one's metadata
     await three.layers.open(world.origins[1], local=True)
     caplog.set_level(logging.INFO)
     await open_image(world, three)
     await settled(three)
     assert three.tracing.counts.prefetched_chunks == 0
     assert three.evicted() == 0
-    assert [message for message in caplog.messages if "no room to prefetch the other 4.0 MiB" in message]
+    assert [message for message in caplog.messages if "no room to prefetch the other 1.0 MiB" in message]
     await three.layers.fill(world.diff_id, 3, 1)  # which is no reason to fail a reader
     assert partial_of(world, three).has(3)
 

@@ -46,7 +46,7 @@ _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE),
     ("grpc.max_send_message_length", MAX_MESSAGE),
     ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
-    ("grpc.http2.lookahead_bytes", 4 << 20),  # one window holds a 1 MiB chunk with room to spare
+    ("grpc.http2.lookahead_bytes", 4 << 20),  # one window holds a message of 1 MiB with room to spare
     # A peer that loses power sends no reset: without keepalive a call to it waits for ever.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),

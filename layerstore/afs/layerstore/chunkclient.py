@@ -126,15 +126,19 @@ class ChunkClient:
 
     async def _in_thread(self, connection: _Connection, question: Question, end: float, take: Take[T]) -> T:
         opened = connection.socket
-        asking = asyncio.get_running_loop().run_in_executor(self._threads, self._ask, connection, question, end, take)
+        working = self._threads.submit(self._ask, connection, question, end, take)
+        asking = asyncio.wrap_future(working)
         try:
             return await asyncio.shield(asking)
         except asyncio.CancelledError:
-            if opened is not None:
-                with contextlib.suppress(OSError):  # closed by the thread just now
-                    opened.shutdown(socket.SHUT_RDWR)
-            await asyncio.wait([asking])
-            connection.close()
+            try:
+                if not working.cancel():  # it is not in the queue any more
+                    if opened is not None:
+                        with contextlib.suppress(OSError):  # closed by the thread just now
+                            opened.shutdown(socket.SHUT_RDWR)
+                    await asyncio.wait([asking])
+            finally:
+                connection.close()
             raise
 
     def _ask(self, connection: _Connection, question: Question, end: float, take: Take[T]) -> T:

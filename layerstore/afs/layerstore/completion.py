@@ -190,6 +190,9 @@ class Completion:
                 except (AfsError, OSError) as error:
                     log.warning("cannot complete layer %s now: %s", partial.diff_id, error)
                     self._left_alone[partial.diff_id] = self._now() + _AGAIN_S
+                except Exception:  # a mistake of ours, at one layer
+                    log.exception("layer %s is not completed now", partial.diff_id)
+                    self._left_alone[partial.diff_id] = self._now() + _AGAIN_S
             await asyncio.sleep(self._how.look)
 
     def _next_partial(self) -> PartialLayer | None:

@@ -19,7 +19,7 @@ from afs.layerstore.layerstats import LayerStats
 from afs.layerstore.partial import PartialLayer
 from afs.layerstore.peers import Peers
 from afs.layerstore.peerwatch import PeerWatch
-from afs.layerstore.scheduling import Ticket
+from afs.layerstore.scheduling import Priority, Ticket
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +59,13 @@ class Fetcher:
         self._failed = failed
         self._known = known
 
+    def first(self, index: int, peers: Sequence[Peer], complete: Collection[str]) -> Peer:
+        """Whom :meth:`fetch` would ask first now."""
+        return self._watch.order(peers, complete, index)[0]
+
     async def fetch(self, wanted: Wanted, peers: Sequence[Peer], complete: Collection[str]) -> bytes | None:
         """The chunk from one of *peers*, see :data:`~afs.layerstore.partial.Fetch`. Raises LayerUnavailable."""
-        left, cause = self._watch.order(peers, complete), "no node holds it"
+        left, cause = self._watch.order(peers, complete, wanted.index), "no node holds it"
         running: dict[_Attempt, Peer] = {}
         asked: set[str] = set()
         patience = 0.0
@@ -70,7 +74,7 @@ class Fetcher:
                 if not running:
                     asked.add(self._start(wanted, left, running))
                 first = next(iter(running.values()))
-                if not await self._some_done(running, first, patience):
+                if not await self._some_done(wanted, running, first, patience):
                     patience = _LOOK_S
                     if not self._may_ask(left):
                         left = self._others(wanted, asked)
@@ -95,10 +99,17 @@ class Fetcher:
                 await asyncio.wait(running)
         raise LayerUnavailable(wanted.partial.diff_id, cause)
 
-    async def _some_done(self, running: Collection[_Attempt], first: Peer, patience: float) -> bool:
-        """Wait for an answer; false if the only one asked is slow, and *patience* seconds are over."""
+    async def _some_done(self, wanted: Wanted, running: Collection[_Attempt], first: Peer, patience: float) -> bool:
+        """Wait for an answer; false if a reader waits, the only one asked is slow, and *patience* seconds are over.
+
+        Bulk fills links and disks, and would be slow for that alone: a second request would make it slower. It may
+        become a demand while it is on its way, so look again.
+        """
         delay = max(self._watch.hedge_delay(first.endpoint), patience) if len(running) == 1 else None
-        return bool((await asyncio.wait(running, timeout=delay, return_when=asyncio.FIRST_COMPLETED))[0])
+        while True:
+            done, _ = await asyncio.wait(running, timeout=delay, return_when=asyncio.FIRST_COMPLETED)
+            if done or wanted.ticket.priority is Priority.DEMAND:
+                return bool(done)
 
     def _may_ask(self, left: Sequence[Peer]) -> bool:
         """Whether the next node would probably answer."""
@@ -107,7 +118,7 @@ class Fetcher:
     def _others(self, wanted: Wanted, asked: Collection[str]) -> list[Peer]:
         """Who is left, by what is known now."""
         peers, complete = self._known(wanted.partial.diff_id)
-        return self._watch.order([peer for peer in peers if peer.endpoint not in asked], complete)
+        return self._watch.order([peer for peer in peers if peer.endpoint not in asked], complete, wanted.index)
 
     def _start(self, wanted: Wanted, left: list[Peer], running: dict[_Attempt, Peer]) -> str:
         """Ask the next node; its endpoint."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 from collections.abc import AsyncIterator
@@ -67,7 +68,10 @@ async def _answer(layers: Layers, line: bytes, writer: asyncio.StreamWriter) -> 
         answer = {"error": error.line, "errno": status_of(error).errno}
     except OSError as error:
         log.error("fill: %s", error)
-        answer = {"error": str(error), "errno": error.errno or 5}
+        answer = {"error": str(error), "errno": error.errno or errno.EIO}
+    except Exception as error:  # a mistake of ours, at one chunk: the connection has those of all readers
+        log.exception("fill")
+        answer = {"error": f"{type(error).__name__}: {error}", "errno": errno.EIO}
     writer.write(encode({"id": message.get("id"), **answer}))
 
 

@@ -155,6 +155,10 @@ class Layers:
                 with self._known(origin):
                     if found is None or (isinstance(found, PartialLayer) and not found.is_mountable()):
                         found = await self._opening.run(origin.key, lambda: self._open(origin, local=local))
+                        if isinstance(found, PartialLayer) and not self._partials.is_open(found):
+                            found = self.find(diff_id)  # it became complete meanwhile
+                if found is None:
+                    continue  # and that was damaged on disk
                 if not isinstance(found, CompleteLayer) or not self.repairs.is_damaged(diff_id):
                     return found
             await self._mend(found)
@@ -283,6 +287,8 @@ class Layers:
                 await work()
             except (AfsError, OSError) as error:
                 log.error("layers: %s", error)
+            except Exception:  # a mistake of ours
+                log.exception("layers")
 
         task = asyncio.create_task(run())
         self._background.add(task)

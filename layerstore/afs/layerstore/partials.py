@@ -2,7 +2,7 @@
 
 State (one event loop): ``_partials`` holds every open one by its diff_id. An entry appears in :meth:`Partials.take_in` after
 its files exist, and leaves in :meth:`Partials.drop` after the complete file was committed (in between a layer may be read from
-either, the bytes are equal), or in :meth:`Partials.detach`, at once, when the layer is evicted. That never happens while
+either, the bytes are equal), when nobody uses it, or in :meth:`Partials.detach`, at once, when the layer is evicted. That never happens while
 it is leased or a chunk of it is on its way, which pins it.
 """
 
@@ -74,7 +74,7 @@ class Partials:
 
     async def drop(self, partial: PartialLayer) -> None:
         """Forget a partial layer whose complete file is there; afs_fused keeps what it has open."""
-        await partial.idle()
+        await partial.idle()  # no await from here on
         if not self.is_open(partial):
             return  # somebody else has dropped it
         del self._partials[partial.diff_id]

@@ -7,6 +7,7 @@ with all of them, and no flood of second requests follows.
 """
 
 import contextlib
+import hashlib
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,10 @@ _MOST = 1024  # endpoints remembered
 _UNKNOWN_S = 0.1  # before a first answer
 _LEAST_HEDGE_S = 0.02  # below that a second request is noise: chunks take 2 ms, and 10 when a process is busy
 _LEAST_TIMEOUT_S, _MOST_TIMEOUT_S = 2.0, 30.0
+_PART = 4  # chunks under way that make a node that has all of a layer as busy as an idle one that has a part
 _STRIKES = 2  # given up so many times in a row without an answer: it is as good as gone
 _SHUN_S, _MOST_SHUN_S = 1.0, 30.0
+_DOUBLINGS = 5  # of these times, beyond which they are the longest anyway; a node may be gone for days
 
 
 @dataclass(slots=True)
@@ -33,9 +36,10 @@ class _Seen:
 
 
 class PeerWatch:
-    """*now* is a monotonic clock. No answer is waited for longer than *longest* seconds."""
+    """Of the node *me*. *now* is a monotonic clock. No answer is waited for longer than *longest* seconds."""
 
-    def __init__(self, now: Callable[[], float] = time.monotonic, longest: float = _MOST_TIMEOUT_S) -> None:
+    def __init__(self, me: str, now: Callable[[], float] = time.monotonic, longest: float = _MOST_TIMEOUT_S) -> None:
+        self._me = me
         self._now = now
         self._longest = min(longest, _MOST_TIMEOUT_S)
         self._seen: dict[str, _Seen] = {}
@@ -52,12 +56,20 @@ class PeerWatch:
         seen = self._seen.get(endpoint)
         return seen is not None and self._now() < seen.shunned_until
 
-    def order(self, peers: Sequence[Peer], complete: Collection[str]) -> list[Peer]:
-        """*peers* in the order in which to ask: whoever answers, has all of the layer (*complete*: those ids), is idle."""
+    def order(self, peers: Sequence[Peer], complete: Collection[str], chunk: int = 0) -> list[Peer]:
+        """*peers* in the order in which to ask: whoever answers, is idle, has all of the layer (*complete*: those ids).
 
-        def key(peer: Peer) -> tuple[bool, bool, int]:
+        One that has a part may not have the chunk: it counts as if it had ``_PART`` more to do. Equal ones go in an order that depends on this node and the *chunk*: a hundred nodes that start an image at the
+        same time do not all ask the same holder first.
+        """
+
+        def key(peer: Peer) -> tuple[bool, int, bytes]:
             seen = self._seen.get(peer.endpoint)
-            return self.is_shunned(peer.endpoint), peer.node_id not in complete, seen.running if seen is not None else 0
+            return (
+                self.is_shunned(peer.endpoint),
+                (seen.running if seen is not None else 0) + (0 if peer.node_id in complete else _PART),
+                hashlib.blake2b(f"{self._me}\0{chunk}\0{peer.node_id}".encode(), digest_size=8).digest(),
+            )
 
         return sorted(peers, key=key)
 
@@ -69,7 +81,9 @@ class PeerWatch:
     def timeout(self, endpoint: str, round_: int) -> float:
         """Seconds to wait for an answer in the *round_*-th round of asking everybody, from 0."""
         seen = self._seen.get(endpoint, _Seen())
-        return min(max(_LEAST_TIMEOUT_S * 2.0**round_, 4 * (seen.mean + 4 * seen.deviation)), self._longest)
+        return min(
+            max(_LEAST_TIMEOUT_S * 2.0 ** min(round_, _DOUBLINGS), 4 * (seen.mean + 4 * seen.deviation)), self._longest
+        )
 
     @contextlib.contextmanager
     def asking(self, endpoint: str) -> Iterator[None]:
@@ -112,4 +126,6 @@ class PeerWatch:
     def _strike(self, seen: _Seen) -> None:
         seen.strikes += 1
         if seen.strikes >= _STRIKES:
-            seen.shunned_until = self._now() + min(_SHUN_S * 2 ** (seen.strikes - _STRIKES), _MOST_SHUN_S)
+            seen.shunned_until = self._now() + min(
+                _SHUN_S * 2.0 ** min(seen.strikes - _STRIKES, _DOUBLINGS), _MOST_SHUN_S
+            )

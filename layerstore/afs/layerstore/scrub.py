@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 
 from afs.core.errors import AfsError
 from afs.core.files import write_atomic
+from afs.layerstore.afslyr.layout import CHUNK_SIZE
 from afs.layerstore.leases import Leases
 from afs.layerstore.repair import Pause
 from afs.layerstore.sealing import Sealer, is_sealed
@@ -159,10 +160,14 @@ class Scrubber:
     async def scrub(self, layer: CompleteLayer) -> None:
         """Verify one layer now."""
         diff_id = layer.diff_id
-        whole = await self._check(layer, lambda: 1 / (MOUNTED_RATE if self._is_urgent(diff_id) else self._rate))
+        whole = await self._check(layer, lambda: self._pause(diff_id))
         self._verified[diff_id] = _Verified(self._now(), self._boot, self._is_sealed(diff_id))
         self._save()
         log.info("scrubbed layer %s: %s", diff_id, "whole" if whole else "damaged")
+
+    def _pause(self, diff_id: str) -> float:
+        """Seconds between two chunks."""
+        return CHUNK_SIZE / (1 << 20) / (MOUNTED_RATE if self._is_urgent(diff_id) else self._rate)
 
     async def run(self) -> None:
         """Scrub for ever; cancel it to stop."""

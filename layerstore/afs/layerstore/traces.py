@@ -17,7 +17,7 @@ from afs.core.errors import DataLoss
 from afs.layerstore.manifests import MAX_LAYERS
 
 MAX_CHUNKS = 4096  # 1 GiB; the start of a Python program with numpy and pandas demands some 390
-MAGIC = b"AFSTRC\0\1"  # the last byte is the version
+MAGIC = b"AFSTRC\0\2"  # the last byte is the version: another one with another size of chunks
 _HEAD = struct.Struct("<8s32sHH")  # magic, manifest digest, layers, runs
 _RUN = struct.Struct("<HHI")  # layer, chunks, first chunk
 _SUM = struct.Struct("<I")

@@ -1,0 +1,407 @@
+"""Chunks over plain connections: questions, answers, errors, and peers that are silent, gone or talk nonsense."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from typing import TYPE_CHECKING
+
+import pytest
+
+from afs.core.errors import (
+    AfsError,
+    DataLoss,
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    Unavailable,
+)
+from afs.layerstore.chunkclient import ChunkClient
+from afs.layerstore.chunkserver import serving_chunks
+from afs.layerstore.chunkwire import (
+    ANSWER_SIZE,
+    QUESTION_SIZE,
+    Question,
+    pack_chunk,
+    pack_error,
+    pack_question,
+    parse_answer,
+    parse_error,
+    parse_question,
+)
+from afs.layerstore.errors import DamagedLayer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+DIFF_ID = "sha256:" + "5a" * 32
+SIZE = 1 << 18
+CHUNKS = [bytes([number]) * (SIZE - number) for number in range(32)]
+FIRST = Question(DIFF_ID, 0)
+
+
+class Source:
+    """What a server reads from."""
+
+    def __init__(self) -> None:
+        self.asked: list[Question] = []
+        self.error: Exception | None = None
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.reading = 0
+        self.most = 0
+
+    async def read(self, question: Question) -> bytes:
+        """A chunk, once the gate is open."""
+        self.asked.append(question)
+        self.reading += 1
+        self.most = max(self.most, self.reading)
+        try:
+            await self.gate.wait()
+        finally:
+            self.reading -= 1
+        if self.error is not None:
+            raise self.error
+        return CHUNKS[question.index]
+
+
+class Dumb:
+    """A server that says *answer* to the first bytes that come, and then nothing any more."""
+
+    def __init__(self, answer: bytes = b"") -> None:
+        self.answer = answer
+        self.connected = asyncio.Event()
+        self.asked = asyncio.Event()
+        self.left = asyncio.Event()
+
+    async def talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """With one client."""
+        self.connected.set()
+        with contextlib.suppress(OSError):
+            if await reader.read(QUESTION_SIZE):
+                self.asked.set()
+                writer.write(self.answer)
+                await reader.read()
+        self.left.set()
+        writer.close()
+
+    @contextlib.asynccontextmanager
+    async def serving(self) -> AsyncIterator[tuple[str, int]]:
+        """Its address."""
+        server = await asyncio.start_server(self.talk, "127.0.0.1", 0)
+        async with server:
+            yield server.sockets[0].getsockname()[:2]
+
+
+@pytest.fixture
+async def source() -> Source:
+    """See Source."""
+    return Source()
+
+
+@pytest.fixture
+async def address(source: Source) -> AsyncIterator[tuple[str, int]]:
+    """Of a server."""
+    async with serving_chunks("127.0.0.1", 0, source.read) as port:
+        yield "127.0.0.1", port
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[ChunkClient]:
+    """Eight questions at once."""
+    opened = ChunkClient(8, SIZE, 4)
+    yield opened
+    opened.close()
+
+
+async def ask(
+    client: ChunkClient, address: tuple[str, int], question: Question = FIRST, timeout: float = 30.0
+) -> bytes:
+    """A chunk."""
+    return await client.ask(address, question, timeout, bytes)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the loop go round until *condition*."""
+    while not condition():  # noqa: ASYNC110 - there is no event
+        await asyncio.sleep(0)
+
+
+# What goes over the wire
+
+
+@pytest.mark.parametrize("question", [Question(DIFF_ID, 0), Question(DIFF_ID, (1 << 32) - 1, was_bad=True)])
+def test_a_question_round_trips(question: Question) -> None:
+    data = pack_question(question)
+    assert len(data) == QUESTION_SIZE
+    assert parse_question(data) == question
+
+
+@pytest.mark.parametrize(("at", "value"), [(0, b"B"), (4, b"\2"), (5, b"\2")], ids=["magic", "version", "was bad"])
+def test_what_is_no_question_is_refused(at: int, value: bytes) -> None:
+    data = pack_question(FIRST)
+    with pytest.raises(InvalidArgument):
+        parse_question(data[:at] + value + data[at + 1 :])
+
+
+def test_an_answer_says_how_long_it_is() -> None:
+    assert parse_answer(pack_chunk(SIZE), SIZE) == (SIZE, False)
+    told = pack_error(NotFound("nothing"))
+    assert parse_answer(told[:ANSWER_SIZE], 0) == (len(told) - ANSWER_SIZE, True)
+    for bad in (pack_chunk(SIZE + 1), b"\0\0\0\0\2\0\0\0", (5000).to_bytes(4, "little") + b"\1\0\0\0"):
+        with pytest.raises(DataLoss, match="makes no sense"):
+            parse_answer(bad, SIZE)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "line"),
+    [
+        (NotFound("chunk 1 is not here"), NotFound, "chunk 1 is not here"),
+        (
+            DamagedLayer(DIFF_ID, "chunk 1"),
+            DataLoss,
+            f"layer {DIFF_ID}: chunk 1 is damaged on disk, and not repaired yet",
+        ),
+        (Unavailable("two\nlines"), Unavailable, "two lines"),
+        (ValueError("a fault"), Internal, "ValueError: a fault"),
+        (NotFound("ü" * 5000), NotFound, None),
+    ],
+)
+def test_an_error_keeps_its_class_and_its_line(error: Exception, kind: type[AfsError], line: str | None) -> None:
+    told = parse_error(pack_error(error)[ANSWER_SIZE:])
+    assert type(told) is kind
+    assert line is None or told.line == line
+
+
+# Between two nodes
+
+
+async def test_chunks_come_as_they_are(client: ChunkClient, source: Source, address: tuple[str, int]) -> None:
+    for number, was_bad in ((0, False), (31, True), (5, False)):
+        assert await ask(client, address, Question(DIFF_ID, number, was_bad)) == CHUNKS[number]
+    assert source.asked == [Question(DIFF_ID, 0), Question(DIFF_ID, 31, was_bad=True), Question(DIFF_ID, 5)]
+    assert len(client._idle) == 1, "one after the other, on one connection"
+
+
+async def test_an_error_is_told_and_the_connection_stays(
+    client: ChunkClient, source: Source, address: tuple[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    await ask(client, address)
+    (connection,) = client._idle
+    source.error = NotFound("no such chunk")
+    with pytest.raises(NotFound, match=r"^no such chunk$"):
+        await ask(client, address)
+    assert caplog.records == [], "that is no fault"
+    source.error = ValueError("a fault")
+    with pytest.raises(Internal, match=r"^ValueError: a fault$"):
+        await ask(client, address)
+    assert "ValueError: a fault" in caplog.text
+    source.error = None
+    assert await ask(client, address) == CHUNKS[0]
+    assert list(client._idle) == [connection]
+
+
+async def test_an_error_of_who_takes_it_is_not_the_peer_s(client: ChunkClient, address: tuple[str, int]) -> None:
+    def take(data: memoryview) -> None:
+        raise DataLoss("not what I wanted")
+
+    with pytest.raises(DataLoss, match="not what I wanted"):
+        await client.ask(address, FIRST, 30.0, take)
+    assert len(client._idle) == 1
+    assert await ask(client, address) == CHUNKS[0]
+
+
+async def test_many_ask_at_once(source: Source, address: tuple[str, int]) -> None:
+    """As many as there are threads; the others wait."""
+    client = ChunkClient(8, SIZE, 4)
+    source.gate.clear()
+    asking = [asyncio.create_task(ask(client, address, Question(DIFF_ID, number))) for number in range(32)]
+    await until(lambda: len(source.asked) == 8)
+    source.gate.set()
+    assert await asyncio.gather(*asking) == CHUNKS
+    assert source.most <= 8
+    assert len(client._idle) == 4, "more are not kept"
+    client.close()
+    assert not client._idle
+
+
+async def test_who_does_not_speak_the_language_is_let_go(source: Source, address: tuple[str, int]) -> None:
+    reader, writer = await asyncio.open_connection(*address)
+    writer.write(b"GET / HTTP/1.1\r\nHost: somebody\r\n\r\n".ljust(QUESTION_SIZE))
+    assert await reader.read() == b""
+    writer.close()
+    assert source.asked == []
+
+
+async def test_an_answer_that_is_longer_than_a_chunk_is_refused(client: ChunkClient) -> None:
+    dumb = Dumb(pack_chunk(SIZE + 1))
+    async with dumb.serving() as address:
+        with pytest.raises(DataLoss, match=f"an answer of {SIZE + 1} bytes makes no sense"):
+            await ask(client, address)
+        await dumb.left.wait()
+    assert not client._idle
+
+
+@pytest.mark.parametrize("answer", [b"", pack_chunk(SIZE)[:3], pack_chunk(SIZE) + b"some"])
+async def test_a_silent_peer_costs_the_timeout(client: ChunkClient, answer: bytes) -> None:
+    dumb = Dumb(answer)
+    async with dumb.serving() as address:
+        with pytest.raises(DeadlineExceeded, match=r"^layerstore 127.0.0.1:[0-9]+ did not answer within 0.2 s$"):
+            await ask(client, address, timeout=0.2)
+        await dumb.left.wait()
+    assert not client._idle
+
+
+async def test_a_peer_that_ends_in_mid_answer_is_unavailable(client: ChunkClient) -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readexactly(QUESTION_SIZE)
+        writer.write(pack_chunk(SIZE) + b"some")
+        writer.close()
+
+    async with await asyncio.start_server(talk, "127.0.0.1", 0) as server:
+        with pytest.raises(Unavailable, match="does not answer: it closed the connection"):
+            await ask(client, server.sockets[0].getsockname()[:2])
+    assert not client._idle
+
+
+async def test_whoever_gives_up_frees_thread_and_connection(address: tuple[str, int]) -> None:
+    client, dumb = ChunkClient(1, SIZE), Dumb()
+    async with dumb.serving() as silent:
+        asking = asyncio.create_task(ask(client, silent))
+        await dumb.asked.wait()
+        queued = asyncio.create_task(ask(client, address))
+        await until(lambda: client._threads._work_queue.qsize() == 1)
+        queued.cancel()  # while the only thread is busy for 30 seconds
+        await asyncio.wait([queued])
+        assert not asking.done()
+        asking.cancel()
+        await asyncio.wait([asking])
+        assert asking.cancelled()
+        await dumb.left.wait()
+        assert not client._idle
+        assert await ask(client, address) == CHUNKS[0]
+    client.close()
+
+
+async def test_giving_up_while_it_connects(client: ChunkClient) -> None:
+    """A full backlog: the kernel answers nobody."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener, contextlib.ExitStack() as stack:
+        address = listener.getsockname()
+        loop = asyncio.get_running_loop()
+        for _ in range(2):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                filler.connect(address)
+        with pytest.raises(DeadlineExceeded):
+            await ask(client, address, timeout=0.1)
+        asking = loop.create_task(ask(client, address))
+        await asyncio.sleep(0)
+        asking.cancel()
+        await asyncio.wait([asking])
+        assert asking.cancelled()
+    assert not client._idle
+
+
+# Servers come and go
+
+
+@pytest.fixture
+def port() -> int:
+    """One that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        number: int = listener.getsockname()[1]
+        return number
+
+
+async def test_nobody_listens(client: ChunkClient, port: int) -> None:
+    with pytest.raises(
+        Unavailable, match=f"^layerstore 127.0.0.1:{port} does not answer: .*refused|Connect call failed"
+    ):
+        await ask(client, ("127.0.0.1", port))
+    with pytest.raises(Unavailable, match=r"^layerstore nowhere\.invalid:1 does not answer: "):
+        await ask(client, ("nowhere.invalid", 1))
+
+
+async def test_a_server_starts_anew(client: ChunkClient, source: Source, port: int) -> None:
+    """Its old connections are closed: the question is asked on a new one, and nobody sees an error."""
+    address = "127.0.0.1", port
+    for _ in range(2):
+        async with serving_chunks(*address, source.read):
+            assert await ask(client, address) == CHUNKS[0]
+    assert len(source.asked) == 2
+    with pytest.raises(Unavailable):
+        await ask(client, address)
+
+
+async def test_a_connection_that_was_closed_while_it_was_idle(
+    client: ChunkClient, source: Source, address: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("afs.layerstore.chunkserver.IDLE_S", 0.01)
+    await ask(client, address)
+    (connection,) = client._idle
+    assert connection.socket is not None
+    await readable(connection.socket)
+    assert await ask(client, address) == CHUNKS[0]
+    assert source.asked == [FIRST, FIRST], "each reached it once"
+
+
+async def readable(sock: socket.socket) -> None:
+    """Wait until the peer has closed the connection."""
+    ready, loop = asyncio.Event(), asyncio.get_running_loop()
+    loop.add_reader(sock, ready.set)
+    await ready.wait()
+    loop.remove_reader(sock)
+
+
+async def test_a_port_that_is_taken(source: Source, address: tuple[str, int]) -> None:
+    with pytest.raises(
+        FailedPrecondition, match=f"^cannot listen on 127.0.0.1:{address[1]} for chunks: Address already"
+    ):
+        async with serving_chunks(*address, source.read):
+            pass
+
+
+async def test_the_end_of_a_server_ends_what_it_reads(client: ChunkClient, source: Source) -> None:
+    source.gate.clear()
+    async with serving_chunks("127.0.0.1", 0, source.read) as port:
+        asking = asyncio.create_task(ask(client, ("127.0.0.1", port)))
+        await until(lambda: source.reading == 1)
+    assert source.reading == 0
+    with pytest.raises(Unavailable):
+        await asking
+
+
+async def test_more_connections_than_it_takes(
+    source: Source, address: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("afs.layerstore.chunkserver._MOST", 1)
+    client = ChunkClient(4, SIZE)
+    source.gate.clear()
+    first = asyncio.create_task(ask(client, address))
+    await until(lambda: source.reading == 1)
+    with pytest.raises(Unavailable):
+        await ask(client, address)
+    source.gate.set()
+    assert await first == CHUNKS[0]
+    client.close()
+
+
+def test_nothing_is_left_open() -> None:
+    """All descriptors of a client and a server are closed with them."""
+
+    async def scenario() -> None:
+        source = Source()
+        async with serving_chunks("127.0.0.1", 0, source.read) as port:
+            client = ChunkClient(4, SIZE)
+            await asyncio.gather(*(ask(client, ("127.0.0.1", port), Question(DIFF_ID, n)) for n in range(8)))
+            client.close()
+
+    asyncio.run(scenario())
+    before = set(os.listdir("/proc/self/fd"))
+    asyncio.run(scenario())
+    assert set(os.listdir("/proc/self/fd")) == before
