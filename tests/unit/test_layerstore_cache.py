@@ -688,6 +688,17 @@ async def test_a_reader_on_a_full_disk_pushes_idle_layers_out(world: World, monk
     assert here(two, world) == [0]
 
 
+async def test_one_eviction_is_enough_for_all_who_wait_for_room(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = await world.node("n1")
+    for number in range(3):
+        await pull(world, node, number)
+    assert await asyncio.gather(*(node.room.on_full_disk(CHUNK_SIZE) for _ in range(5))) == [True] * 5
+    assert here(node, world) == [1, 2]
+    monkeypatch.setattr(node.store, "free", lambda: 0)
+    assert await asyncio.gather(*(node.room.on_full_disk(CHUNK_SIZE) for _ in range(2))) == [True] * 2
+    assert here(node, world) == [], "it was not enough"
+
+
 @pytest.mark.root
 async def test_a_pull_into_a_full_file_system(tmp_path: Path) -> None:
     """The blob's size promised that it fits; its content does not."""

@@ -152,15 +152,13 @@ async def test_a_layer_that_is_completed_while_it_is_described_is_not_closed_bel
 ) -> None:
     await holder(world)
     two = await world.node("n2")
-    gate, real = asyncio.Event(), Peers.describe_layer
+    gate, real = asyncio.Event(), PartialLayer.put_async
 
-    async def describe(self: Peers, peer: Peer, diff_id: str) -> AsyncIterator[Description | tuple[int, bytes]]:
-        async for part in real(self, peer, diff_id):
-            if not isinstance(part, Description):
-                await gate.wait()
-            yield part
+    async def put(self: PartialLayer, index: int, data: bytes | memoryview) -> bool:
+        await gate.wait()
+        return await real(self, index, data)
 
-    monkeypatch.setattr(Peers, "describe_layer", describe)
+    monkeypatch.setattr(PartialLayer, "put_async", put)
     opening = asyncio.create_task(two.layers.open(world.origin, local=False))
     await eventually(lambda: two.layers.find(world.diff_id) is not None)
     partial = two.layers.find(world.diff_id)
@@ -307,6 +305,67 @@ async def test_readers_wait_for_nodes_that_come_back(world: World) -> None:
     assert partial.read(1) == complete_of(one, world).read_chunk(1)
 
 
+async def test_who_reads_from_a_silent_node_does_not_hold_up_others(world: World) -> None:
+    one, three, two = await holder(world), await world.node("n3"), await world.node("n2", deadline=60.0)
+    other = world.origins[1]
+    await three.layers.open(other, local=True)
+    silent = await open_partial(world, two)
+    await two.layers.open(other, local=False)
+    two.layers._partials._slots._limits, two.layers._partials._slots._most_of_one = (2, 1, 1), 1
+    one.service.gate = asyncio.Event()
+    one.service.chunks.clear()
+    filling = asyncio.create_task(two.layers.fill(world.diff_id, 1, 3))
+    await eventually(lambda: bool(one.service.chunks))
+    await two.layers.fill(other.layer.diff_id, 1, 1)
+    assert not any(silent.has(index) for index in (1, 2, 3))
+    one.service.gate.set()
+    await filling
+
+
+async def test_who_waits_for_a_node_to_come_back_holds_no_slot(world: World) -> None:
+    one, three, two = await holder(world), await world.node("n3"), await world.node("n2", deadline=60.0)
+    other = world.origins[1]
+    await three.layers.open(other, local=True)
+    await open_partial(world, two)
+    await two.layers.open(other, local=False)
+    two.layers._partials._slots._limits = (1, 1, 1)
+    await one.stop_serving()
+    world.directory.leave("n1", one.announcer._incarnation)
+    world.server.add(Fault("blobs/", gate=(gate := threading.Event())))  # a registry that does not answer
+    filling = asyncio.create_task(two.layers.fill(world.diff_id, 1, 1))
+    try:
+        await eventually(lambda: world.reads == 2)  # n1's, and this
+        await two.layers.fill(other.layer.diff_id, 1, 1)
+        assert not filling.done()
+    finally:
+        gate.set()
+    await filling
+
+
+async def test_waiting_in_the_queue_counts_for_a_reader_and_for_nobody_else(world: World) -> None:
+    one, two = await holder(world), await world.node("n2", deadline=60.0)
+    partial = await open_partial(world, two)
+    two.layers._partials._slots._limits = (1, 1, 1)
+    one.service.gate = asyncio.Event()
+    one.service.chunks.clear()
+    first = asyncio.create_task(two.layers.fill(world.diff_id, 1, 1))
+    await eventually(lambda: one.service.chunks == [1])
+    two.layers._supply._read_deadline = 0.05
+    behind = [
+        asyncio.create_task(partial.fill([index], two.layers._supply.fetch, Priority.PREFETCH)) for index in (2, 3)
+    ]
+    with pytest.raises(LayerUnavailable, match="other chunks come first"):
+        await two.layers.fill(world.diff_id, 4, 1)
+    with pytest.raises(LayerUnavailable, match="other chunks come first"):
+        await two.layers.fill(world.diff_id, 2, 1)  # a reader wants it, too
+    assert partial.missing() == [1, 2, 3, 4]
+    assert list(partial._filling) == [1, 3], "chunk 3 has as little time, and waits"
+    one.service.gate.set()
+    await first
+    await asyncio.wait(behind)
+    await partial.idle()
+
+
 async def test_connections_are_closed_when_there_are_too_many(world: World) -> None:
     nodes = [await holder(world, name) for name in ("n1", "n2", "n3")]
     peers = Peers(most=2)
@@ -368,6 +427,30 @@ async def test_what_cannot_be_prefetched_is_no_error(world: World, caplog: pytes
     await two.layers.prefetch(world.diff_id, [1, 2])
     assert f"prefetch: layer {world.diff_id} cannot be read" in caplog.text
     await two.layers.prefetch("sha256:" + "0" * 64, [1])
+
+
+async def test_a_prefetch_that_is_given_up_leaves_nothing_in_the_queue(world: World) -> None:
+    one, two = await holder(world), await world.node("n2", deadline=60.0)
+    partial = await open_partial(world, two)
+    slots = two.layers._partials._slots
+    slots._limits = (2, 1, 1)
+    one.service.gate = asyncio.Event()
+    one.service.chunks.clear()
+    prefetching = asyncio.create_task(two.layers.prefetch(world.diff_id, [1, 2, 3]))
+    await eventually(lambda: one.service.chunks == [1] and len(slots._waiting[Priority.PREFETCH]) == 2)
+    waiting = asyncio.create_task(partial.fill([2], two.layers._supply.fetch, Priority.COMPLETION))
+    await asyncio.sleep(0)
+    prefetching.cancel()
+    await asyncio.wait([prefetching])
+    assert list(partial._filling) == [1, 2], "one runs, one somebody else waits for"
+    filling = asyncio.create_task(two.layers.fill(world.diff_id, 3, 1))
+    await eventually(lambda: one.service.chunks == [1, 3])
+    one.service.gate.set()
+    await asyncio.gather(waiting, filling)
+    assert partial.read(3) == complete_of(one, world).read_chunk(3)
+    await partial.idle()
+    assert not slots._of_peer
+    assert not any(slots._waiting)
 
 
 async def test_whoever_reads_on_and_on_finds_it_there(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

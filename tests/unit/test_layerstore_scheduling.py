@@ -32,14 +32,14 @@ class Work:
         self.tasks: dict[str, asyncio.Task[None]] = {}
         self._ends: dict[str, asyncio.Event] = {}
 
-    async def start(self, name: str, priority: Priority) -> None:
-        """Have a task that wants a slot."""
+    async def start(self, name: str, priority: Priority, peer: str = "") -> None:
+        """Have a task that wants a slot, to ask *peer*."""
         self.tickets[name], self._ends[name] = Ticket(priority), asyncio.Event()
-        self.tasks[name] = asyncio.create_task(self._hold(name))
+        self.tasks[name] = asyncio.create_task(self._hold(name, peer))
         await settle()
 
-    async def _hold(self, name: str) -> None:
-        async with self.slots.held(self.tickets[name]):
+    async def _hold(self, name: str, peer: str) -> None:
+        async with self.slots.held(self.tickets[name], peer):
             self.running.append(name)
             try:
                 await self._ends[name].wait()
@@ -115,6 +115,25 @@ async def test_whoever_gives_up_leaves_no_slot_taken(work: Work) -> None:
     await settle()
     await work.start("d7", DEMAND)
     assert work.running == ["d3", "d5", "d7"]
+
+
+async def test_a_silent_node_does_not_take_all_slots(work: Work) -> None:
+    work.slots._most_of_one = 2
+    for name in ("d1", "d2", "d3"):
+        await work.start(name, DEMAND, "a")
+    await work.start("p1", PREFETCH, "a")
+    assert work.running == ["d1", "d2"]
+    await work.start("d4", DEMAND, "b")
+    assert work.running == ["d1", "d2", "d4"]
+    await work.end("d4")
+    await work.start("p2", PREFETCH, "b")
+    assert work.running == ["d1", "d2", "p2"]
+    await work.end("d1")
+    assert work.running == ["d2", "p2", "d3"]
+    work.tasks["p1"].cancel()  # it waits
+    await work.end("d2")
+    await work.end("d3")
+    assert work.slots._of_peer == {"b": 1}
 
 
 # Reading ahead

@@ -59,6 +59,10 @@ class Fetcher:
         self._failed = failed
         self._known = known
 
+    def first(self, peers: Sequence[Peer], complete: Collection[str]) -> Peer:
+        """Whom :meth:`fetch` would ask first now."""
+        return self._watch.order(peers, complete)[0]
+
     async def fetch(self, wanted: Wanted, peers: Sequence[Peer], complete: Collection[str]) -> bytes | None:
         """The chunk from one of *peers*, see :data:`~afs.layerstore.partial.Fetch`. Raises LayerUnavailable."""
         left, cause = self._watch.order(peers, complete, wanted.index), "no node holds it"

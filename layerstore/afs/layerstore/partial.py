@@ -7,7 +7,8 @@ State and locks. One :class:`PartialLayer` per diff_id, owned by the layerstore'
   out to be damaged on disk, so that readers wait for good ones; the bytes that come then are those that were there.
 - ``_filling`` maps a chunk to the task that fetches it. A second demand for the chunk awaits the same task, so a chunk
   is fetched once; a more urgent one makes the task's ticket more urgent (:mod:`afs.layerstore.scheduling`). A task
-  removes itself when it ends; failures are not remembered.
+  removes itself when it ends; failures are not remembered. One that no reader wanted, and that those who did have given up
+  while it was in the queue for a slot, is cancelled and leaves at once: whoever comes next starts another one.
 - ``_verified`` has a byte for every chunk whose bytes were compared with the table since this object was made: what was
   written, and what was read for a peer. It is not compared again for the next peer, which does so itself anyway.
 - Writes of different chunks touch different ranges, so they need no lock.
@@ -72,6 +73,16 @@ class Description:
     footer: bytes
 
 
+@dataclass(slots=True, eq=False)
+class _Filling:
+    """A chunk that comes; *waiting* counts who waits for it."""
+
+    index: int
+    task: "asyncio.Task[None]"
+    ticket: Ticket
+    waiting: int = 0
+
+
 class PartialLayer:
     """Made by :meth:`create` or :meth:`open`; both block and run in a thread."""
 
@@ -90,7 +101,7 @@ class PartialLayer:
                 raise
         finally:
             os.close(fd)
-        self._filling: dict[int, tuple[asyncio.Task[None], Ticket]] = {}
+        self._filling: dict[int, _Filling] = {}
         self._verified = bytearray(table.count)
         self._users = 0
         self._unused = asyncio.Event()
@@ -174,7 +185,7 @@ class PartialLayer:
     def is_news(self, index: int) -> bool:
         """Whether nobody read chunk *index* or waits to: it is not here, and not demanded."""
         return not self.has(index) and (
-            index not in self._filling or self._filling[index][1].priority is not Priority.DEMAND
+            index not in self._filling or self._filling[index].ticket.priority is not Priority.DEMAND
         )
 
     def unmark(self, index: int) -> None:
@@ -238,32 +249,45 @@ class PartialLayer:
     async def fill(self, indices: Iterable[int], fetch: Fetch, priority: Priority = Priority.DEMAND) -> None:
         """Have all of *indices* on return; raises what *fetch* raised for the first that failed."""
         wanted = [index for index in indices if not self.has(index)]
-        for index in wanted:
-            if index in self._filling:
-                self.slots.promote(self._filling[index][1], priority)
-            else:
-                ticket = Ticket(priority)
-                task = asyncio.create_task(
-                    self._fill_one(index, fetch, ticket), name=f"fill {self.diff_id[:19]} {index}"
-                )
-                self._filling[index] = task, ticket
-                task.add_done_callback(functools.partial(self._filled, index))
-        # Shielded: a reader that gives up must not take the chunk away from the others.
-        tasks = [asyncio.shield(self._filling[index][0]) for index in wanted]
-        if tasks:
-            await asyncio.gather(*tasks)
+        fillings = [self._filling_of(index, fetch, priority) for index in wanted]
+        for filling in fillings:
+            filling.waiting += 1
+        try:
+            # Shielded: a reader that gives up must not take the chunk away from the others.
+            await asyncio.gather(*(asyncio.shield(filling.task) for filling in fillings))
+        finally:
+            for filling in fillings:
+                filling.waiting -= 1
+                self._drop_unwanted(filling)
 
-    def _filled(self, index: int, task: "asyncio.Task[None]") -> None:
-        del self._filling[index]
+    def _filling_of(self, index: int, fetch: Fetch, priority: Priority) -> "_Filling":
+        if (filling := self._filling.get(index)) is not None:
+            self.slots.promote(filling.ticket, priority)
+            return filling
+        ticket = Ticket(priority)
+        task = asyncio.create_task(self._fill_one(index, fetch, ticket), name=f"fill {self.diff_id[:19]} {index}")
+        filling = self._filling[index] = _Filling(index, task, ticket)
+        task.add_done_callback(functools.partial(self._filled, filling))
+        return filling
+
+    def _drop_unwanted(self, filling: "_Filling") -> None:
+        """Nobody may want what nobody waits for; a chunk that a reader wanted it will ask for again."""
+        ticket = filling.ticket
+        if not filling.waiting and ticket.priority is not Priority.DEMAND and self.slots.is_waiting(ticket):
+            filling.task.cancel()
+            del self._filling[filling.index]
+
+    def _filled(self, filling: "_Filling", task: "asyncio.Task[None]") -> None:
+        if self._filling.get(filling.index) is filling:
+            del self._filling[filling.index]
         if not task.cancelled():
             task.exception()  # retrieved: its readers may all have gone
 
     async def _fill_one(self, index: int, fetch: Fetch, ticket: Ticket) -> None:
         with self.pin():
-            async with self.slots.held(ticket):
-                data, since = await fetch(self, index, ticket), time.monotonic()
-                while data is not None and not await self._written(index, data):
-                    await self.on_full(self, len(data), since)
+            data, since = await fetch(self, index, ticket), time.monotonic()
+            while data is not None and not await self._written(index, data):
+                await self.on_full(self, len(data), since)
 
     @contextlib.contextmanager
     def using(self) -> Iterator[None]:
@@ -309,14 +333,14 @@ class PartialLayer:
 
     async def stop(self) -> None:
         """End what is being fetched; before closing at shutdown."""
-        for task, _ in self._filling.values():
-            task.cancel()
+        for filling in self._filling.values():
+            filling.task.cancel()
         await self.idle()
 
     async def idle(self) -> None:
         """Wait until nothing is being fetched and nobody uses the layer; before closing."""
         while self._filling or self._users:
-            await asyncio.gather(*(task for task, _ in self._filling.values()), return_exceptions=True)
+            await asyncio.gather(*(filling.task for filling in self._filling.values()), return_exceptions=True)
             if self._users:
                 self._unused.clear()
                 await self._unused.wait()

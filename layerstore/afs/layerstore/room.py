@@ -249,8 +249,12 @@ class Room:
         return not self._quota.used_by(diff_id)
 
     async def on_full_disk(self, wanted: int) -> bool:
-        """The disk took no more, whatever the sums say: evict *wanted* bytes; whether anything could go."""
+        """The disk took no more, whatever the sums say: evict *wanted* bytes; whether anything went meanwhile."""
+        evicted = self._evicted
         async with self._making:
+            # What one writer evicts is usually enough for all that waited. Free space alone says nothing: a quota may be full.
+            if self._evicted > evicted and self._store.free() >= wanted:
+                return True
             await self.leases.known()
             victims = self._quota.oldest(wanted, lambda d: not self.leases.is_leased(d))
             return bool(victims) and await self._evict(victims) != set(victims)

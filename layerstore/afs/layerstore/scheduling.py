@@ -1,19 +1,21 @@
 """Who may fetch a chunk next: readers first.
 
 State (one event loop): every fetch has a :class:`Ticket`, which waits in the queue of its priority and then holds one of a
-node's slots until its chunk is written. ``_waiting`` and ``_running`` change without an await in between, so a free slot is
-given away at once, to the first of the most urgent queue that its limit lets through. A ticket may become more urgent
+node's slots while other nodes are asked for its chunk, until it is written. It gives the slot back while it looks for nodes
+or waits for one to come back, and then queues again. ``_waiting`` and ``_running`` change without an await in between, so a free slot is
+given away at once, to the first of the most urgent queue that the limits let through. A ticket may become more urgent
 while it waits or runs, when a reader wants a chunk that is on its way already.
 
 The limits are cumulative: *limits[p]* bounds what runs with priority p or a less urgent one. So whatever is
-prefetched, the difference to the first limit is left to readers, and all of them together bound the memory: a slot is one
-chunk of 1 MiB, once in gRPC and once in our hands.
+prefetched, the difference to the first limit is left to readers, and all of them together bound the memory: a slot is a
+chunk or two. No node is asked first by more than ``MOST_OF_ONE``: if it is silent, the other slots are for what others have.
 """
 
 import asyncio
 import contextlib
 import enum
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
 
 
 class Priority(enum.IntEnum):
@@ -26,27 +28,33 @@ class Priority(enum.IntEnum):
 
 # Four at once keep a link busy (4 MiB per round trip); more would only stand before a reader's chunk on the link.
 LIMITS = (64, 16, 8)
+MOST_OF_ONE = LIMITS[0] // 2
 
 
 class Ticket:
-    """One fetch."""
+    """One fetch. ``peer`` is whom it asks first; ``on_demand`` is called when it becomes a reader's."""
 
     def __init__(self, priority: Priority) -> None:
         self.priority = priority
+        self.peer = ""
+        self.on_demand: Callable[[], None] = lambda: None
         self.granted: asyncio.Future[None] | None = None  # None: neither waits nor runs
 
 
 class Slots:
     """The slots of a node."""
 
-    def __init__(self, limits: tuple[int, int, int] = LIMITS) -> None:
+    def __init__(self, limits: tuple[int, int, int] = LIMITS, most_of_one: int = MOST_OF_ONE) -> None:
         self._limits = limits
+        self._most_of_one = most_of_one
         self._running = [0] * len(limits)
+        self._of_peer: Counter[str] = Counter()
         self._waiting: list[dict[Ticket, None]] = [{} for _ in limits]
 
     @contextlib.asynccontextmanager
-    async def held(self, ticket: Ticket) -> AsyncIterator[None]:
-        """A slot while the block runs."""
+    async def held(self, ticket: Ticket, peer: str) -> AsyncIterator[None]:
+        """A slot while the block runs, for asking *peer* first."""
+        ticket.peer = peer
         ticket.granted = asyncio.get_running_loop().create_future()
         self._waiting[ticket.priority][ticket] = None
         self._grant()
@@ -56,28 +64,41 @@ class Slots:
         finally:
             if self._waiting[ticket.priority].pop(ticket, ticket) is ticket:  # it was granted, if only just now
                 self._running[ticket.priority] -= 1
+                self._of_peer[peer] -= 1
+                if not self._of_peer[peer]:
+                    del self._of_peer[peer]
             ticket.granted = None
             self._grant()
+
+    def is_waiting(self, ticket: Ticket) -> bool:
+        """Whether *ticket* is in the queue."""
+        return ticket in self._waiting[ticket.priority]
 
     def promote(self, ticket: Ticket, priority: Priority) -> None:
         """Make *ticket* as urgent as *priority*, unless it is already."""
         if priority >= ticket.priority:
             return
-        if ticket in self._waiting[ticket.priority]:
+        if self.is_waiting(ticket):
             del self._waiting[ticket.priority][ticket]
             self._waiting[priority][ticket] = None
         elif ticket.granted is not None:
             self._running[ticket.priority] -= 1
             self._running[priority] += 1
         ticket.priority = priority
+        if priority is Priority.DEMAND:
+            ticket.on_demand()
         self._grant()
 
     def _grant(self) -> None:
         for priority, waiting in enumerate(self._waiting):
-            while waiting and self._has_room(priority):
-                ticket = next(iter(waiting))
+            for ticket in list(waiting):
+                if not self._has_room(priority):
+                    break
+                if self._of_peer[ticket.peer] >= self._most_of_one:
+                    continue
                 del waiting[ticket]
                 self._running[priority] += 1
+                self._of_peer[ticket.peer] += 1
                 if ticket.granted is not None and not ticket.granted.done():
                     ticket.granted.set_result(None)
 

@@ -232,8 +232,8 @@ class Supply:
         """See :data:`~afs.layerstore.partial.Fetch`: from whoever has the chunk; LayerUnavailable after the deadline."""
         cause = ["no node holds it"]
         try:
-            async with asyncio.timeout(self._read_deadline):
-                data = await self._fetch(partial, index, ticket, cause)
+            async with asyncio.timeout(self._read_deadline) as limit:
+                data = await self._fetch(partial, index, ticket, limit, cause)
         except TimeoutError:
             raise LayerUnavailable(partial.diff_id, cause[0]) from None
         if ticket.priority is not Priority.DEMAND:
@@ -241,9 +241,9 @@ class Supply:
         return data
 
     async def _fetch(
-        self, partial: PartialLayer, index: int, ticket: Ticket, cause: list[str]
+        self, partial: PartialLayer, index: int, ticket: Ticket, limit: asyncio.Timeout, cause: list[str]
     ) -> bytes | memoryview | None:
-        """Without the deadline; *cause* becomes why it takes so long."""
+        """Until *limit*; *cause* becomes why it takes so long."""
         diff_id, pause, round_ = partial.diff_id, 0.05, 0
         while True:
             if (complete := self._store.complete(diff_id)) is not None:  # it was pulled meanwhile
@@ -258,9 +258,17 @@ class Supply:
                     continue
             if (providers := self._providers.get(diff_id)) and providers.peers:
                 self._refresh(diff_id, providers, _REFRESH_S)
+                first = self._fetcher.first(providers.peers, providers.complete).endpoint
+                if not round_:
+                    cause[0] = "other chunks come first"
                 try:
-                    wanted = Wanted(partial, index, ticket, self.stats(diff_id), round_)
-                    return await self._fetcher.fetch(wanted, providers.peers, providers.complete)
+                    # Only while others are asked: looking for them and pulling may take long, and needs no memory.
+                    async with _slot(partial, ticket, first, limit):
+                        if not round_:
+                            cause[0] = f"layerstore {first} does not answer"
+                        providers = self._providers.get(diff_id, providers)  # found out while it waited
+                        wanted = Wanted(partial, index, ticket, self.stats(diff_id), round_)
+                        return await self._fetcher.fetch(wanted, providers.peers, providers.complete)
                 except LayerUnavailable as error:
                     cause[0] = error.cause
                     round_ += 1
@@ -353,3 +361,24 @@ class Supply:
             log.warning("layer %s cannot be pulled again: %s", origin.layer.diff_id, error.line)
             self._failed(origin)
             return None
+
+
+@contextlib.asynccontextmanager
+async def _slot(partial: PartialLayer, ticket: Ticket, peer: str, limit: asyncio.Timeout) -> AsyncIterator[None]:
+    """One of the node's slots, to ask *peer* first. As long as no reader waits for the chunk, the queue takes no time of *limit*."""
+    now = asyncio.get_running_loop().time
+    left = (limit.when() or now()) - now()
+
+    def go_on() -> None:
+        if limit.when() is None:
+            limit.reschedule(now() + left)
+
+    if ticket.priority is not Priority.DEMAND:
+        limit.reschedule(None)
+        ticket.on_demand = go_on
+    try:
+        async with partial.slots.held(ticket, peer):
+            go_on()
+            yield
+    finally:
+        ticket.on_demand = lambda: None
