@@ -1,4 +1,4 @@
-"""IMG4 on a node that has nothing of it, read from a peer on the same machine, against the unpacked tree.
+"""IMG4 on a node that has nothing of it, read from a peer on the same machine, against overlayfs over ext4.
 
 One node has the image; a second one is new for every sample, and the page cache is empty but for programs. Measured: the mount
 of the image until its root can be listed, the same once more (a second container), W in it, and reading one large file of a
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
-from tests.testbed import build, unpackers
 from tests.testbed.cluster import cluster
 from tests.testbed.registry import Registry
 
@@ -32,7 +31,7 @@ from afs.proto.v1 import layerstore_pb2 as pb
 from afs.proto.v1.layerstore_pb2_grpc import LayerstoreNodeStub
 from afs.proto.v1.mounts_pb2 import OpenImage
 from afs.snapshotter.client import Mounts
-from benchmarks import measure, subjects
+from benchmarks import imageroots, measure, subjects
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,8 +49,8 @@ MIB = 1 << 20
 def run(name: str, samples: int | None) -> measure.Report:
     """Measure with the image *name*, which is img4."""
     image, taken = subjects.image(name), dict[str, list[float]]()
-    tree = unpacked(image)
     with (
+        imageroots.unpacked_root() as tree,
         Registry() as registry,
         cluster(1, proxy=False, layerstore_flags=("--completion=never", "--no-traces")) as running,
     ):
@@ -78,17 +77,6 @@ def pull(node: NodeProcesses, reference: str) -> None:
     with grpc.insecure_channel(f"unix:{node.run_dir}/layerstore.sock") as channel:
         request = pb.OpenImageRequest(name=pb.ImageName(image=reference), force_local_fetch=True)
         LayerstoreNodeStub(channel).OpenImage(request, timeout=600)
-
-
-def unpacked(image: subjects.Image) -> Path:
-    """The image's tree on the file system of the benchmarks' cache, made once."""
-    tree = build.default_cache_dir() / f"unpacked-{image.layout.name}"
-    if not tree.exists():
-        building = tree.with_name(f"{tree.name}.new")
-        shutil.rmtree(building, ignore_errors=True)
-        unpackers.umoci(image.layout, image.tag, building)
-        building.rename(tree)
-    return tree if not (tree / "rootfs").exists() else tree / "rootfs"
 
 
 def _large(root: Path) -> Path:

@@ -22,7 +22,7 @@ from afs.proto.v1.layerstore_pb2 import CacheStatusRequest, TraceStatus
 from afs.proto.v1.layerstore_pb2_grpc import LayerstoreNodeStub
 from afs.proto.v1.mounts_pb2 import OpenImage
 from afs.snapshotter.client import Mounts
-from benchmarks import lazy, measure, subjects
+from benchmarks import imageroots, lazy, measure, subjects
 
 if TYPE_CHECKING:
     from tests.testbed.cluster import RealCluster
@@ -38,9 +38,13 @@ _RECORDED_S = 20.0
 def run(name: str, samples: int | None) -> measure.Report:
     """Measure with the image *name*, which is img4."""
     image, taken = subjects.image(name), dict[str, list[float]]()
-    work, tree, numbers = image.commands["W"], lazy.unpacked(image), itertools.count(2)
+    work, numbers = image.commands["W"], itertools.count(2)
     demanded = []
-    with Registry() as registry, cluster(1, proxy=False, layerstore_flags=("--completion=never",)) as running:
+    with (
+        imageroots.unpacked_root() as tree,
+        Registry() as registry,
+        cluster(1, proxy=False, layerstore_flags=("--completion=never",)) as running,
+    ):
         reference = image.push(registry)
         lazy.pull(running.nodes[0], reference)
         recorder = running.start_node(next(numbers))

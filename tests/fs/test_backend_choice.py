@@ -75,7 +75,10 @@ def test_what_the_kernel_has_works_and_leaves_nothing(tmp_path: Path) -> None:
 def test_files_of_a_tmpfs_take_a_loop_device(tmp_path: Path) -> None:
     with unpackers.tmpfs(tmp_path / "tmpfs") as at:
         file, loop, *_ = probe.probe(at, tmp_path)
-    assert file.reason == "EROFS on a file needs kernel 6.12 and a file system such as ext4 or xfs, not tmpfs"
+    here = f"here are Linux {os.uname().release} and tmpfs"
+    assert (
+        file.reason == f"EROFS mounts files from Linux 6.12 on, and those of file systems such as ext4 or xfs; {here}"
+    )
     assert loop.works
 
 
@@ -105,7 +108,7 @@ def test_in_a_user_namespace_there_is_the_tree(tmp_path: Path) -> None:
     ("number", "reason"),
     [
         (errno.ENODEV, "no erofs in this kernel: the module is missing or blocked"),
-        (errno.EINVAL, "this kernel's EROFS does not know blocks of 512 bytes (Linux 6.4 does)"),
+        (errno.EINVAL, "does not know blocks of 512 bytes (Linux 6.4 does, and later stable ones do)"),
         (errno.EIO, "Input/output error"),
     ],
 )
@@ -158,6 +161,44 @@ def test_no_free_loop_device_is_no_fault_of_the_layer(tmp_path: Path, monkeypatc
         Unusable, match=r"^erofs-loop cannot be used: no .*/none: the module loop is missing or blocked$"
     ):
         mount_layer(Backend.LOOP, tmp_path / "layer", tmp_path)
+
+
+def test_loop_devices_read_by_direct_io(tmp_path: Path) -> None:
+    convert_bytes(tars.tar_of({"file": b"content"}), tmp_path / "layer")
+    (tmp_path / "at").mkdir()
+    mount_layer(Backend.LOOP, tmp_path / "layer", tmp_path / "at")
+    try:
+        (mount,) = list_mounts(str(tmp_path))
+        assert Path("/sys/block", Path(mount.source).name, "loop/dio").read_text() == "1\n"
+    finally:
+        unmount(str(tmp_path / "at"))
+
+
+def test_a_place_without_direct_io_has_no_loop_devices(tmp_path: Path) -> None:
+    """Here an ext4 on a disk with blocks of 4096 bytes."""
+    image = tmp_path / "disk"
+    with image.open("wb") as file:
+        file.truncate(16 << 20)
+    attach = ["losetup", "--find", "--show", "--sector-size=4096", str(image)]
+    disk = subprocess.run(attach, check=True, capture_output=True, text=True).stdout.strip()
+    try:
+        subprocess.run(["mkfs.ext4", "-q", disk], check=True)
+        at = tmp_path / "at"
+        at.mkdir()
+        subprocess.run(["mount", disk, at], check=True)
+        try:
+            _, loop, *_ = probe.probe(at, tmp_path)
+            reason = "direct I/O is in blocks of 4096 bytes on this disk, and layers have blocks of 512"
+            assert loop.reason == reason
+            convert_bytes(tars.tar_of({"file": b""}), at / "layer")
+            (tmp_path / "layer").mkdir()
+            with pytest.raises(Unusable, match=f"^erofs-loop cannot be used: {reason}$"):
+                mount_layer(Backend.LOOP, at / "layer", tmp_path / "layer")
+            assert str(at / "layer") not in backing_files()
+        finally:
+            subprocess.run(["umount", at], check=True)
+    finally:
+        subprocess.run(["losetup", "--detach", disk], check=True)
 
 
 def test_loop_devices_are_had_by_many_at_once(tmp_path: Path) -> None:

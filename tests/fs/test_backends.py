@@ -6,6 +6,7 @@ Reads of partial layers wait for this process, whose event loop serves the piece
 import asyncio
 import contextlib
 import ctypes
+import errno
 import hashlib
 import io
 import mmap
@@ -231,6 +232,43 @@ def entries(fd: int) -> Iterator[tuple[bytes, int]]:
             name = buffer.raw[offset + 19 : offset + length]
             yield name[: name.index(b"\0")], position
             offset += length
+
+
+@pytest.mark.parametrize("kind", [name for name in KINDS if name.endswith("-lazy")], indirect=True)
+async def test_what_cannot_be_read_is_an_error_and_never_zeros(
+    kind: Kind, source: FillSource, rng: random.Random
+) -> None:
+    """Large reads, which go down in requests that are good in front and bad behind, or the other way round."""
+    content = rng.randbytes(6 * CHUNK + 777)
+    layer = kind.add(source, tar_with({"data": (content, 0o644)}))
+    layer.lost.add(3)
+
+    def read(at: Path) -> int:
+        """How many reads fail; the others give what is there."""
+        failed = 0
+        fd = os.open(at / "data", os.O_RDONLY)
+        try:
+            for offset in range(0, len(content), 300_000):
+                try:
+                    got = os.pread(fd, CHUNK, offset)
+                except OSError as error:
+                    if error.errno != errno.EIO:
+                        raise
+                    failed += 1
+                else:
+                    assert got
+                    # Not compared by assert, which would take minutes to show the difference.
+                    if got != content[offset : offset + len(got)]:
+                        raise AssertionError(f"wrong bytes at {offset}, of which {got.count(0)} are zeros")
+        finally:
+            os.close(fd)
+        return failed
+
+    async with layer_mounts(source, kind.backend) as mounts, mounts.using(layer.diff_id, "") as at:
+        assert await asyncio.to_thread(read, at.path) > 0
+        assert any(first <= 3 < first + count for first, count in layer.asked)
+        layer.lost.clear()
+        assert await asyncio.to_thread(read, at.path) == 0
 
 
 async def test_open_files_outlive_eviction(kind: Kind, source: FillSource, rng: random.Random) -> None:

@@ -21,7 +21,10 @@ from afs.layerstore.mountedpages import forget_pages
 from afs.layerstore.repair import damaged_chunks, repair, replace
 from afs.layerstore.sealing import Sealer
 from afs.layerstore.store import CompleteLayer, LayerStore
+from afs.snapshotter.backends import Backend
 from tests.testbed import capabilities, tars
+from tests.testbed.fillsource import FillSource
+from tests.testbed.ourmounts import Kind, layer_mounts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -102,6 +105,30 @@ def test_a_mount_shows_the_right_bytes_after_a_repair(tmp_path: Path, device: st
         assert data.read_bytes() == DATA
         assert sorted(os.listdir(root)) == ["dir", "first", "same"]
         assert (root / "same").read_bytes() == b"content"
+    assert forget_pages(layer.path) == 0
+    store.close()
+
+
+@pytest.mark.parametrize("backend", Backend)
+async def test_what_afs_fused_serves_is_right_after_a_repair(tmp_path: Path, backend: Backend) -> None:
+    """A tree, or a file that EROFS is mounted on: the kernel keeps the pages of both over closing and opening."""
+    Kind(f"{backend}-lazy").require(tmp_path)
+    store, layer, good = made(tmp_path / "cache")
+    at = good.index(MARK)
+    overwrite(layer.path, at, b"damage")
+    source = FillSource(tmp_path)
+    source.add_file(DIFF_ID, layer.path)
+    async with layer_mounts(source, backend) as mounts, mounts.using(DIFF_ID, "") as mounted_at:
+
+        async def read() -> bytes:
+            return await asyncio.to_thread((mounted_at.path / "dir" / "data").read_bytes)
+
+        bad = await read()
+        assert bad != DATA
+        overwrite(layer.path, at, MARK)
+        assert await read() == bad
+        assert await asyncio.to_thread(forget_pages, layer.path) == 1
+        assert await read() == DATA
     assert forget_pages(layer.path) == 0
     store.close()
 

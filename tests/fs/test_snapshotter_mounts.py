@@ -130,6 +130,20 @@ async def test_leases_are_what_is_mounted(tmp_path: Path, layers: dict[str, str]
     assert leased(mounts) == ([], [])
 
 
+async def test_a_second_container_changes_no_lease(tmp_path: Path, layers: dict[str, str]) -> None:
+    """But for the number of its opening, which is told once, when it is over."""
+    one, two, _ = layers
+    async with mounting(tmp_path, 2) as mounts, mounts.using(one, layers[one]), mounts.using(two, layers[two]):
+        before = leased(mounts)
+        with mounts.opening() as number:
+            mounts.opened(number, [one, two])
+            async with mounts.using(one, layers[one]), mounts.using(two, layers[two]):
+                assert not mounts.changed.is_set()
+            assert not mounts.changed.is_set()
+        assert leased(mounts) == before
+        assert mounts.leases().last_opened == number
+
+
 async def test_a_cancelled_release_still_unmounts(tmp_path: Path, layers: dict[str, str]) -> None:
     async with mounting(tmp_path, 3) as mounts:
         for diff_id, file in layers.items():
@@ -278,6 +292,19 @@ async def test_a_root(tmp_path: Path, layers: dict[str, str]) -> None:
                 (view.path / "x").touch()
             assert b"".join(diff_chunks(root.upper, root.lower))
         assert roots.count == 0
+        assert list((tmp_path / "r").iterdir()) == []
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+async def test_a_root_of_an_image_without_layers(tmp_path: Path, read_only: bool) -> None:
+    async with mounting(tmp_path, 1) as mounts, making_roots(tmp_path, mounts) as roots:
+        async with contextlib.AsyncExitStack() as stack:
+            root = await roots.mount_root(stack, [], RootRequest(read_only=read_only))
+            assert sorted(path.name for path in root.path.iterdir()) == ["dev", "proc", "sys"]
+            assert list(root.lower) == [tmp_path / "base"]
+            expected = pytest.raises(OSError, match="Read-only") if read_only else contextlib.nullcontext()
+            with expected:
+                (root.path / "x").touch()
         assert list((tmp_path / "r").iterdir()) == []
 
 

@@ -33,6 +33,8 @@ class SourceLayer:
     """Set by each fill."""
     broken: bool = False
     """Fills are answered with an error."""
+    lost: set[int] = field(default_factory=set)
+    """The same for fills of these chunks."""
 
     def fill(self, first: int, count: int) -> None:
         """Copy chunks and mark them."""
@@ -109,10 +111,12 @@ class FillSource:
             size = layer.whole.stat().st_size
             answer = {"size": size, "chunk_size": CHUNK, "data": str(layer.data), "chunks": str(layer.chunks or "")}
         else:
-            layer.asked.append((question["first"], question["count"]))
+            first, count = question["first"], question["count"]
+            layer.asked.append((first, count))
             layer.questioned.set()
             await layer.gate.wait()
-            answer = {"error": "no chunk", "errno": 5} if layer.broken else {}
-            if not layer.broken:
-                layer.fill(question["first"], question["count"])
+            failed = layer.broken or not layer.lost.isdisjoint(range(first, first + count))
+            answer = {"error": "no chunk", "errno": 5} if failed else {}
+            if not failed:
+                layer.fill(first, count)
         writer.write(encode({"id": question["id"], **answer}))

@@ -16,6 +16,7 @@ _libc.syscall.restype = ctypes.c_long
 _libc.prctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong)
 _libc.unshare.argtypes = (ctypes.c_int,)
 _libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+_libc.statx.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p)
 
 MS_RDONLY = 1
 MS_NOSUID = 2
@@ -43,8 +44,9 @@ MOUNT_ATTR_NODEV = 0x4
 
 LOOP_CONTROL = "/dev/loop-control"
 _LOOP_CONFIGURE = 0x4C0A
+_LOOP_GET_STATUS64 = 0x4C05
 _LOOP_CTL_GET_FREE = 0x4C82
-_LO_FLAGS_READ_ONLY, _LO_FLAGS_AUTOCLEAR = 1, 4
+_LO_FLAGS_READ_ONLY, _LO_FLAGS_AUTOCLEAR, _LO_FLAGS_DIRECT_IO = 1, 4, 16
 _LOOP_INFO_SIZE, _LOOP_INFO_FLAGS = 232, 52  # struct loop_info64: its size, and where lo_flags is
 _LOOP_CONFIG_RESERVED = 64
 _LOOP_ATTEMPTS = 256
@@ -64,6 +66,10 @@ _FS_IOC_ENABLE_VERITY = 0x40806685  # linux/fsverity.h
 _VERITY_ARGS = struct.Struct("=IIIIQIIQ88x")
 _VERITY_SHA256 = 1
 _VERITY_BLOCK = 4096  # before kernel 6.3 it has to be the page size
+
+_STATX_DIOALIGN = 0x2000  # linux/stat.h
+_STATX_SIZE, _STATX_DIO_OFFSET_ALIGN = 256, 156  # struct statx: its size, and where stx_dio_offset_align is
+_AT_EMPTY_PATH = 0x1000
 
 BLKFLSBUF = 0x1261  # linux/fs.h: drop what the page cache has of a block device
 
@@ -216,10 +222,11 @@ def attach_loop(file: int, block_size: int) -> tuple[int, str]:
     """A read-only loop device over the file of descriptor *file*: a descriptor of it and its path (Linux 5.8).
 
     The device is set up in one step and goes with its last user (autoclear), so whoever is killed in between leaves
-    none. OSError names /dev/loop-control or the device.
+    none. It reads the file by direct I/O if kernel and file system can, which :func:`loop_is_direct` tells. OSError names
+    /dev/loop-control or the device.
     """
     info = bytearray(_LOOP_INFO_SIZE)
-    struct.pack_into("=I", info, _LOOP_INFO_FLAGS, _LO_FLAGS_READ_ONLY | _LO_FLAGS_AUTOCLEAR)
+    struct.pack_into("=I", info, _LOOP_INFO_FLAGS, _LO_FLAGS_READ_ONLY | _LO_FLAGS_AUTOCLEAR | _LO_FLAGS_DIRECT_IO)
     config = struct.pack("=II", file, block_size) + bytes(info) + bytes(_LOOP_CONFIG_RESERVED)
     control = os.open(LOOP_CONTROL, os.O_RDWR | os.O_CLOEXEC)
     try:
@@ -239,3 +246,24 @@ def attach_loop(file: int, block_size: int) -> tuple[int, str]:
                 return device, path
     finally:
         os.close(control)
+
+
+def loop_is_direct(device: int) -> bool:
+    """Whether the loop device of descriptor *device* reads its file by direct I/O, not through the file's page cache."""
+    info = fcntl.ioctl(device, _LOOP_GET_STATUS64, bytes(_LOOP_INFO_SIZE))
+    (flags,) = struct.unpack_from("=I", info, _LOOP_INFO_FLAGS)
+    return bool(flags & _LO_FLAGS_DIRECT_IO)
+
+
+def direct_alignment(fd: int) -> int | None:
+    """How many bytes offsets of direct I/O are multiples of in the file of descriptor *fd*: 0 if it has no direct I/O.
+
+    None if the file system does not say (statx(2) with STATX_DIOALIGN, Linux 6.1).
+    """
+    buffer = ctypes.create_string_buffer(_STATX_SIZE)
+    _check(_libc.statx(fd, b"", _AT_EMPTY_PATH, _STATX_DIOALIGN, buffer), f"descriptor {fd}")
+    (mask,) = struct.unpack_from("=I", buffer)
+    if not mask & _STATX_DIOALIGN:
+        return None
+    (alignment,) = struct.unpack_from("=I", buffer, _STATX_DIO_OFFSET_ALIGN)
+    return int(alignment)

@@ -1,7 +1,7 @@
 """The three ways to mount a layer, behind one interface; docs/mounts.md compares them.
 
 - ``erofs-file``: the kernel mounts EROFS on the layer file itself (Linux 6.12);
-- ``erofs-loop``: on a loop device over it (6.4, for blocks of 512 bytes);
+- ``erofs-loop``: on a loop device over it (6.4, or a stable kernel that took over its blocks of 512 bytes);
 - ``tree``: a bind mount of the tree that an ``afs_fused`` process serves: any kernel, and without EROFS.
 
 A layer file is a complete one on the disk, or one that ``afs_fused`` shows (a *lazy* mount). Which of the ways work here
@@ -123,10 +123,24 @@ def _mount_loop(source: Path, target: Path) -> None:
 
 
 def _loop(file: int) -> tuple[int, str]:
+    """A loop device that reads *file* by direct I/O, and no other one.
+
+    Before Linux 6.16 a device that reads through the file's page cache hands out zeros in place of what cannot be read
+    (lo_read_simple takes an error behind the first page for the end of the file).
+    """
     try:
-        return syscalls.attach_loop(file, _BLOCK_SIZE)
+        device, path = syscalls.attach_loop(file, _BLOCK_SIZE)
     except OSError as error:
         raise Unusable(Backend.LOOP, _no_loop(error)) from error
+    try:
+        reason = "" if syscalls.loop_is_direct(device) else _no_direct(file)
+    except BaseException:
+        os.close(device)
+        raise
+    if reason:
+        os.close(device)
+        raise Unusable(Backend.LOOP, reason)
+    return device, path
 
 
 def _bind(source: Path, target: Path) -> None:
@@ -145,6 +159,13 @@ def _no_loop(error: OSError) -> str:
     return f"no loop device: {error.filename}: {error.strerror}"
 
 
+def _no_direct(file: int) -> str:
+    alignment = syscalls.direct_alignment(file)
+    if alignment is not None and alignment > _BLOCK_SIZE:
+        return f"direct I/O is in blocks of {alignment} bytes on this disk, and layers have blocks of {_BLOCK_SIZE}"
+    return "this file system has no direct I/O, and without it a loop device gives zeros for what it cannot read"
+
+
 def _general(backend: Backend, source: Path, error: OSError) -> str:
     """Why *error* has nothing to do with the layer, "" if it may have."""
     if backend is Backend.TREE:
@@ -156,7 +177,8 @@ def _general(backend: Backend, source: Path, error: OSError) -> str:
     if error.errno == errno.ENOTBLK:
         # EROFS asks for a block device where a file will not do: before 6.12, or because the file's file system lacks
         # read_folio, as tmpfs does.
-        return f"EROFS on a file needs kernel 6.12 and a file system such as ext4 or xfs, not {fstype_of(source)}"
+        here = f"here are Linux {os.uname().release} and {fstype_of(source)}"
+        return f"EROFS mounts files from Linux 6.12 on, and those of file systems such as ext4 or xfs; {here}"
     return ""
 
 

@@ -3,20 +3,21 @@
 State and locks (one event loop): ``_mounted`` maps diff_ids to the mounts for new users, in the order of last use. A mount
 is made under single flight by diff_id. ``users`` changes without an await between the look-up and the change, so a mount
 that :meth:`LayerMounts._trim` takes away (users == 0, removed from the map before the first await) is never handed out
-again. A mount whose afs_fused died, or that is lazy while the layer is complete now, leaves the map at the next look-up
-and is unmounted by its last user.
+again. A mount whose afs_fused died, that is lazy while the layer is complete now, or whose layer file was replaced (the
+layerstore repairs a sealed file so) leaves the map at the next look-up and is unmounted by its last user.
 
 ``_all`` holds every mount that exists, in the map or not, until it is unmounted: :meth:`LayerMounts.leases` tells the
 layerstore of them. A mount that is ``leaving`` is being unmounted, and nobody gets it any more. ``_opening`` has the numbers
 of the OpenImage calls whose layers are on their way into ``_all``, and the layers once they are known: a layerstore that
 starts anew in between knows nothing of its answer, so they count as in use.
 ``_stuck`` are those of ``_all`` that left the map and whose unmount failed; :meth:`LayerMounts.release` tries again.
-``changed`` is set whenever any of them has changed.
+``changed`` is set whenever what :meth:`LayerMounts.leases` says has changed.
 """
 
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
@@ -35,6 +36,9 @@ from afs.snapshotter.overlay import in_user_namespace
 log = logging.getLogger(__name__)
 
 
+FileId = tuple[int, int]  # st_dev and st_ino, which nobody else has while the file is mounted
+
+
 @dataclass(slots=True)
 class MountedLayer:
     """One mount of a layer at *path*. *lazy*: it was made while the layer was partial, and bytes may come from elsewhere."""
@@ -45,13 +49,17 @@ class MountedLayer:
     lazy: bool
     opaque: bool = False  # its root hides all layers below it
     worker: Worker | None = None  # the afs_fused that it is read through
+    file_id: FileId | None = None  # of the file that is mounted, if there is no worker
     fallback: str = ""  # why a backend that is better here could not be used
     users: int = 0
     leaving: bool = False
 
 
 class LayerMounts:
-    """Mounts below *directory*, named by numbers. :attr:`fallbacks` counts why a backend could not be used for a layer.
+    """Mounts below *directory*: ``<number>``, with ``-<st_dev>-<st_ino>`` of the layer file if that is mounted itself.
+
+    Mountinfo does not tell which file had the name when it was mounted. :attr:`fallbacks` counts why a backend could not be
+    used for a layer.
 
     *keep* is how many layers that nobody uses stay mounted for the next run.
     """
@@ -80,8 +88,8 @@ class LayerMounts:
         """
         self._directory.mkdir(parents=True, exist_ok=True)
         found = await asyncio.to_thread(find_mounts, self._directory)
-        numbers = [int(path.name) for path in self._directory.iterdir() if path.name.isdecimal()]
-        self._next = max(numbers, default=0)
+        numbers = [path.name.partition("-")[0] for path in self._directory.iterdir()]
+        self._next = max((int(number) for number in numbers if number.isdecimal()), default=0)
         given: Counter[tuple[Worker, str]] = Counter()
         for mount in found:
             layer = await self._adopted(mount)
@@ -112,7 +120,9 @@ class LayerMounts:
         except OSError as error:
             log.error("layer %s at %s: %s; unmounting it", mount.diff_id, mount.path, error.strerror)
             return None
-        return MountedLayer(mount.diff_id, mount.path, mount.backend, worker is not None, opaque, worker)
+        return MountedLayer(
+            mount.diff_id, mount.path, mount.backend, worker is not None, opaque, worker, _named_id(mount.path)
+        )
 
     def _is_for_new_users(self, layer: MountedLayer) -> bool:
         """Whether an adopted mount is as a new one would be: the backend may be another one now, or the worker too old."""
@@ -152,12 +162,14 @@ class LayerMounts:
     @contextlib.asynccontextmanager
     async def _holding(self, layer: MountedLayer) -> AsyncIterator[None]:
         layer.users += 1  # with no await since the caller found it
-        self.changed.set()
+        if layer.users == 1:
+            self.changed.set()
         try:
             yield
         finally:
             layer.users -= 1
-            self.changed.set()
+            if not layer.users:
+                self.changed.set()
             if not self._wanted(layer):
                 await self._unmount_all([layer])
             await self._trim(self._keep)
@@ -174,6 +186,8 @@ class LayerMounts:
                 layer.lazy = False  # a new mount would be the same tree
                 return layer
             log.info("layer %s is complete now: mounting its file", diff_id)
+        elif layer.file_id is not None and _file_id(file) not in (layer.file_id, None):
+            log.info("layer %s: its file was replaced; mounting the new one", diff_id)
         else:
             return layer
         del self._mounted[diff_id]
@@ -208,9 +222,11 @@ class LayerMounts:
         worker = None
         if not file or backend is Backend.TREE:
             worker = await self._fused.place(diff_id)
+        # Before it is mounted: if the file is replaced in between, the next user mounts it once more.
+        file_id = _file_id(file) if worker is None else None
         self._next += 1
-        path = self._directory / str(self._next)
-        layer = MountedLayer(diff_id, path, backend, lazy=not file, worker=worker)
+        path = self._directory / "-".join(map(str, (self._next, *(file_id or ()))))
+        layer = MountedLayer(diff_id, path, backend, lazy=not file, worker=worker, file_id=file_id)
         if worker is None:
             source = Path(file)
         else:
@@ -248,8 +264,9 @@ class LayerMounts:
 
     def opened(self, number: int, diff_ids: Iterable[str]) -> None:
         """OpenImage call *number* gave these layers; they are leased from now on, until :meth:`opening` ends."""
-        self._opening[number] = frozenset(diff_ids)
-        self.changed.set()
+        self._opening[number] = found = frozenset(diff_ids)
+        if not found <= {layer.diff_id for layer in self._all.values() if layer.users}:
+            self.changed.set()
 
     def leases(self) -> pb.LeaseUpdate:
         """What is mounted and what is on its way, for the layerstore."""
@@ -323,6 +340,24 @@ class LayerMounts:
         self._stuck.clear()
         await asyncio.gather(*self._going, return_exceptions=True)
         self._closed = True
+
+
+def _file_id(file: str) -> FileId | None:
+    """Of the file that has this name now; None if none has. That is one stat(2), too quick to leave the event loop for."""
+    try:
+        status = os.stat(file)
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _named_id(path: Path) -> FileId | None:
+    """What the name of an adopted mount tells."""
+    match path.name.split("-"):
+        case [_, device, inode] if device.isdecimal() and inode.isdecimal():
+            return int(device), int(inode)
+        case _:
+            return None
 
 
 def _unmount_layer(path: Path) -> None:

@@ -126,9 +126,15 @@ def make_root(root: Root, lower: Lower) -> None:
         root.work.mkdir(exist_ok=True)
     if root.path.parent == root.home:
         root.path.mkdir()
+    directories = lower.directories
+    if root.upper is None and len(directories) == 1:
+        # An image without layers. Overlayfs takes one directory only if there is an upper one.
+        empty = root.home / "empty"
+        empty.mkdir()
+        directories = (*directories, empty)
     try:
         volatile = root.kept_upper is None
-        mount_overlay(root.path, lower.directories, root.upper, root.work, source=str(root.home), volatile=volatile)
+        mount_overlay(root.path, directories, root.upper, root.work, source=str(root.home), volatile=volatile)
     except OSError as error:
         where = f", writing to {root.upper}" if root.upper else ""
         raise FailedPrecondition(f"cannot mount a root at {root.path}{where}: {error.strerror}") from error

@@ -14,6 +14,8 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from grpc import ChannelConnectivity
+
 from afs.core.errors import AlreadyExists, FailedPrecondition, InvalidArgument
 from afs.core.files import remove_tree
 from afs.core.mounts import unmount_below
@@ -106,9 +108,10 @@ class Roots:
         """Ask the layerstore for an image and mount its layers (bottom first) until *stack* closes."""
         with self._mounts.opening() as number:
             # gRPC fails calls at once between two tries to connect, and a layerstore that restarts is back before the next.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(CONNECT_S):
-                    await self._channel.channel_ready()
+            if self._channel.get_state() is not ChannelConnectivity.READY:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(CONNECT_S):
+                        await self._channel.channel_ready()
             request = pb.OpenImageRequest(name=name, force_local_fetch=force_local, number=number)
             with calling(self._layerstore):
                 answer = await self._stub.OpenImage(request)
