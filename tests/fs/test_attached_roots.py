@@ -88,7 +88,7 @@ async def snapshotter(directory: Path, *, keep: bool = False) -> AsyncIterator[S
     finally:
         await running.attached.close(keep=keep)
         await running.roots.close(keep_base=bool(running.attached.records()))
-        await running.mounts.close(keep_used=keep)
+        await running.mounts.close(keep_used=keep or running.roots.staying)
         await running.workers.close(keep=running.mounts.workers())
 
 
@@ -120,7 +120,7 @@ class Attaching(Scenario):
     @override
     def failed(self, root: Path, error: Exception) -> None:
         assert "No space left" in str(error), error
-        assert not list_mounts(str(root))
+        assert not list_mounts(str(root)), (list_mounts(str(root)), error)
 
     @override
     def check(self, root: Path) -> None:
@@ -141,9 +141,9 @@ class Attaching(Scenario):
 
         try:
             asyncio.run(look())
-            assert not list_mounts(str(root))
+            assert not list_mounts(str(root)), (list_mounts(str(root)), error)
             assert [path for name in ("attached", "l") for path in (root / name).iterdir()] == []
-            assert not (root / "uppers/work").exists()
+            assert {path.name for path in (root / "uppers").iterdir()} <= {"upper"}
             if (root / "uppers/upper").exists():
                 assert [path.name for path in (root / "uppers/upper").iterdir()] in ([], ["kept"])
         finally:
@@ -252,6 +252,80 @@ async def test_an_upper_directory_of_the_user_s(directory: Path) -> None:
         assert sorted(path.name for path in (uppers / "upper").iterdir()) == ["first", "second"]
         with pytest.raises(InvalidArgument, match=r"^a read-only root has no upper directory$"):
             await running.attach(at, upper_dir=str(uppers), read_only=True)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_nothing_of_the_user_s_is_touched_beside_the_upper_directory(directory: Path, fails: bool) -> None:
+    at, uppers = directory / "at", directory / "uppers"
+    (uppers / "work").mkdir()
+    (uppers / "work/thesis").write_text("precious")
+    async with snapshotter(directory) as running:
+        if fails:
+            with pytest.raises(FailedPrecondition, match="is not a directory in the image"):
+                await running.attach(at, upper_dir=str(uppers), proc_dev=True, extra_dirs=[str(hiding(directory))])
+            assert [path.name for path in uppers.iterdir()] == ["work"], "not even an empty upper directory"
+        else:
+            await running.attach(at, upper_dir=str(uppers))
+            (made,) = {path.name for path in uppers.iterdir()} - {"upper", "work"}
+            assert (uppers / made).stat().st_mode & 0o777 == 0o700
+            await running.attached.detach(at)
+            assert {path.name for path in uppers.iterdir()} == {"upper", "work"}
+    assert (uppers / "work/thesis").read_text() == "precious"
+    assert homes(directory) == []
+
+
+def hiding(directory: Path) -> Path:
+    """A directory with a file where a mount point for --mount-proc-dev has to be."""
+    path = directory / "hiding"
+    path.mkdir()
+    (path / "dev").touch()
+    return path
+
+
+@pytest.mark.parametrize("kind", ["symlink", "file"])
+async def test_what_cannot_be_an_upper_directory(directory: Path, kind: str) -> None:
+    upper = directory / "uppers/upper"
+    if kind == "symlink":
+        upper.symlink_to(directory / "other")
+    else:
+        upper.write_text("mine")
+    async with snapshotter(directory) as running:
+        with pytest.raises(FailedPrecondition, match=f"^{upper} is not a directory$"):
+            await running.attach(directory / "at", upper_dir=str(upper.parent))
+    assert [path.name for path in upper.parent.iterdir()] == ["upper"]
+    assert [list((directory / "other").iterdir()), homes(directory)] == [[], []]
+
+
+async def test_what_a_killed_one_held_leaves_no_work_directory(directory: Path) -> None:
+    running = Snapshotter(directory)
+    running.roots.prepare()
+    await running.mounts.adopt()
+    stack = contextlib.AsyncExitStack()
+    _, layers = await running.roots.open_image(stack, NAME, force_local=False)
+    wanted = RootRequest(target=str(directory / "at"), upper_dir=str(directory / "uppers"))
+    await running.roots.mount_root(stack, layers, wanted)
+    assert len(list((directory / "uppers").iterdir())) == 2
+    async with snapshotter(directory):
+        assert [path.name for path in (directory / "uppers").iterdir()] == ["upper"]
+    stack.pop_all()
+    running.mounts._closed = True  # killed
+
+
+async def test_a_root_that_cannot_be_unmounted_keeps_its_layers(directory: Path) -> None:
+    """Until the next snapshotter has tried again."""
+    at = directory / "at"
+    async with snapshotter(directory) as running:
+        await running.attach(at)
+        syscalls.mount("tmpfs", str(at), "tmpfs")
+    (home,) = homes(directory)
+    assert (home / "upper").is_dir()
+    assert [mount.fstype for mount in list_mounts(str(directory / "l"))] == ["erofs"]
+    async with snapshotter(directory) as running:
+        assert [(layer.users, homes(directory)) for layer in running.mounts.mounted()] == [(1, [home])]
+        unmount(str(at))
+        assert (at / "a").read_bytes() == b"a"
+    async with snapshotter(directory) as running:
+        assert (homes(directory), list_mounts(str(directory))) == ([], [])
 
 
 async def test_a_root_that_was_unmounted_by_hand_is_forgotten(directory: Path) -> None:

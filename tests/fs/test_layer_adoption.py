@@ -203,13 +203,16 @@ async def test_mounts_of_a_killed_snapshotter_are_adopted(source: FillSource, na
                 async with mounts.using(layer.diff_id, kind.file(layer)) as at:
                     assert (at.path, at.backend, at.opaque) == (path, kind.backend, False)
                     assert at.lazy == kind.lazy
-            async with mounts.claiming(paths[2]) as claimed:
+            async with mounts.claiming(paths[2], opaque.diff_id) as claimed:
                 assert (claimed.users, claimed.diff_id, claimed.opaque) == (1, opaque.diff_id, True)
                 assert await read(claimed.path) == b"three"
                 await mounts.release([layers[0].diff_id, opaque.diff_id])
                 assert list(mounts.leases().in_use) == [opaque.diff_id]
             with pytest.raises(NotFound):
-                async with mounts.claiming(paths[0]):
+                async with mounts.claiming(paths[0], layers[0].diff_id):
+                    pass
+            with pytest.raises(NotFound):  # its number is another layer's, as after a restart of the machine
+                async with mounts.claiming(paths[1], opaque.diff_id):
                     pass
             served = {one: count for worker in mounts.workers() for one, count in worker.layers.items()}
             through_workers = kind.lazy or kind.backend is Backend.TREE
@@ -229,7 +232,7 @@ async def test_an_adopted_mount_of_a_file_that_was_replaced_is_for_its_users_alo
     async with source.serving():
         paths = await asyncio.to_thread(start_and_kill, source, kind, [kept, replaced])
         replace(replaced)
-        async with adopting(source, kind) as mounts, mounts.claiming(paths[1]) as claimed:
+        async with adopting(source, kind) as mounts, mounts.claiming(paths[1], replaced.diff_id) as claimed:
             async with mounts.using(kept.diff_id, str(kept.whole)) as at:
                 assert at.path == paths[0]
             async with mounts.using(replaced.diff_id, str(replaced.whole)) as at:
@@ -277,7 +280,7 @@ async def test_the_better_of_two_adopted_mounts_is_for_new_users(source: FillSou
         mount_layer(Backend.LOOP, layer.whole, new)
         async with adopting(source, complete) as mounts:
             assert [one.path for one in mounts.mounted()] == [new]
-            async with mounts.claiming(old) as claimed:
+            async with mounts.claiming(old, layer.diff_id) as claimed:
                 assert claimed.lazy
                 await mounts.drop_unclaimed()
                 assert await read(old) == b"content"

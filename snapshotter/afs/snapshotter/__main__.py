@@ -96,7 +96,7 @@ async def _close(
     """Unmount everything from the top down; with *keep*, but for attached roots and what they need."""
     await attached.close(keep=keep)
     await roots.close(keep_base=bool(attached.records()))
-    await mounts.close(keep_used=keep)
+    await mounts.close(keep_used=keep or roots.staying)
     await workers.close(keep=mounts.workers())
 
 

@@ -30,10 +30,10 @@ from afs.snapshotter.messages import MountedRoot
 from afs.snapshotter.rootmount import (
     Root,
     RootRequest,
+    clear_home,
     detach_root,
     homes_below,
     mounts_of,
-    remove_root,
     unmount_root,
 )
 from afs.snapshotter.roots import Roots, Steps
@@ -131,7 +131,9 @@ class AttachedRoots:
             why = await asyncio.to_thread(self._why_not, home, record)
             if why or record is None:
                 log.info("removing the attached root %s: %s", record.root.path if record else home, why)
-                await asyncio.to_thread(_clear, home, record)
+                if not await asyncio.to_thread(_clear, home, record) and record is not None:
+                    # Never closed: the next snapshotter tries again.
+                    await self._roots.stay(await self._claim(contextlib.AsyncExitStack(), record))
             else:
                 await self._adopt(record)
 
@@ -148,15 +150,21 @@ class AttachedRoots:
         path = Path(mounts_of(record.root.home)[0].target)
         record = dataclasses.replace(record, root=dataclasses.replace(record.root, path=path))
         stack = contextlib.AsyncExitStack()
-        for diff_id, mountpoint in record.layers:
-            try:
-                await stack.enter_async_context(self._mounts.claiming(Path(mountpoint)))
-            except NotFound:
-                # Its worker died. What the kernel has of the layer can be read still, the rest is an I/O error.
-                log.error("layer %s, of the root attached at %s, is not mounted any more", diff_id, path)
-        self._roots.adopt_root(stack, record.root, record.leave)
+        layers = await self._claim(stack, record)
+        self._roots.adopt_root(stack, record.root, layers, record.leave)
         self._attached[path] = _Attached(record, stack)
         log.info("adopted the root of %s that is attached at %s", record.image, path)
+
+    async def _claim(self, stack: contextlib.AsyncExitStack, record: Record) -> list[MountedLayer]:
+        """The layers of a root, in use until *stack* closes."""
+        layers = []
+        for diff_id, mountpoint in record.layers:
+            try:
+                layers.append(await stack.enter_async_context(self._mounts.claiming(Path(mountpoint), diff_id)))
+            except NotFound:
+                # Its worker died. What the kernel has of the layer can be read still, the rest is an I/O error.
+                log.error("layer %s, of the root attached at %s, is not mounted any more", diff_id, record.root.path)
+        return layers
 
     async def attach(self, name: layerstore_pb2.ImageName, request: RootRequest, *, force_local: bool) -> MountedRoot:
         """Mount an image's root at the request's target for good. AlreadyExists if a root is there."""
@@ -257,8 +265,11 @@ def _unmount(record: Record) -> None:
         raise
 
 
-def _clear(home: Path, record: Record | None) -> None:
+def _clear(home: Path, record: Record | None) -> bool:
+    """Unmount the root and remove its home; False if it stays mounted."""
     if record:
         record.leave()
-    if detach_root(home):
-        remove_root(record.root if record else Root(home, home, None, None, proc_dev=False))
+    if not detach_root(home):
+        return False
+    clear_home(home)
+    return True

@@ -151,11 +151,11 @@ class LayerMounts:
             yield layer
 
     @contextlib.asynccontextmanager
-    async def claiming(self, path: Path) -> AsyncIterator[MountedLayer]:
-        """The mount at *path*, which was adopted, while the block runs; NotFound if there is none."""
+    async def claiming(self, path: Path, diff_id: str) -> AsyncIterator[MountedLayer]:
+        """The mount of a layer at *path*, made or adopted, while the block runs; NotFound if it is not there."""
         layer = self._all.get(path)
-        if layer is None or layer.leaving:
-            raise NotFound(f"no layer is mounted at {path} any more")
+        if layer is None or layer.leaving or layer.diff_id != diff_id:
+            raise NotFound(f"layer {diff_id} is not mounted at {path} any more")
         async with self._holding(layer):
             yield layer
 
