@@ -418,6 +418,30 @@ async def test_mount_points_that_lead_elsewhere(tmp_path: Path, kind: str, conte
         await running.attach(tmp_path / "at")
 
 
+@pytest.mark.parametrize("how", ["unmounted", "covered", "removed"])
+async def test_a_layer_that_somebody_unmounted(directory: Path, how: str) -> None:
+    """No root lacks it: neither one over layers that were opened before, nor the next."""
+    at = directory / "at"
+    async with snapshotter(directory) as running:
+        await running.attach(directory / "other")
+        async with contextlib.AsyncExitStack() as stack:
+            _, layers = await running.roots.open_image(stack, NAME, force_local=False)
+            (old,) = layers
+            if how == "covered":
+                syscalls.mount("tmpfs", str(old.path), "tmpfs")
+            else:
+                syscalls.umount(str(old.path), syscalls.MNT_DETACH)
+            if how == "removed":
+                old.path.rmdir()
+            with pytest.raises(FailedPrecondition, match=f"was unmounted, or covered, at {old.path} by somebody"):
+                await running.roots.mount_root(stack, layers, RootRequest(target=str(at)))
+        await running.attach(at)
+        assert (at / "a").read_bytes() == b"a"
+        assert (directory / "other/a").read_bytes() == b"a"
+        assert [layer.path for layer in running.mounts.mounted()] != [old.path]
+    assert not list((directory / "l").iterdir())
+
+
 async def test_what_a_killed_one_held_is_detached(directory: Path) -> None:
     """Its processes read on; the place and the upper directory are free again."""
     at = directory / "at"

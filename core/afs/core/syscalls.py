@@ -67,8 +67,10 @@ _VERITY_ARGS = struct.Struct("=IIIIQIIQ88x")
 _VERITY_SHA256 = 1
 _VERITY_BLOCK = 4096  # before kernel 6.3 it has to be the page size
 
-_STATX_DIOALIGN = 0x2000  # linux/stat.h
-_STATX_SIZE, _STATX_DIO_OFFSET_ALIGN = 256, 156  # struct statx: its size, and where stx_dio_offset_align is
+_STATX_MNT_ID, _STATX_DIOALIGN = 0x1000, 0x2000  # linux/stat.h
+_STATX_SIZE = 256  # of struct statx, and where its fields are
+_STATX_MNT_ID_AT, _STATX_DIO_OFFSET_ALIGN = 144, 156
+_AT_STATX_DONT_SYNC = 0x4000
 _AT_EMPTY_PATH = 0x1000
 
 BLKFLSBUF = 0x1261  # linux/fs.h: drop what the page cache has of a block device
@@ -267,3 +269,11 @@ def direct_alignment(fd: int) -> int | None:
         return None
     (alignment,) = struct.unpack_from("=I", buffer, _STATX_DIO_OFFSET_ALIGN)
     return int(alignment)
+
+
+def mount_id(path: str) -> int:
+    """The number of the mount that *path* leads to, by statx(2) (Linux 5.8); asks no server of a FUSE file system."""
+    buffer = ctypes.create_string_buffer(_STATX_SIZE)
+    _check(_libc.statx(_AT_FDCWD, os.fsencode(path), _AT_STATX_DONT_SYNC, _STATX_MNT_ID, buffer), path)
+    (number,) = struct.unpack_from("=Q", buffer, _STATX_MNT_ID_AT)
+    return int(number)

@@ -132,8 +132,8 @@ class AttachedRoots:
             if why or record is None:
                 log.info("removing the attached root %s: %s", record.root.path if record else home, why)
                 if not await asyncio.to_thread(_clear, home, record) and record is not None:
-                    # Never closed: the next snapshotter tries again.
-                    await self._roots.stay(await self._claim(contextlib.AsyncExitStack(), record))
+                    async with contextlib.AsyncExitStack() as stack:
+                        await self._roots.stay(await self._claim(stack, record))
             else:
                 await self._adopt(record)
 

@@ -3,8 +3,9 @@
 State and locks (one event loop): ``_mounted`` maps diff_ids to the mounts for new users, in the order of last use. A mount
 is made under single flight by diff_id. ``users`` changes without an await between the look-up and the change, so a mount
 that :meth:`LayerMounts._trim` takes away (users == 0, removed from the map before the first await) is never handed out
-again. A mount whose afs_fused died, that is lazy while the layer is complete now, or whose layer file was replaced (the
-layerstore repairs a sealed file so) leaves the map at the next look-up and is unmounted by its last user.
+again. A mount whose afs_fused died, that is lazy while the layer is complete now, whose layer file was replaced (the layerstore
+repairs a sealed file so), or that somebody unmounted by hand or covered leaves the map at the next look-up and is unmounted
+by its last user.
 
 ``_all`` holds every mount that exists, in the map or not, until it is unmounted: :meth:`LayerMounts.leases` tells the
 layerstore of them. A mount that is ``leaving`` is being unmounted, and nobody gets it any more. ``_opening`` has the numbers
@@ -16,6 +17,7 @@ starts anew in between knows nothing of its answer, so they count as in use.
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import time
@@ -24,8 +26,9 @@ from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Seque
 from dataclasses import dataclass
 from pathlib import Path
 
+from afs.core import syscalls
 from afs.core.errors import FailedPrecondition, Internal, NotFound
-from afs.core.mounts import unmount
+from afs.core.mounts import unmount, unmount_below
 from afs.core.singleflight import SingleFlight
 from afs.proto.v1 import layerstore_pb2 as pb
 from afs.snapshotter.adoption import Found, find_mounts
@@ -51,8 +54,16 @@ class MountedLayer:
     worker: Worker | None = None  # the afs_fused that it is read through
     file_id: FileId | None = None  # of the file that is mounted, if there is no worker
     fallback: str = ""  # why a backend that is better here could not be used
+    mount_id: int = 0
     users: int = 0
     leaving: bool = False
+
+    def is_mounted(self) -> bool:
+        """Whether :attr:`path` leads to it. If somebody unmounted it, that is an empty directory, as good as any for overlayfs."""
+        try:
+            return syscalls.mount_id(str(self.path)) == self.mount_id
+        except OSError:
+            return False
 
 
 class LayerMounts:
@@ -117,11 +128,19 @@ class LayerMounts:
             return None
         try:
             opaque = await asyncio.to_thread(is_opaque, mount.path)
+            mount_id = syscalls.mount_id(str(mount.path))
         except OSError as error:
             log.error("layer %s at %s: %s; unmounting it", mount.diff_id, mount.path, error.strerror)
             return None
         return MountedLayer(
-            mount.diff_id, mount.path, mount.backend, worker is not None, opaque, worker, _named_id(mount.path)
+            diff_id=mount.diff_id,
+            path=mount.path,
+            backend=mount.backend,
+            lazy=worker is not None,
+            opaque=opaque,
+            worker=worker,
+            file_id=_named_id(mount.path),
+            mount_id=mount_id,
         )
 
     def _is_for_new_users(self, layer: MountedLayer) -> bool:
@@ -181,6 +200,8 @@ class LayerMounts:
             return None
         if layer.worker is not None and not layer.worker.alive:
             log.error("layer %s: its afs_fused died; mounting it anew", diff_id)
+        elif not layer.is_mounted():
+            log.error("layer %s: somebody unmounted or covered %s; mounting it anew", diff_id, layer.path)
         elif layer.lazy and file:
             if layer.backend is Backend.TREE and self._backends.choices(lazy=False)[0].backend is Backend.TREE:
                 layer.lazy = False  # a new mount would be the same tree
@@ -233,7 +254,7 @@ class LayerMounts:
             tree = backend is Backend.TREE
             source = worker.tree(diff_id, user_xattrs=in_user_namespace()) if tree else worker.file(diff_id)
         try:
-            layer.opaque = await asyncio.to_thread(_mount_layer, backend, source, path)
+            layer.opaque, layer.mount_id = await asyncio.to_thread(_mount_layer, backend, source, path)
         except BaseException:
             if worker is not None:
                 await worker.release(diff_id)
@@ -362,16 +383,24 @@ def _named_id(path: Path) -> FileId | None:
 
 def _unmount_layer(path: Path) -> None:
     unmount(str(path))
-    path.rmdir()
+    try:
+        path.rmdir()
+    except FileNotFoundError:
+        pass  # by whoever unmounted it by hand
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        unmount_below(path)  # something else was mounted over it
+        path.rmdir()
 
 
-def _mount_layer(backend: Backend, source: Path, target: Path) -> bool:
-    """Mount it at the new directory *target*; whether its root is opaque."""
+def _mount_layer(backend: Backend, source: Path, target: Path) -> tuple[bool, int]:
+    """Mount it at the new directory *target*; whether its root is opaque, and the number of the mount."""
     target.mkdir(parents=True)
     try:
         mount_layer(backend, source, target)
         try:
-            return is_opaque(target)
+            return is_opaque(target), syscalls.mount_id(str(target))
         except OSError as error:
             unmount(str(target))
             raise Internal(f"cannot read {source}: {error.strerror}") from error

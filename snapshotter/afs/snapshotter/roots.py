@@ -33,6 +33,7 @@ from afs.snapshotter.rootmount import (
     keep_upper,
     lower_directories,
     make_root,
+    mounts_of,
     remove_home,
 )
 
@@ -156,7 +157,9 @@ class Roots:
         def make() -> None:
             root.home.mkdir()
             steps.before()
+            _check_layers(layers)
             make_root(root, lower)
+            _check_layers(layers)  # what overlayfs was given
             steps.mounted()
             keep_upper(root)
 
@@ -214,20 +217,16 @@ class Roots:
         async def remove() -> None:
             await asyncio.wait([making])  # a thread cannot be cancelled: what it mounts has to be unmounted after it
             try:
-                gone = await asyncio.to_thread(_unmount, root, leaving)
-            except BaseException:
-                await self.stay(layers)
-                raise
-            if not gone:
-                await self.stay(layers)
-                return
-            try:
-                await asyncio.to_thread(remove_home, root.home)
+                await asyncio.to_thread(_take_down, root, leaving)
             finally:
-                self._targets.discard(root.path)
-                if root.kept_upper is not None:
-                    self._uppers.discard(root.kept_upper)
-                self.count -= 1
+                # Whatever failed: as long as it is mounted, it needs what is below it, and nobody else gets its place.
+                if await asyncio.to_thread(mounts_of, root.home):
+                    await self.stay(layers)
+                else:
+                    self._targets.discard(root.path)
+                    if root.kept_upper is not None:
+                        self._uppers.discard(root.kept_upper)
+                    self.count -= 1
 
         task = asyncio.create_task(remove(), name=f"remove {root.home}")
         self._removing.add(task)
@@ -245,6 +244,14 @@ async def _nothing() -> None:
     pass
 
 
-def _unmount(root: Root, leaving: Callable[[], None]) -> bool:
+def _check_layers(layers: Sequence[MountedLayer]) -> None:
+    """FailedPrecondition if one was unmounted by hand since it was opened: the root would silently lack its files."""
+    for layer in layers:
+        if not layer.is_mounted():
+            raise FailedPrecondition(f"layer {layer.diff_id} was unmounted, or covered, at {layer.path} by somebody")
+
+
+def _take_down(root: Root, leaving: Callable[[], None]) -> None:
     leaving()
-    return detach_root(root.home)
+    if detach_root(root.home):
+        remove_home(root.home)
