@@ -62,12 +62,12 @@ class LocalRoots(Roots):
 class Snapshotter:
     """The parts of one, without services."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, keep: bool = False) -> None:
         self.workers = FusedWorkers(directory / "fuse", directory / "faults", directory / "fill.sock", 1.0, 0)
         backends = Backends((Trial(Backend.FILE, lazy=False),))
         self.mounts = LayerMounts(directory / "l", self.workers, backends, 0)
         self.roots = LocalRoots(directory, self.mounts)
-        self.attached = AttachedRoots(directory / "attached", self.roots, self.mounts)
+        self.attached = AttachedRoots(directory / "attached", self.roots, self.mounts, keep=keep)
 
     async def attach(self, target: Path, **wanted: Any) -> None:
         """Attach the image."""
@@ -77,7 +77,7 @@ class Snapshotter:
 @contextlib.asynccontextmanager
 async def snapshotter(directory: Path, *, keep: bool = False) -> AsyncIterator[Snapshotter]:
     """A snapshotter that starts and stops as afs_snapshotter does."""
-    running = Snapshotter(directory)
+    running = Snapshotter(directory, keep=keep)
     running.roots.prepare()
     await running.workers.adopt()
     await running.mounts.adopt()
@@ -86,7 +86,7 @@ async def snapshotter(directory: Path, *, keep: bool = False) -> AsyncIterator[S
     try:
         yield running
     finally:
-        await running.attached.close(keep=keep)
+        await running.attached.close()
         await running.roots.close(keep_base=bool(running.attached.records()))
         await running.mounts.close(keep_used=keep or running.roots.staying)
         await running.workers.close(keep=running.mounts.workers())
@@ -371,9 +371,11 @@ async def test_readers_go_on_over_a_restart(directory: Path) -> None:
         async with snapshotter(directory, keep=True) as running:
             assert file.read() == b"a"
             assert [layer.users for layer in running.mounts.mounted()] == [1]
+            assert running.mounts.leases().kept == running.mounts.leases().in_use != []
             assert sorted(path.name for path in at.iterdir()) == ["a", "dev", "proc", "sys", "written"]
-    async with snapshotter(directory) as running:
+    async with snapshotter(directory, keep=True) as running:
         await running.attached.detach(at)
+        assert not running.mounts.leases().kept
 
 
 @pytest.mark.parametrize("name", [b"co:lon", b"com,ma", b"back\\slash", b"sp ace", b"new\nline", b"x\xff", b"#"])

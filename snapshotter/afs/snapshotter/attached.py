@@ -108,12 +108,13 @@ class _Attached:
 
 
 class AttachedRoots:
-    """Makes attached roots, with their homes below *directory*."""
+    """Makes attached roots, with their homes below *directory*; with *keep* :meth:`close` leaves them to the next one."""
 
-    def __init__(self, directory: Path, roots: Roots, mounts: LayerMounts) -> None:
+    def __init__(self, directory: Path, roots: Roots, mounts: LayerMounts, *, keep: bool) -> None:
         self._directory = directory.resolve()
         self._roots = roots
         self._mounts = mounts
+        self._keep = keep
         self._boot = _boot_id()
         self._next = 0
         self._attached: dict[Path, _Attached] = {}
@@ -152,7 +153,7 @@ class AttachedRoots:
         stack = contextlib.AsyncExitStack()
         layers = await self._claim(stack, record)
         self._roots.adopt_root(stack, record.root, layers, record.leave)
-        self._attached[path] = _Attached(record, stack)
+        self._add(record, stack)
         log.info("adopted the root of %s that is attached at %s", record.image, path)
 
     async def _claim(self, stack: contextlib.AsyncExitStack, record: Record) -> list[MountedLayer]:
@@ -181,9 +182,14 @@ class AttachedRoots:
             finished = dataclasses.replace(record, mounted=True)
             steps = Steps(record.write, finished.write, record.leave)
             root = await self._roots.mount_root(stack, layers, request, home, steps)
-            self._attached[target] = _Attached(finished, stack.pop_all())
+            self._add(finished, stack.pop_all())
         log.info("attached a root of %s at %s", image.key, target)
         return root
+
+    def _add(self, record: Record, stack: contextlib.AsyncExitStack) -> None:
+        if self._keep:
+            stack.enter_context(self._mounts.keeping(diff_id for diff_id, _ in record.layers))
+        self._attached[record.root.path] = _Attached(record, stack)
 
     async def detach(self, target: Path) -> Path | None:
         """Unmount the root at *target* and remove it; the upper directory that stays, if it has one of the user's.
@@ -236,10 +242,10 @@ class AttachedRoots:
         """What is attached, in the order of the targets."""
         return [each.record for _, each in sorted(self._attached.items())]
 
-    async def close(self, *, keep: bool) -> None:
-        """Unmount and remove all, in use or not; with *keep* leave them to the next snapshotter."""
+    async def close(self) -> None:
+        """Unmount and remove all, in use or not, unless they are left to the next snapshotter."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if keep:
+        if self._keep:
             return  # with the entries' stacks: nothing of them may be closed
         for target, each in list(self._attached.items()):
             del self._attached[target]

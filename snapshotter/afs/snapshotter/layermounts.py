@@ -85,6 +85,7 @@ class LayerMounts:
         self._stuck: set[Path] = set()  # those that an unmount failed for
         self._mounting: SingleFlight[str, MountedLayer] = SingleFlight()
         self._opening: dict[int, frozenset[str]] = {}
+        self._kept: Counter[str] = Counter()  # what roots need that outlive this process
         self._last_opened = time.time_ns()  # ascends over restarts
         self.changed = asyncio.Event()
         self._next = 0
@@ -177,6 +178,18 @@ class LayerMounts:
             raise NotFound(f"layer {diff_id} is not mounted at {path} any more")
         async with self._holding(layer):
             yield layer
+
+    @contextlib.contextmanager
+    def keeping(self, diff_ids: Iterable[str]) -> Iterator[None]:
+        """Tell the layerstore that these, in use already, stay mounted without this process too, while the block runs."""
+        kept = tuple(diff_ids)
+        self._kept.update(kept)
+        self.changed.set()
+        try:
+            yield
+        finally:
+            self._kept.subtract(kept)
+            self.changed.set()
 
     @contextlib.asynccontextmanager
     async def _holding(self, layer: MountedLayer) -> AsyncIterator[None]:
@@ -294,7 +307,11 @@ class LayerMounts:
         in_use = {layer.diff_id for layer in self._all.values() if layer.users}.union(*self._opening.values())
         idle = {layer.diff_id for layer in self._all.values()} - in_use
         return pb.LeaseUpdate(
-            in_use=sorted(in_use), idle=sorted(idle), last_opened=self._last_opened, opening=sorted(self._opening)
+            in_use=sorted(in_use),
+            idle=sorted(idle),
+            last_opened=self._last_opened,
+            opening=sorted(self._opening),
+            kept=sorted(+self._kept),
         )
 
     async def release(self, diff_ids: Collection[str]) -> None:

@@ -236,6 +236,7 @@ class Roots:
     async def stay(self, layers: Sequence[MountedLayer]) -> None:
         """A root over *layers* could not be unmounted: they are needed until the next snapshotter has tried again."""
         self.staying = True
+        self._staying.enter_context(self._mounts.keeping(layer.diff_id for layer in layers))
         for layer in layers:
             await self._staying.enter_async_context(self._mounts.claiming(layer.path, layer.diff_id))
 
