@@ -34,6 +34,7 @@ from afs.snapshotter.rootmount import (
     detach_root,
     homes_below,
     mounts_of,
+    place_of,
     unmount_root,
 )
 from afs.snapshotter.roots import Roots, Steps
@@ -148,7 +149,7 @@ class AttachedRoots:
 
     async def _adopt(self, record: Record) -> None:
         # Somebody may have moved the mount, or a directory above it.
-        path = Path(mounts_of(record.root.home)[0].target)
+        path = place_of(record.root.home, record.root.path)
         record = dataclasses.replace(record, root=dataclasses.replace(record.root, path=path))
         stack = contextlib.AsyncExitStack()
         layers = await self._claim(stack, record)
@@ -275,7 +276,7 @@ def _clear(home: Path, record: Record | None) -> bool:
     """Unmount the root and remove its home; False if it stays mounted."""
     if record:
         record.leave()
-    if not detach_root(home):
+    if not detach_root(home, record.root.path if record else None):
         return False
     clear_home(home)
     return True

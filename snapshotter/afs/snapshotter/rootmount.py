@@ -22,7 +22,7 @@ from afs.core.files import remove_tree
 from afs.core.mounts import MountPoint, list_mounts, unmount
 from afs.snapshotter.layermounts import MountedLayer
 from afs.snapshotter.overlay import mount_overlay
-from afs.snapshotter.procdev import mount_proc_dev
+from afs.snapshotter.procdev import mount_proc_dev, put_back
 
 log = logging.getLogger(__name__)
 _WORK, _NEW_UPPER = "work-made", "upper-made"  # links in a home
@@ -182,8 +182,22 @@ def keep_upper(root: Root) -> None:
 
 
 def mounts_of(home: Path) -> list[MountPoint]:
-    """What is mounted for the root with that *home*, oldest first; the first one is the root itself."""
+    """What is mounted for the root with that *home*, oldest first, wherever it is."""
     return [mount for mount in list_mounts() if mount.source == str(home)]
+
+
+def place_of(home: Path, path: Path) -> Path:
+    """Where the root is that was mounted at *path*: elsewhere if somebody has moved it, or a directory above it."""
+    found = mounts_of(home)
+    if not found or any(mount.target == str(path) for mount in found):
+        return path
+    return Path(found[0].target)
+
+
+def _placed(table: Sequence[MountPoint], home: Path, path: Path) -> list[MountPoint]:
+    """The root at *path*, first, and what is mounted in it for it; not what somebody bound to other places."""
+    found = [mount for mount in table if mount.source == str(home)]
+    return [mount for mount in found if mount.target == str(path) or mount.target.startswith(f"{path}/")]
 
 
 def unmount_root(root: Root) -> None:
@@ -192,24 +206,35 @@ def unmount_root(root: Root) -> None:
     FailedPrecondition if it is in use. If anything fails all is as before.
     """
     table = list_mounts()
-    found = [mount for mount in table if mount.source == str(root.home)]
+    found = _placed(table, root.home, place_of(root.home, root.path))
     if not found:
         return
     for mount in found:
         if _topmost(table, mount.target) != mount:
             raise FailedPrecondition(f"another file system is mounted over {mount.target}")
     path = found[0].target
-    try:
-        for mount in reversed(found):
-            syscalls.umount(mount.target)
-    except OSError as error:
-        if root.proc_dev:
-            mount_proc_dev(Path(path), str(root.home))  # those that went before the busy one
-        if error.errno != errno.EBUSY:
-            raise
-        foreign = [mount.target for mount in table if mount.target.startswith(f"{path}/") and mount not in found]
-        why = f"{foreign[0]} is mounted in it" if foreign else "a process works in it or has a file of it open"
-        raise FailedPrecondition(f"{path} is in use: {why}") from error
+    foreign = [mount.target for mount in table if mount.target.startswith(f"{path}/") and mount not in found]
+    if foreign:
+        raise FailedPrecondition(f"{path} is in use: {foreign[0]} is mounted in it")
+    with contextlib.ExitStack() as clones:
+        # The kernel tells whether the root is busy only when nothing is mounted in it. What was written to /dev/shm is in
+        # memory, so it would be gone; a second mount of each keeps it.
+        inside = []
+        for mount in found[1:]:
+            fd = syscalls.clone_mount(mount.target)
+            clones.callback(os.close, fd)
+            inside.append((os.path.relpath(mount.target, path), fd))
+        left = len(found)
+        try:
+            for mount in reversed(found):
+                syscalls.umount(mount.target)
+                left -= 1
+        except OSError as error:
+            put_back(Path(path), inside[left - 1 :])
+            if error.errno != errno.EBUSY:
+                raise
+            why = "a process works in it or has a file of it open"
+            raise FailedPrecondition(f"{path} is in use: {why}") from error
 
 
 def _topmost(table: Sequence[MountPoint], target: str) -> MountPoint:
@@ -217,23 +242,21 @@ def _topmost(table: Sequence[MountPoint], target: str) -> MountPoint:
     return [mount for mount in table if mount.target == target][-1]
 
 
-def detach_root(home: Path) -> bool:
+def detach_root(home: Path, path: Path | None = None) -> bool:
     """Take down what is mounted for the root with that *home*, in use or not; whether nothing is left.
 
     What is in use leaves the tree at once and goes when its last user does. What somebody mounted over it stays, with all
-    that is below.
+    that is below; and so does, if *path* says where the root is, what somebody bound or moved to other places.
     """
     table = list_mounts()
     found = [mount for mount in table if mount.source == str(home)]
-    for mount in reversed(found):
+    for mount in reversed(found if path is None else _placed(table, home, path)):
         if _topmost(table, mount.target) == mount:
             unmount(mount.target)
-    if found and (left := mounts_of(home)):
-        log.error(
-            "%s stays mounted until the next start tries again: something else is mounted over it", left[0].target
-        )
-        return False
-    return True
+    left = mounts_of(home)
+    if left:
+        log.error("%s stays mounted until the next start tries again: it was covered, or bound there", left[0].target)
+    return not left
 
 
 def remove_home(home: Path) -> None:

@@ -73,7 +73,9 @@ class Roots:
         self._removing: set[asyncio.Task[None]] = set()
         self._targets: set[Path] = set()
         self._uppers: set[Path] = set()
-        self._staying = contextlib.AsyncExitStack()  # holds the layers of roots that could not be unmounted; never closed
+        self._staying = (
+            contextlib.AsyncExitStack()
+        )  # holds the layers of roots that could not be unmounted; never closed
         self.staying = False
         self.count = 0
 
@@ -254,5 +256,5 @@ def _check_layers(layers: Sequence[MountedLayer]) -> None:
 
 def _take_down(root: Root, leaving: Callable[[], None]) -> None:
     leaving()
-    if detach_root(root.home):
+    if detach_root(root.home, root.path):
         remove_home(root.home)
