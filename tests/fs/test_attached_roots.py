@@ -448,6 +448,19 @@ async def test_mount_points_that_lead_elsewhere(tmp_path: Path, kind: str, conte
         await running.attach(tmp_path / "at")
 
 
+@pytest.mark.parametrize("suid", [False, True])
+async def test_setuid_programs_of_an_image_are_so_on_demand(directory: Path, suid: bool) -> None:
+    at = directory / "at"
+    async with snapshotter(directory) as running:
+        await running.attach(at, suid=suid)
+        assert bool(os.statvfs(at).f_flag & os.ST_NOSUID) != suid
+        async with contextlib.AsyncExitStack() as stack:
+            _, layers = await running.roots.open_image(stack, NAME, force_local=False)
+            held = await running.roots.mount_root(stack, layers, RootRequest())
+            assert not os.statvfs(held.path).f_flag & os.ST_NOSUID, "a container needs them"
+        assert (directory / "l").stat().st_mode & 0o777 == 0o700
+
+
 @pytest.mark.parametrize("how", ["unmounted", "covered", "removed"])
 async def test_a_layer_that_somebody_unmounted(directory: Path, how: str) -> None:
     """No root lacks it: neither one over layers that were opened before, nor the next."""

@@ -99,6 +99,8 @@ class LayerMounts:
         What is mounted through a worker that is gone, and what is no layer, is unmounted.
         """
         self._directory.mkdir(parents=True, exist_ok=True)
+        # Below it is every image of the node, with what is for its root user alone in an image but readable here.
+        self._directory.chmod(0o700)
         found = await asyncio.to_thread(find_mounts, self._directory)
         numbers = [path.name.partition("-")[0] for path in self._directory.iterdir()]
         self._next = max((int(number) for number in numbers if number.isdecimal()), default=0)

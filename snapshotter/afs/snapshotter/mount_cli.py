@@ -123,6 +123,7 @@ def parse_platform(text: str) -> tuple[str, str, str]:
 @click.option("--read-only", is_flag=True, help="Let nothing be written.")
 @click.option("--upper-dir", help="Keep what is written in DIR/upper. [default: it is gone at the end]", metavar="DIR")
 @click.option("--mount-proc-dev", is_flag=True, help="With /proc, /dev and a read-only /sys, for chroot(8).")
+@click.option("--suid", is_flag=True, help="Let setuid programs of the image be setuid, for all who can reach DIR.")
 @click.option("--platform", default="", help="OS/ARCH[/VARIANT] of the image. [default: this machine's]")
 @click.option("--unmount", metavar="DIR", help="Unmount what --detach mounted at DIR.")
 @click.option("--probe", is_flag=True, help="Tell how layers are mounted on this machine, and why not otherwise.")
@@ -137,6 +138,7 @@ def main(
     read_only: bool,
     upper_dir: str | None,
     mount_proc_dev: bool,
+    suid: bool,
     platform: str,
     unmount: str | None,
     probe: bool,
@@ -152,6 +154,7 @@ def main(
             "--read-only": read_only,
             "--upper-dir": upper_dir,
             "--mount-proc-dev": mount_proc_dev,
+            "--suid": suid,
             "--platform": platform,
         }
         others = {"--unmount": unmount is not None, "--probe": probe, "--stats": stats}
@@ -179,6 +182,7 @@ def main(
                 target=_existing(target),
                 upper_dir=_existing(upper_dir) if upper_dir else "",
                 proc_dev=mount_proc_dev,
+                suid=suid,
             )
             os_name, architecture, variant = parse_platform(platform)
             opened = OpenImage(image=image, os=os_name, architecture=architecture, variant=variant)

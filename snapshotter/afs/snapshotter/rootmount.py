@@ -35,7 +35,7 @@ class RootRequest:
     All paths are resolved here, once: what a symlink leads to later changes nothing.
     """
 
-    __slots__ = ("extra_dirs", "proc_dev", "read_only", "target", "upper_dir", "work_name")
+    __slots__ = ("extra_dirs", "proc_dev", "read_only", "suid", "target", "upper_dir", "work_name")
 
     def __init__(
         self,
@@ -45,6 +45,7 @@ class RootRequest:
         target: str | bytes = "",
         upper_dir: str | bytes = "",
         proc_dev: bool = False,
+        suid: bool = False,
     ) -> None:
         if read_only and upper_dir:
             raise InvalidArgument("a read-only root has no upper directory")
@@ -55,6 +56,8 @@ class RootRequest:
         self.upper_dir = _directory(upper_dir) if upper_dir else None
         self.work_name = f".afs-work-{secrets.token_hex(8)}" if upper_dir else "work"
         self.proc_dev = proc_dev
+        # Nobody but root gets into a directory of the snapshotter's; a target may be anybody's.
+        self.suid = suid or not target
         if self.target == Path("/"):
             raise InvalidArgument("a root cannot be mounted over /")
 
@@ -122,8 +125,8 @@ def _visible(layers: Sequence[MountedLayer]) -> list[Path]:
     return list(paths)
 
 
-def make_root(root: Root, lower: Lower) -> None:
-    """Make the directories of *root* in its home and mount it.
+def make_root(root: Root, lower: Lower, *, suid: bool) -> None:
+    """Make the directories of *root* in its home and mount it; *suid*: setuid programs are setuid there.
 
     If it fails, :func:`detach_root` and :func:`remove_home` clear what is there; else :func:`keep_upper` is next.
     """
@@ -140,7 +143,9 @@ def make_root(root: Root, lower: Lower) -> None:
         directories = (*directories, empty)
     try:
         volatile = root.kept_upper is None
-        mount_overlay(root.path, directories, root.upper, root.work, source=str(root.home), volatile=volatile)
+        mount_overlay(
+            root.path, directories, root.upper, root.work, source=str(root.home), volatile=volatile, suid=suid
+        )
     except OSError as error:
         where = f", writing to {root.upper}" if root.upper else ""
         raise FailedPrecondition(f"cannot mount a root at {root.path}{where}: {error.strerror}") from error

@@ -160,7 +160,7 @@ class Roots:
             root.home.mkdir()
             steps.before()
             _check_layers(layers)
-            make_root(root, lower)
+            make_root(root, lower, suid=request.suid)
             _check_layers(layers)  # what overlayfs was given
             steps.mounted()
             keep_upper(root)
