@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from afs.core import syscalls
 from afs.core.errors import NotFound
 from afs.core.mounts import list_mounts, unmount_below
 from afs.layerstore.afslyr.convert import convert
@@ -220,6 +221,30 @@ async def test_mounts_of_a_killed_snapshotter_are_adopted(source: FillSource, na
             new = add(source, tars.tar_of({"file": b"four"}), partial=kind.lazy)
             async with mounts.using(new.diff_id, kind.file(new)) as at:
                 assert int(at.path.name.partition("-")[0]) > 77
+
+
+async def test_what_somebody_put_among_the_mounts_does_not_end_the_start(source: FillSource) -> None:
+    kind = Kind("erofs-loop-complete")
+    kind.require(source.directory)
+    layers = [add(source, tars.tar_of({"file": text}), partial=False) for text in (b"covered", b"free")]
+    async with source.serving():
+        covered, free = await asyncio.to_thread(start_and_kill, source, kind, layers)
+        stray = source.directory / "l/9"
+        stray.write_text("file")
+        full = source.directory / "l/10"
+        full.mkdir()
+        (full / "file").touch()
+        syscalls.mount("tmpfs", str(covered), "tmpfs")
+        async with adopting(source, kind) as mounts:
+            assert [one.path for one in mounts.mounted()] == [free]
+            async with mounts.claiming(covered, layers[0].diff_id):
+                await mounts.drop_unclaimed()
+                assert list(mounts.leases().in_use) == [layers[0].diff_id]
+                async with mounts.using(layers[0].diff_id, str(layers[0].whole)) as at:
+                    assert await read(at.path) == b"covered"
+                    assert int(at.path.name.partition("-")[0]) == 11
+            assert not covered.exists()
+        assert {path.name for path in (source.directory / "l").iterdir()} == {"9", "10"}
 
 
 @pytest.mark.parametrize("name", ["erofs-file-complete", "erofs-loop-complete"])

@@ -119,7 +119,10 @@ class LayerMounts:
             worker.layers[diff_id] = count
         for path in self._directory.iterdir():
             if path not in self._all:
-                await asyncio.to_thread(_unmount_layer, path)
+                try:
+                    await asyncio.to_thread(_unmount_layer, path)
+                except OSError as error:  # somebody's file; its number is not used again
+                    log.error("leaving %s alone: %s", path, error.strerror)
         if found:
             log.info("adopted %d of %d layer mounts", len(self._all), len(found))
         self.changed.set()
@@ -130,8 +133,9 @@ class LayerMounts:
             log.error("layer %s at %s: its afs_fused is gone; unmounting it", mount.diff_id, mount.path)
             return None
         try:
-            opaque = await asyncio.to_thread(is_opaque, mount.path)
-            mount_id = syscalls.mount_id(str(mount.path))
+            # Those of what covers it would say nothing.
+            opaque = not mount.covered and await asyncio.to_thread(is_opaque, mount.path)
+            mount_id = 0 if mount.covered else syscalls.mount_id(str(mount.path))
         except OSError as error:
             log.error("layer %s at %s: %s; unmounting it", mount.diff_id, mount.path, error.strerror)
             return None
@@ -148,14 +152,19 @@ class LayerMounts:
 
     def _is_for_new_users(self, layer: MountedLayer) -> bool:
         """Whether an adopted mount is as a new one would be: the backend may be another one now, or the worker too old."""
+        if not layer.is_mounted():
+            return False
         choices = {choice.backend for choice in self._backends.choices(lazy=layer.lazy)}
         return layer.backend in choices and (layer.worker is None or layer.worker.usable)
 
     async def drop_unclaimed(self) -> None:
         """Unmount the adopted mounts that nobody uses and new users will not get; call it when all who can claim have."""
         idle = [layer for layer in self._all.values() if not self._wanted(layer)]
-        await self._unmount_all(idle)
-        await self._trim(self._keep)
+        try:
+            await self._unmount_all(idle)
+            await self._trim(self._keep)
+        except OSError as error:  # it is among the stuck ones
+            log.error("cannot unmount what nobody uses: %s", error)
 
     def _wanted(self, layer: MountedLayer) -> bool:
         # What close() left mounted stays, though its users' blocks end too: the event loop closes them when it ends.
