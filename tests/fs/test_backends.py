@@ -271,6 +271,19 @@ async def test_what_cannot_be_read_is_an_error_and_never_zeros(
         assert await asyncio.to_thread(read, at.path) == 0
 
 
+async def test_metadata_are_read_ahead_through_loop_devices(source: FillSource) -> None:
+    """Which EROFS reads in blocks of 512 bytes, of eight inodes each, and direct I/O passes on as they are."""
+    kind = Kind("erofs-loop-lazy")
+    kind.require(source.directory)
+    count = 3000
+    layer = kind.add(source, b"".join(tars.file(f"{number:05}") for number in range(count)) + tars.END)
+    async with layer_mounts(source, kind.backend) as mounts, mounts.using(layer.diff_id, "") as at:
+        assert len(await asyncio.to_thread(look, at.path)) >= count
+        assert at.worker is not None
+        reads = (await mounts._fused.stats())[layer.diff_id].reads
+        assert reads < count // 8 // 2, "half of what the inodes alone would take"
+
+
 async def test_open_files_outlive_eviction(kind: Kind, source: FillSource, rng: random.Random) -> None:
     """A layer in use does not go when the layerstore asks; and a file that is open is read to its end in any case."""
     content = rng.randbytes(3 * CHUNK)

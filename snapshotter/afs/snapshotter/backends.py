@@ -11,6 +11,7 @@ is found out by :mod:`afs.snapshotter.probe`. All functions block.
 import enum
 import errno
 import os
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from afs.core.errors import FailedPrecondition, Internal, InvalidArgument
 from afs.core.mounts import list_mounts, unmount
 
 _BLOCK_SIZE = 512  # of EROFS in a layer file
+_BLOCKS_AT = 1024 + 36  # in an EROFS image: how many blocks there are, and at which one the metadata begin
+_READ_AHEAD = 8 << 20  # bytes: metadata of some 80,000 files
+_READ_AT_ONCE = 128 << 10  # bytes: the kernel leaves out what exceeds a device's own read-ahead
 _FLAGS = syscalls.MS_RDONLY | syscalls.MS_NODEV | syscalls.MS_NOSUID
 
 
@@ -118,8 +122,26 @@ def _mount_loop(source: Path, target: Path) -> None:
     try:
         # The mount keeps the device; one without a mount is cleared when its last descriptor is closed.
         syscalls.mount(path, str(target), "erofs", _FLAGS)
+        try:
+            _read_metadata_ahead(device)
+        except BaseException:
+            unmount(str(target))
+            raise
     finally:
         os.close(device)
+
+
+def _read_metadata_ahead(device: int) -> None:
+    """Have the kernel read the metadata into the device's page cache, without waiting for them.
+
+    EROFS asks the device for them in single blocks, which direct I/O takes one by one to the disk, or to ``afs_fused``:
+    ``find -ls`` in the largest layer of IMG4, a lazy mount, made 3,904 requests without this, and 1,520 with it. What is
+    left are directories, which EROFS reads past that cache.
+    """
+    blocks, first = struct.unpack("<II", os.pread(device, 8, _BLOCKS_AT))
+    start, end = first * _BLOCK_SIZE, blocks * _BLOCK_SIZE
+    for offset in range(start, min(end, start + _READ_AHEAD), _READ_AT_ONCE):
+        os.posix_fadvise(device, offset, min(_READ_AT_ONCE, end - offset), os.POSIX_FADV_WILLNEED)
 
 
 def _loop(file: int) -> tuple[int, str]:
