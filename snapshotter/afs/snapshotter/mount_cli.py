@@ -4,6 +4,7 @@ import asyncio
 import os
 import shlex
 import signal
+import socket
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from afs.core.cli import fail
-from afs.core.errors import AfsError, Cancelled, FailedPrecondition, InvalidArgument
+from afs.core.errors import AfsError, Cancelled, FailedPrecondition, InvalidArgument, Unavailable
 
 if TYPE_CHECKING:
     from afs.proto.v1.mounts_pb2 import MountRoot, OpenImage
@@ -80,11 +81,22 @@ async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, T], image: str)
 async def _with_mounts(run_dir: Path, work: Any, *arguments: Any) -> None:
     from afs.snapshotter.client import Mounts
 
+    _check_service(run_dir)
     mounts = Mounts(f"unix:{run_dir}/mounts.sock")
     try:
         await work(mounts, *arguments)
     finally:
         await mounts.close()
+
+
+def _check_service(run_dir: Path) -> None:
+    """Unavailable if nobody listens, with what to do about it."""
+    path = run_dir / "mounts.sock"
+    try:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+    except (FileNotFoundError, ConnectionRefusedError):
+        raise Unavailable(f"no afs_snapshotter at {path}; is it running? (--run-dir / AFS_RUN_DIR)") from None
 
 
 def _existing(path: str) -> str:
@@ -167,6 +179,7 @@ def main(
         elif stats:
             from afs.snapshotter.mount_stats import show_stats
 
+            _check_service(run_dir)
             asyncio.run(show_stats(run_dir, as_json=as_json))
         elif unmount is not None:
             # Resolved here, once: nothing of it needs to exist any more.
