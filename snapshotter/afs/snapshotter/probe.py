@@ -151,10 +151,11 @@ def _temporary(content: bytes, near: Path) -> Iterator[Path]:
         os.unlink(name)
     try:
         try:
-            if os.write(fd, content) != len(content):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            written = os.write(fd, content)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(near)) from error
+        if written != len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(near))
         yield Path(f"/proc/self/fd/{fd}")
     finally:
         os.close(fd)
