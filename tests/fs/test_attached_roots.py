@@ -62,12 +62,12 @@ class LocalRoots(Roots):
 class Snapshotter:
     """The parts of one, without services."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, keep: bool = False) -> None:
         self.workers = FusedWorkers(directory / "fuse", directory / "faults", directory / "fill.sock", 1.0, 0)
         backends = Backends((Trial(Backend.FILE, lazy=False),))
         self.mounts = LayerMounts(directory / "l", self.workers, backends, 0)
         self.roots = LocalRoots(directory, self.mounts)
-        self.attached = AttachedRoots(directory / "attached", self.roots, self.mounts)
+        self.attached = AttachedRoots(directory / "attached", self.roots, self.mounts, keep=keep)
 
     async def attach(self, target: Path, **wanted: Any) -> None:
         """Attach the image."""
@@ -77,7 +77,7 @@ class Snapshotter:
 @contextlib.asynccontextmanager
 async def snapshotter(directory: Path, *, keep: bool = False) -> AsyncIterator[Snapshotter]:
     """A snapshotter that starts and stops as afs_snapshotter does."""
-    running = Snapshotter(directory)
+    running = Snapshotter(directory, keep=keep)
     running.roots.prepare()
     await running.workers.adopt()
     await running.mounts.adopt()
@@ -86,9 +86,9 @@ async def snapshotter(directory: Path, *, keep: bool = False) -> AsyncIterator[S
     try:
         yield running
     finally:
-        await running.attached.close(keep=keep)
+        await running.attached.close()
         await running.roots.close(keep_base=bool(running.attached.records()))
-        await running.mounts.close(keep_used=keep)
+        await running.mounts.close(keep_used=keep or running.roots.staying)
         await running.workers.close(keep=running.mounts.workers())
 
 
@@ -143,7 +143,7 @@ class Attaching(Scenario):
             asyncio.run(look())
             assert not list_mounts(str(root))
             assert [path for name in ("attached", "l") for path in (root / name).iterdir()] == []
-            assert not (root / "uppers/work").exists()
+            assert {path.name for path in (root / "uppers").iterdir()} <= {"upper"}
             if (root / "uppers/upper").exists():
                 assert [path.name for path in (root / "uppers/upper").iterdir()] in ([], ["kept"])
         finally:
@@ -196,13 +196,19 @@ async def test_a_root_in_use_stays_as_it_is(directory: Path) -> None:
     async with snapshotter(directory) as running:
         await running.attach(at, proc_dev=True)
         before = list_mounts(str(at))
+        (at / "dev/shm/data").write_text("in memory")
+        (at / "dev/mine").write_text("too")
         fd = os.open(at / "a", os.O_RDONLY)
         with pytest.raises(
             FailedPrecondition, match=f"^{at} is in use: a process works in it or has a file of it open$"
         ):
             await running.attached.detach(at)
         os.close(fd)
-        assert {mount.target for mount in list_mounts(str(at))} == {mount.target for mount in before}
+        assert list_mounts(str(at)) == before
+        assert ((at / "dev/shm/data").read_text(), (at / "dev/mine").read_text()) == ("in memory", "too")
+        with (at / "dev/shm/data").open(), pytest.raises(FailedPrecondition, match=f"^{at} is in use: a process"):
+            await running.attached.detach(at)
+        assert list_mounts(str(at)) == before
         assert (at / "dev/null").is_char_device()
         (at / "mnt").mkdir()
         syscalls.mount(str(directory / "other"), str(at / "mnt"), "", syscalls.MS_BIND)
@@ -215,6 +221,28 @@ async def test_a_root_in_use_stays_as_it_is(directory: Path) -> None:
         unmount(str(at))
         assert len(running.attached.records()) == 1
         await running.attached.detach(at)
+        assert homes(directory) == []
+
+
+async def test_where_somebody_bound_a_root_it_stays(directory: Path) -> None:
+    """With its layers and what was written, until the next start finds it gone."""
+    at, other = directory / "at", directory / "other"
+    async with snapshotter(directory) as running:
+        await running.attach(at, proc_dev=True)
+        (at / "written").write_text("w")
+        syscalls.mount(str(at), str(other), "", syscalls.MS_BIND)
+        await running.attached.detach(at)
+        assert list_mounts(str(at)) == []
+        assert ((other / "a").read_bytes(), (other / "written").read_text()) == (b"a", "w")
+        (layer,) = running.mounts.mounted()
+        assert layer.users == 1
+    async with snapshotter(directory) as running:
+        assert (other / "written").read_text() == "w"
+        await running.attach(at)
+        await running.attached.detach(at)
+        assert (other / "a").read_bytes() == b"a"
+    unmount(str(other))
+    async with snapshotter(directory):
         assert homes(directory) == []
 
 
@@ -252,6 +280,80 @@ async def test_an_upper_directory_of_the_user_s(directory: Path) -> None:
         assert sorted(path.name for path in (uppers / "upper").iterdir()) == ["first", "second"]
         with pytest.raises(InvalidArgument, match=r"^a read-only root has no upper directory$"):
             await running.attach(at, upper_dir=str(uppers), read_only=True)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_nothing_of_the_user_s_is_touched_beside_the_upper_directory(directory: Path, fails: bool) -> None:
+    at, uppers = directory / "at", directory / "uppers"
+    (uppers / "work").mkdir()
+    (uppers / "work/thesis").write_text("precious")
+    async with snapshotter(directory) as running:
+        if fails:
+            with pytest.raises(FailedPrecondition, match="is not a directory in the image"):
+                await running.attach(at, upper_dir=str(uppers), proc_dev=True, extra_dirs=[str(hiding(directory))])
+            assert [path.name for path in uppers.iterdir()] == ["work"], "not even an empty upper directory"
+        else:
+            await running.attach(at, upper_dir=str(uppers))
+            (made,) = {path.name for path in uppers.iterdir()} - {"upper", "work"}
+            assert (uppers / made).stat().st_mode & 0o777 == 0o700
+            await running.attached.detach(at)
+            assert {path.name for path in uppers.iterdir()} == {"upper", "work"}
+    assert (uppers / "work/thesis").read_text() == "precious"
+    assert homes(directory) == []
+
+
+def hiding(directory: Path) -> Path:
+    """A directory with a file where a mount point for --mount-proc-dev has to be."""
+    path = directory / "hiding"
+    path.mkdir()
+    (path / "dev").touch()
+    return path
+
+
+@pytest.mark.parametrize("kind", ["symlink", "file"])
+async def test_what_cannot_be_an_upper_directory(directory: Path, kind: str) -> None:
+    upper = directory / "uppers/upper"
+    if kind == "symlink":
+        upper.symlink_to(directory / "other")
+    else:
+        upper.write_text("mine")
+    async with snapshotter(directory) as running:
+        with pytest.raises(FailedPrecondition, match=f"^{upper} is not a directory$"):
+            await running.attach(directory / "at", upper_dir=str(upper.parent))
+    assert [path.name for path in upper.parent.iterdir()] == ["upper"]
+    assert [list((directory / "other").iterdir()), homes(directory)] == [[], []]
+
+
+async def test_what_a_killed_one_held_leaves_no_work_directory(directory: Path) -> None:
+    running = Snapshotter(directory)
+    running.roots.prepare()
+    await running.mounts.adopt()
+    stack = contextlib.AsyncExitStack()
+    _, layers = await running.roots.open_image(stack, NAME, force_local=False)
+    wanted = RootRequest(target=str(directory / "at"), upper_dir=str(directory / "uppers"))
+    await running.roots.mount_root(stack, layers, wanted)
+    assert len(list((directory / "uppers").iterdir())) == 2
+    async with snapshotter(directory):
+        assert [path.name for path in (directory / "uppers").iterdir()] == ["upper"]
+    stack.pop_all()
+    running.mounts._closed = True  # killed
+
+
+async def test_a_root_that_cannot_be_unmounted_keeps_its_layers(directory: Path) -> None:
+    """Until the next snapshotter has tried again."""
+    at = directory / "at"
+    async with snapshotter(directory) as running:
+        await running.attach(at)
+        syscalls.mount("tmpfs", str(at), "tmpfs")
+    (home,) = homes(directory)
+    assert (home / "upper").is_dir()
+    assert [mount.fstype for mount in list_mounts(str(directory / "l"))] == ["erofs"]
+    async with snapshotter(directory) as running:
+        assert [(layer.users, homes(directory)) for layer in running.mounts.mounted()] == [(1, [home])]
+        unmount(str(at))
+        assert (at / "a").read_bytes() == b"a"
+    async with snapshotter(directory) as running:
+        assert (homes(directory), list_mounts(str(directory))) == ([], [])
 
 
 async def test_a_root_that_was_unmounted_by_hand_is_forgotten(directory: Path) -> None:
@@ -297,9 +399,11 @@ async def test_readers_go_on_over_a_restart(directory: Path) -> None:
         async with snapshotter(directory, keep=True) as running:
             assert file.read() == b"a"
             assert [layer.users for layer in running.mounts.mounted()] == [1]
+            assert running.mounts.leases().kept == running.mounts.leases().in_use != []
             assert sorted(path.name for path in at.iterdir()) == ["a", "dev", "proc", "sys", "written"]
-    async with snapshotter(directory) as running:
+    async with snapshotter(directory, keep=True) as running:
         await running.attached.detach(at)
+        assert not running.mounts.leases().kept
 
 
 @pytest.mark.parametrize("name", [b"co:lon", b"com,ma", b"back\\slash", b"sp ace", b"new\nline", b"x\xff", b"#"])
@@ -342,6 +446,43 @@ async def test_mount_points_that_lead_elsewhere(tmp_path: Path, kind: str, conte
         assert [mount.fstype for mount in list_mounts(str(tmp_path))] in ([], ["erofs"])
         assert homes(tmp_path) == []
         await running.attach(tmp_path / "at")
+
+
+@pytest.mark.parametrize("suid", [False, True])
+async def test_setuid_programs_of_an_image_are_so_on_demand(directory: Path, suid: bool) -> None:
+    at = directory / "at"
+    async with snapshotter(directory) as running:
+        await running.attach(at, suid=suid)
+        assert bool(os.statvfs(at).f_flag & os.ST_NOSUID) != suid
+        async with contextlib.AsyncExitStack() as stack:
+            _, layers = await running.roots.open_image(stack, NAME, force_local=False)
+            held = await running.roots.mount_root(stack, layers, RootRequest())
+            assert not os.statvfs(held.path).f_flag & os.ST_NOSUID, "a container needs them"
+        assert (directory / "l").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("how", ["unmounted", "covered", "removed"])
+async def test_a_layer_that_somebody_unmounted(directory: Path, how: str) -> None:
+    """No root lacks it: neither one over layers that were opened before, nor the next."""
+    at = directory / "at"
+    async with snapshotter(directory) as running:
+        await running.attach(directory / "other")
+        async with contextlib.AsyncExitStack() as stack:
+            _, layers = await running.roots.open_image(stack, NAME, force_local=False)
+            (old,) = layers
+            if how == "covered":
+                syscalls.mount("tmpfs", str(old.path), "tmpfs")
+            else:
+                syscalls.umount(str(old.path), syscalls.MNT_DETACH)
+            if how == "removed":
+                old.path.rmdir()
+            with pytest.raises(FailedPrecondition, match=f"was unmounted, or covered, at {old.path} by somebody"):
+                await running.roots.mount_root(stack, layers, RootRequest(target=str(at)))
+        await running.attach(at)
+        assert (at / "a").read_bytes() == b"a"
+        assert (directory / "other/a").read_bytes() == b"a"
+        assert [layer.path for layer in running.mounts.mounted()] != [old.path]
+    assert not list((directory / "l").iterdir())
 
 
 async def test_what_a_killed_one_held_is_detached(directory: Path) -> None:

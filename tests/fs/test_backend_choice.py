@@ -291,3 +291,19 @@ def test_a_root_in_a_user_namespace(tmp_path: Path) -> None:
     argv = [*within, sys.executable, "-c", _ROOT_IN_A_USER_NAMESPACE, str(tmp_path)]
     done = subprocess.run(argv, check=False, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_full_file_system_says_nothing_of_backends(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    capabilities.require("fuse")
+    full = tmp_path / "full"
+    full.mkdir()
+    syscalls.mount("tmpfs", str(full), "tmpfs", 0, "size=64k")
+    try:
+        (full / "filler").write_bytes(bytes(64 << 10))
+        trials = probe.probe(full, tmp_path)
+    finally:
+        unmount(str(full))
+    found = {(trial.backend, trial.lazy): trial.reason for trial in trials}
+    for backend in (Backend.FILE, Backend.LOOP):
+        assert found[backend, False] == found[backend, True]
+        assert f"no space at {full} to try {backend}" in caplog.text

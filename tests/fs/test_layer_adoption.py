@@ -14,6 +14,7 @@ from typing import Literal
 import pytest
 from typing_extensions import override
 
+from afs.core import syscalls
 from afs.core.errors import Internal, NotFound
 from afs.core.mounts import list_mounts, unmount, unmount_below
 from afs.layerstore.afslyr.convert import convert
@@ -207,13 +208,16 @@ async def test_mounts_of_a_killed_snapshotter_are_adopted(source: FillSource, na
                 async with mounts.using(layer.diff_id, kind.file(layer)) as at:
                     assert (at.path, at.backend, at.opaque) == (path, kind.backend, False)
                     assert at.lazy == kind.lazy
-            async with mounts.claiming(paths[2]) as claimed:
+            async with mounts.claiming(paths[2], opaque.diff_id) as claimed:
                 assert (claimed.users, claimed.diff_id, claimed.opaque) == (1, opaque.diff_id, True)
                 assert await read(claimed.path) == b"three"
                 await mounts.release([layers[0].diff_id, opaque.diff_id])
                 assert list(mounts.leases().in_use) == [opaque.diff_id]
             with pytest.raises(NotFound):
-                async with mounts.claiming(paths[0]):
+                async with mounts.claiming(paths[0], layers[0].diff_id):
+                    pass
+            with pytest.raises(NotFound):  # its number is another layer's, as after a restart of the machine
+                async with mounts.claiming(paths[1], opaque.diff_id):
                     pass
             served = {one: count for worker in mounts.workers() for one, count in worker.layers.items()}
             through_workers = kind.lazy or kind.backend is Backend.TREE
@@ -221,6 +225,30 @@ async def test_mounts_of_a_killed_snapshotter_are_adopted(source: FillSource, na
             new = add(source, tars.tar_of({"file": b"four"}), partial=kind.lazy)
             async with mounts.using(new.diff_id, kind.file(new)) as at:
                 assert int(at.path.name.partition("-")[0]) > 77
+
+
+async def test_what_somebody_put_among_the_mounts_does_not_end_the_start(source: FillSource) -> None:
+    kind = Kind("erofs-loop-complete")
+    kind.require(source.directory)
+    layers = [add(source, tars.tar_of({"file": text}), partial=False) for text in (b"covered", b"free")]
+    async with source.serving():
+        covered, free = await asyncio.to_thread(start_and_kill, source, kind, layers)
+        stray = source.directory / "l/9"
+        stray.write_text("file")
+        full = source.directory / "l/10"
+        full.mkdir()
+        (full / "file").touch()
+        syscalls.mount("tmpfs", str(covered), "tmpfs")
+        async with adopting(source, kind) as mounts:
+            assert [one.path for one in mounts.mounted()] == [free]
+            async with mounts.claiming(covered, layers[0].diff_id):
+                await mounts.drop_unclaimed()
+                assert list(mounts.leases().in_use) == [layers[0].diff_id]
+                async with mounts.using(layers[0].diff_id, str(layers[0].whole)) as at:
+                    assert await read(at.path) == b"covered"
+                    assert int(at.path.name.partition("-")[0]) == 11
+            assert not covered.exists()
+        assert {path.name for path in (source.directory / "l").iterdir()} == {"9", "10"}
 
 
 @pytest.mark.parametrize("name", ["erofs-file-complete", "erofs-loop-complete"])
@@ -233,7 +261,7 @@ async def test_an_adopted_mount_of_a_file_that_was_replaced_is_for_its_users_alo
     async with source.serving():
         paths = await asyncio.to_thread(start_and_kill, source, kind, [kept, replaced])
         replace(replaced)
-        async with adopting(source, kind) as mounts, mounts.claiming(paths[1]) as claimed:
+        async with adopting(source, kind) as mounts, mounts.claiming(paths[1], replaced.diff_id) as claimed:
             async with mounts.using(kept.diff_id, str(kept.whole)) as at:
                 assert at.path == paths[0]
             async with mounts.using(replaced.diff_id, str(replaced.whole)) as at:
@@ -281,7 +309,7 @@ async def test_the_better_of_two_adopted_mounts_is_for_new_users(source: FillSou
         mount_layer(Backend.LOOP, layer.whole, new)
         async with adopting(source, complete) as mounts:
             assert [one.path for one in mounts.mounted()] == [new]
-            async with mounts.claiming(old) as claimed:
+            async with mounts.claiming(old, layer.diff_id) as claimed:
                 assert claimed.lazy
                 await mounts.drop_unclaimed()
                 assert await read(old) == b"content"

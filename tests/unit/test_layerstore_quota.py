@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from typing_extensions import override
 
 from afs.layerstore.errors import CacheFull
+from afs.layerstore.keptlayers import KeptLayers
 from afs.layerstore.leases import LEASE_S, Leases
 from afs.layerstore.quota import Quota, Reservation
 from afs.layerstore.room import HIGH, LOW, Room
@@ -174,6 +175,38 @@ def test_what_is_reported_counts_as_long_as_the_stream_and_a_while_after() -> No
     clock.now += 1
     assert leases.is_free(A)
     assert leases.is_free(B)
+
+
+def test_what_attached_roots_need_stays_until_the_next_report(tmp_path: Path) -> None:
+    """However long the snapshotter is away, and over a restart, but not of the machine."""
+    clock = Clock()
+    file = KeptLayers(tmp_path / "kept.json", "boot")
+    leases = Leases(30.0, clock, file.load())
+    leases.remember = file.save
+    snapshotter = Snapshotter(leases)
+    snapshotter.connect()
+    leases.report(snapshotter.stream, [A, B], [], kept=[A])
+    snapshotter.disconnect()
+    clock.now += 1000
+    assert (leases.is_leased(A), leases.is_leased(B), leases.is_mounted(A)) == (True, False, True)
+    restarted = Leases(0.0, clock, file.load())
+    restarted.remember = file.save
+    assert (restarted.is_leased(A), restarted.is_leased(B), restarted.is_mounted(A)) == (True, False, True)
+    assert KeptLayers(tmp_path / "kept.json", "another").load() == frozenset()
+    successor = Snapshotter(restarted)
+    successor.connect()
+    successor.report(set(), set())
+    assert restarted.is_free(A)
+    assert file.load() == frozenset()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"boot": "boot", "layers": ["../../x"]}', b'{"boot": "boot"}'])
+def test_a_damaged_note_of_what_attached_roots_need(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes
+) -> None:
+    (tmp_path / "kept.json").write_bytes(content)
+    assert KeptLayers(tmp_path / "kept.json", "boot").load() == frozenset()
+    assert "what attached roots need is unknown" in caplog.text
 
 
 def test_the_newest_stream_speaks_for_the_node() -> None:

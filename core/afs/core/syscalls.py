@@ -29,6 +29,7 @@ UMOUNT_NOFOLLOW = 8
 CLONE_FS = 0x200
 
 # The same numbers on every architecture: these came after the tables were unified.
+_NR_OPEN_TREE = 428
 _NR_MOVE_MOUNT = 429
 _NR_FSOPEN = 430
 _NR_FSCONFIG = 431
@@ -37,9 +38,11 @@ _NR_OPENAT2 = 437
 
 _FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_SET_FD, _FSCONFIG_CMD_CREATE = 0, 1, 5, 6
-_MOVE_MOUNT_F_EMPTY_PATH = 0x4
+_MOVE_MOUNT_F_EMPTY_PATH, _MOVE_MOUNT_T_EMPTY_PATH = 0x4, 0x40
+_OPEN_TREE_CLONE = 1
 _AT_FDCWD = -100
 MOUNT_ATTR_RDONLY = 0x1
+MOUNT_ATTR_NOSUID = 0x2
 MOUNT_ATTR_NODEV = 0x4
 
 LOOP_CONTROL = "/dev/loop-control"
@@ -67,8 +70,10 @@ _VERITY_ARGS = struct.Struct("=IIIIQIIQ88x")
 _VERITY_SHA256 = 1
 _VERITY_BLOCK = 4096  # before kernel 6.3 it has to be the page size
 
-_STATX_DIOALIGN = 0x2000  # linux/stat.h
-_STATX_SIZE, _STATX_DIO_OFFSET_ALIGN = 256, 156  # struct statx: its size, and where stx_dio_offset_align is
+_STATX_MNT_ID, _STATX_DIOALIGN = 0x1000, 0x2000  # linux/stat.h
+_STATX_SIZE = 256  # of struct statx, and where its fields are
+_STATX_MNT_ID_AT, _STATX_DIO_OFFSET_ALIGN = 144, 156
+_AT_STATX_DONT_SYNC = 0x4000
 _AT_EMPTY_PATH = 0x1000
 
 BLKFLSBUF = 0x1261  # linux/fs.h: drop what the page cache has of a block device
@@ -190,10 +195,7 @@ class MountContext:
         """Make the file system and mount it at *target*; *attributes* are MOUNT_ATTR_*."""
         mounted = self.make(attributes)
         try:
-            source = ctypes.c_int(mounted), ctypes.c_char_p(b"")
-            to = ctypes.c_int(_AT_FDCWD), ctypes.c_char_p(os.fsencode(target))
-            done = _libc.syscall(ctypes.c_long(_NR_MOVE_MOUNT), *source, *to, ctypes.c_uint(_MOVE_MOUNT_F_EMPTY_PATH))
-            _check(done, target)
+            _move_mount(mounted, _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH)
         finally:
             os.close(mounted)
 
@@ -223,6 +225,27 @@ class MountContext:
             while line := os.read(self._fd, 4096):
                 lines.append(line.decode(errors="replace").strip()[2:])
         return "; ".join(lines)
+
+
+def clone_mount(path: str) -> int:
+    """A descriptor of a second mount of what is mounted at *path*, in no tree yet (open_tree(2), Linux 5.2).
+
+    It keeps the file system, and ends with the descriptor unless :func:`place_mount` was called.
+    """
+    flags = ctypes.c_uint(_OPEN_TREE_CLONE | os.O_CLOEXEC)
+    call = ctypes.c_long(_NR_OPEN_TREE), ctypes.c_int(_AT_FDCWD), ctypes.c_char_p(os.fsencode(path))
+    return _check(_libc.syscall(*call, flags), path)
+
+
+def place_mount(mounted: int, directory: int) -> None:
+    """Mount what :func:`clone_mount` gave on the directory of another descriptor (move_mount(2))."""
+    _move_mount(mounted, directory, b"", _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH)
+
+
+def _move_mount(mounted: int, to: int, path: bytes, flags: int) -> None:
+    source, target = (ctypes.c_int(mounted), ctypes.c_char_p(b"")), (ctypes.c_int(to), ctypes.c_char_p(path))
+    done = _libc.syscall(ctypes.c_long(_NR_MOVE_MOUNT), *source, *target, ctypes.c_uint(flags))
+    _check(done, path or f"descriptor {to}")
 
 
 def attach_loop(file: int, block_size: int) -> tuple[int, str]:
@@ -274,3 +297,11 @@ def direct_alignment(fd: int) -> int | None:
         return None
     (alignment,) = struct.unpack_from("=I", buffer, _STATX_DIO_OFFSET_ALIGN)
     return int(alignment)
+
+
+def mount_id(path: str) -> int:
+    """The number of the mount that *path* leads to, by statx(2) (Linux 5.8); asks no server of a FUSE file system."""
+    buffer = ctypes.create_string_buffer(_STATX_SIZE)
+    _check(_libc.statx(_AT_FDCWD, os.fsencode(path), _AT_STATX_DONT_SYNC, _STATX_MNT_ID, buffer), path)
+    (number,) = struct.unpack_from("=Q", buffer, _STATX_MNT_ID_AT)
+    return int(number)

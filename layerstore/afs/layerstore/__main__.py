@@ -106,6 +106,7 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
     from afs.layerstore.completion import Completing, Mode
     from afs.layerstore.fillserver import serving_fills
     from afs.layerstore.images import Images
+    from afs.layerstore.keptlayers import KeptLayers
     from afs.layerstore.layers import Layers
     from afs.layerstore.leases import Leases
     from afs.layerstore.peers import Peers
@@ -135,7 +136,9 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         if sealer is not None:
             stack.callback(sealer.close)
         capacity = config.capacity or store.default_capacity()
-        leases, headroom = Leases(config.lease_grace), config.reserve or store.default_headroom()
+        headroom, kept = config.reserve or store.default_headroom(), KeptLayers(store.root / "kept.json", _boot())
+        leases = Leases(config.lease_grace, kept=kept.load())
+        leases.remember = kept.save
         room = Room(store, Quota(capacity), leases, headroom=headroom, node=node_id)
         puller = Puller(store, room, _registry_options(config, node_id), config.pulls)
         stack.push_async_callback(puller.close)

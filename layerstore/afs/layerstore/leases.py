@@ -1,6 +1,6 @@
 """Who needs which layers: what is leased is never evicted.
 
-Five kinds of lease, over one set of diff_ids:
+Six kinds of lease, over one set of diff_ids:
 
 - *pins* are counted and last as long as a block of code: a pull, a fill, a call that is being answered;
 - *timed* leases last 60 s after a peer asked for anything of a layer: it is about to ask for more;
@@ -8,7 +8,9 @@ Five kinds of lease, over one set of diff_ids:
   done with that call, 60 s at most;
 - *in use* is what the snapshotter reports: mounted, with users;
 - *idle* is what it reports mounted without users, until it is unmounted. Its space would not be free after an unlink,
-  since the mount holds the file open; but the snapshotter can be asked to unmount it.
+  since the mount holds the file open; but the snapshotter can be asked to unmount it;
+- *kept* is what it reports mounted for attached roots: they outlive it, so that holds until the next report, and over
+  restarts of this service, until the machine is booted.
 
 State and locks (one event loop). A snapshotter's stream is its lease. There is one snapshotter per layerstore (its lock
 file sees to that), so the newest stream speaks for the node and its report replaces all that was known. When a stream
@@ -28,9 +30,14 @@ LEASE_S = 60.0
 
 
 class Leases:
-    """*grace* in seconds; *now* is a monotonic clock; ``changed`` is called when something may have become free."""
+    """*grace* in seconds; *now* is a monotonic clock; ``changed`` is called when something may have become free.
 
-    def __init__(self, grace: float, now: Callable[[], float] = time.monotonic) -> None:
+    ``remember`` is called with all that is kept, when that changes; *kept* is what it was told last in this boot.
+    """
+
+    def __init__(
+        self, grace: float, now: Callable[[], float] = time.monotonic, kept: frozenset[str] = frozenset()
+    ) -> None:
         self._grace = grace
         self._now = now
         self._until = now() + grace  # without a stream: how long what is known holds
@@ -39,10 +46,12 @@ class Leases:
         self._handovers: dict[int, tuple[frozenset[str], float]] = {}
         self._in_use: frozenset[str] = frozenset()
         self._idle: frozenset[str] = frozenset()
+        self._kept = kept
         self._stream: Release | None = None
         self._first = asyncio.Event()
         self._reports: set[asyncio.Event] = set()  # of those who wait for the next report
         self.changed: Callable[[], None] = lambda: None
+        self.remember: Callable[[frozenset[str]], None] = lambda kept: None
 
     def serve(self) -> None:
         """The snapshotter can reach this node from now on: its time to report begins."""
@@ -103,6 +112,7 @@ class Leases:
         idle: Iterable[str],
         last_opened: int = 0,
         opening: Collection[int] = (),
+        kept: Iterable[str] = (),
     ) -> Collection[str]:
         """What the stream's snapshotter has mounted, see LeaseUpdate; returns what is no longer in use."""
         if self._stream is not release:
@@ -112,6 +122,9 @@ class Leases:
         before = self._in_use
         self._in_use = frozenset(in_use)
         self._idle = frozenset(idle) - self._in_use
+        before_kept, self._kept = self._kept, frozenset(kept)
+        if self._kept != before_kept:
+            self.remember(self._kept)
         self._first.set()
         self._wake()
         self.changed()
@@ -142,7 +155,7 @@ class Leases:
             if self._now() < until:
                 return True
             del self._timed[diff_id]
-        if self._is_handed_over(diff_id):
+        if diff_id in self._kept or self._is_handed_over(diff_id):
             return True
         if not self._first.is_set():
             return self._now() < self._until
@@ -158,7 +171,8 @@ class Leases:
 
     def is_mounted(self, diff_id: str) -> bool:
         """Whether the snapshotter has it mounted, as far as is known, or is about to."""
-        return diff_id in self._in_use or diff_id in self._idle or self._is_handed_over(diff_id)
+        mounted = self._in_use, self._idle, self._kept
+        return any(diff_id in diff_ids for diff_ids in mounted) or self._is_handed_over(diff_id)
 
     def is_idle_mount(self, diff_id: str) -> bool:
         """Whether it is mounted without users, so that :meth:`release` can set it free."""

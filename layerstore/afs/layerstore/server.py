@@ -164,8 +164,8 @@ class NodeService(pb_grpc.LayerstoreNodeServicer):
         async def read() -> None:
             try:
                 async for update in request_iterator:
-                    mounted = update.in_use, update.idle
-                    for diff_id in self._leases.report(release, *mounted, update.last_opened, update.opening):
+                    mounted, opened = (update.in_use, update.idle), (update.last_opened, update.opening)
+                    for diff_id in self._leases.report(release, *mounted, *opened, update.kept):
                         self._room.use(diff_id)  # until now
                     self._tracing.review()
             finally:

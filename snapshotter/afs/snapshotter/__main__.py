@@ -70,7 +70,7 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         backends = await asyncio.to_thread(find_backends, config.layerstore_root, run_dir, forced)
         mounts = LayerMounts(run_dir / "l", workers, backends, config.keep_layers)
         roots = Roots(config.root / "roots", run_dir / "base", mounts, f"unix:{run_dir}/layerstore.sock")
-        attached = AttachedRoots(config.root / "attached", roots, mounts)
+        attached = AttachedRoots(config.root / "attached", roots, mounts, keep=config.keep_mounts)
         # What an earlier snapshotter left: roots that nobody holds any more go from the top down, the rest is adopted
         # from the bottom up. If that fails all stays as it is, for the next start.
         await asyncio.to_thread(roots.prepare)
@@ -94,9 +94,9 @@ async def _close(
     attached: "AttachedRoots", roots: "Roots", mounts: "LayerMounts", workers: "FusedWorkers", *, keep: bool
 ) -> None:
     """Unmount everything from the top down; with *keep*, but for attached roots and what they need."""
-    await attached.close(keep=keep)
+    await attached.close()
     await roots.close(keep_base=bool(attached.records()))
-    await mounts.close(keep_used=keep)
+    await mounts.close(keep_used=keep or roots.staying)
     await workers.close(keep=mounts.workers())
 
 

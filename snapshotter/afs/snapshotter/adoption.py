@@ -8,7 +8,7 @@ The file is ``.../<hex>.afslyr``, or ``<hex>`` in the directory ``f`` of a worke
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from afs.core.digests import check_digest
@@ -22,27 +22,33 @@ _DELETED = " (deleted)"  # what sysfs adds to the name of a file that has none a
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A layer that is mounted at *path*, through the worker of a number or none."""
+    """A layer that is mounted at *path*, through the worker of a number or none. *covered*: something else is over it."""
 
     path: Path
     diff_id: str
     backend: Backend
     worker: int | None
+    covered: bool = False
 
 
 def find_mounts(directory: Path) -> list[Found]:
     """The layers that are mounted in *directory*, oldest first; others are logged. Blocking."""
-    found = []
+    found: dict[Path, Found] = {}
     resolved = directory.resolve()
     for mount in list_mounts(str(resolved)):
         if Path(mount.target).parent != resolved:  # the directory itself may be a mount point
             continue
-        layer = recognise(mount, directory / Path(mount.target).name)
+        path = directory / Path(mount.target).name
+        if path in found:
+            log.error("%s is mounted over %s; the layer there is for its users alone", mount.source, path)
+            found[path] = replace(found[path], covered=True)
+            continue
+        layer = recognise(mount, path)
         if layer is None:
             log.warning("%s (%s on %s) is no layer of ours", mount.target, mount.fstype, mount.source)
         else:
-            found.append(layer)
-    return found
+            found[path] = layer
+    return list(found.values())
 
 
 def recognise(mount: MountPoint, path: Path) -> Found | None:

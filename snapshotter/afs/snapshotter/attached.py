@@ -30,10 +30,11 @@ from afs.snapshotter.messages import MountedRoot
 from afs.snapshotter.rootmount import (
     Root,
     RootRequest,
+    clear_home,
     detach_root,
     homes_below,
     mounts_of,
-    remove_root,
+    place_of,
     unmount_root,
 )
 from afs.snapshotter.roots import Roots, Steps
@@ -108,12 +109,13 @@ class _Attached:
 
 
 class AttachedRoots:
-    """Makes attached roots, with their homes below *directory*."""
+    """Makes attached roots, with their homes below *directory*; with *keep* :meth:`close` leaves them to the next one."""
 
-    def __init__(self, directory: Path, roots: Roots, mounts: LayerMounts) -> None:
+    def __init__(self, directory: Path, roots: Roots, mounts: LayerMounts, *, keep: bool) -> None:
         self._directory = directory.resolve()
         self._roots = roots
         self._mounts = mounts
+        self._keep = keep
         self._boot = _boot_id()
         self._next = 0
         self._attached: dict[Path, _Attached] = {}
@@ -131,7 +133,9 @@ class AttachedRoots:
             why = await asyncio.to_thread(self._why_not, home, record)
             if why or record is None:
                 log.info("removing the attached root %s: %s", record.root.path if record else home, why)
-                await asyncio.to_thread(_clear, home, record)
+                if not await asyncio.to_thread(_clear, home, record) and record is not None:
+                    async with contextlib.AsyncExitStack() as stack:
+                        await self._roots.stay(await self._claim(stack, record))
             else:
                 await self._adopt(record)
 
@@ -145,18 +149,24 @@ class AttachedRoots:
 
     async def _adopt(self, record: Record) -> None:
         # Somebody may have moved the mount, or a directory above it.
-        path = Path(mounts_of(record.root.home)[0].target)
+        path = place_of(record.root.home, record.root.path)
         record = dataclasses.replace(record, root=dataclasses.replace(record.root, path=path))
         stack = contextlib.AsyncExitStack()
+        layers = await self._claim(stack, record)
+        self._roots.adopt_root(stack, record.root, layers, record.leave)
+        self._add(record, stack)
+        log.info("adopted the root of %s that is attached at %s", record.image, path)
+
+    async def _claim(self, stack: contextlib.AsyncExitStack, record: Record) -> list[MountedLayer]:
+        """The layers of a root, in use until *stack* closes."""
+        layers = []
         for diff_id, mountpoint in record.layers:
             try:
-                await stack.enter_async_context(self._mounts.claiming(Path(mountpoint)))
+                layers.append(await stack.enter_async_context(self._mounts.claiming(Path(mountpoint), diff_id)))
             except NotFound:
                 # Its worker died. What the kernel has of the layer can be read still, the rest is an I/O error.
-                log.error("layer %s, of the root attached at %s, is not mounted any more", diff_id, path)
-        self._roots.adopt_root(stack, record.root, record.leave)
-        self._attached[path] = _Attached(record, stack)
-        log.info("adopted the root of %s that is attached at %s", record.image, path)
+                log.error("layer %s, of the root attached at %s, is not mounted any more", diff_id, record.root.path)
+        return layers
 
     async def attach(self, name: layerstore_pb2.ImageName, request: RootRequest, *, force_local: bool) -> MountedRoot:
         """Mount an image's root at the request's target for good. AlreadyExists if a root is there."""
@@ -173,9 +183,14 @@ class AttachedRoots:
             finished = dataclasses.replace(record, mounted=True)
             steps = Steps(record.write, finished.write, record.leave)
             root = await self._roots.mount_root(stack, layers, request, home, steps)
-            self._attached[target] = _Attached(finished, stack.pop_all())
+            self._add(finished, stack.pop_all())
         log.info("attached a root of %s at %s", image.key, target)
         return root
+
+    def _add(self, record: Record, stack: contextlib.AsyncExitStack) -> None:
+        if self._keep:
+            stack.enter_context(self._mounts.keeping(diff_id for diff_id, _ in record.layers))
+        self._attached[record.root.path] = _Attached(record, stack)
 
     async def detach(self, target: Path) -> Path | None:
         """Unmount the root at *target* and remove it; the upper directory that stays, if it has one of the user's.
@@ -228,10 +243,10 @@ class AttachedRoots:
         """What is attached, in the order of the targets."""
         return [each.record for _, each in sorted(self._attached.items())]
 
-    async def close(self, *, keep: bool) -> None:
-        """Unmount and remove all, in use or not; with *keep* leave them to the next snapshotter."""
+    async def close(self) -> None:
+        """Unmount and remove all, in use or not, unless they are left to the next snapshotter."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if keep:
+        if self._keep:
             return  # with the entries' stacks: nothing of them may be closed
         for target, each in list(self._attached.items()):
             del self._attached[target]
@@ -257,8 +272,11 @@ def _unmount(record: Record) -> None:
         raise
 
 
-def _clear(home: Path, record: Record | None) -> None:
+def _clear(home: Path, record: Record | None) -> bool:
+    """Unmount the root and remove its home; False if it stays mounted."""
     if record:
         record.leave()
-    if detach_root(home):
-        remove_root(record.root if record else Root(home, home, None, None, proc_dev=False))
+    if not detach_root(home, record.root.path if record else None):
+        return False
+    clear_home(home)
+    return True

@@ -174,6 +174,7 @@ class FusedWorkers:
         """
         for directory in (self._directory, self._faults):
             directory.mkdir(parents=True, exist_ok=True)
+            directory.chmod(0o700)  # all images of the node
         for mark in self._faults.iterdir():
             mark.unlink()
         numbers = _numbers(self._directory)

@@ -3,8 +3,9 @@
 State and locks (one event loop): ``_mounted`` maps diff_ids to the mounts for new users, in the order of last use. A mount
 is made under single flight by diff_id. ``users`` changes without an await between the look-up and the change, so a mount
 that :meth:`LayerMounts._trim` takes away (users == 0, removed from the map before the first await) is never handed out
-again. A mount whose afs_fused died, that is lazy while the layer is complete now, or whose layer file was replaced (the
-layerstore repairs a sealed file so) leaves the map at the next look-up and is unmounted by its last user.
+again. A mount whose afs_fused died, that is lazy while the layer is complete now, whose layer file was replaced (the layerstore
+repairs a sealed file so), or that somebody unmounted by hand or covered leaves the map at the next look-up and is unmounted
+by its last user.
 
 ``_all`` holds every mount that exists, in the map or not, until it is unmounted: :meth:`LayerMounts.leases` tells the
 layerstore of them. A mount that is ``leaving`` is being unmounted, and nobody gets it any more. ``_opening`` has the numbers
@@ -16,6 +17,7 @@ starts anew in between knows nothing of its answer, so they count as in use.
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import time
@@ -24,8 +26,9 @@ from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Seque
 from dataclasses import dataclass
 from pathlib import Path
 
+from afs.core import syscalls
 from afs.core.errors import FailedPrecondition, Internal, NotFound
-from afs.core.mounts import unmount
+from afs.core.mounts import unmount, unmount_below
 from afs.core.singleflight import SingleFlight
 from afs.proto.v1 import layerstore_pb2 as pb
 from afs.snapshotter.adoption import Found, find_mounts
@@ -52,8 +55,16 @@ class MountedLayer:
     worker: Worker | None = None  # the afs_fused that it is read through
     file_id: FileId | None = None  # of the file that is mounted, if there is no worker
     fallback: str = ""  # why a backend that is better here could not be used
+    mount_id: int = 0
     users: int = 0
     leaving: bool = False
+
+    def is_mounted(self) -> bool:
+        """Whether :attr:`path` leads to it. If somebody unmounted it, that is an empty directory, as good as any for overlayfs."""
+        try:
+            return syscalls.mount_id(str(self.path)) == self.mount_id
+        except OSError:
+            return False
 
 
 class LayerMounts:
@@ -75,6 +86,7 @@ class LayerMounts:
         self._stuck: set[Path] = set()  # those that an unmount failed for
         self._mounting: SingleFlight[str, MountedLayer] = SingleFlight()
         self._opening: dict[int, frozenset[str]] = {}
+        self._kept: Counter[str] = Counter()  # what roots need that outlive this process
         self._last_opened = time.time_ns()  # ascends over restarts
         self.changed = asyncio.Event()
         self._next = 0
@@ -88,6 +100,8 @@ class LayerMounts:
         What is mounted through a worker that is gone, and what is no layer, is unmounted.
         """
         self._directory.mkdir(parents=True, exist_ok=True)
+        # Below it is every image of the node, with what is for its root user alone in an image but readable here.
+        self._directory.chmod(0o700)
         found = await asyncio.to_thread(find_mounts, self._directory)
         numbers = [path.name.partition("-")[0] for path in self._directory.iterdir()]
         self._next = max((int(number) for number in numbers if number.isdecimal()), default=0)
@@ -104,7 +118,10 @@ class LayerMounts:
                 self._mounted[layer.diff_id] = layer
         for path in self._directory.iterdir():
             if path not in self._all:
-                await asyncio.to_thread(_unmount_layer, path)
+                try:
+                    await asyncio.to_thread(_unmount_layer, path)
+                except OSError as error:  # somebody's file; its number is not used again
+                    log.error("leaving %s alone: %s", path, error.strerror)
         for worker in self._fused.workers:
             await worker.keep_only(Counter({diff_id: count for (of, diff_id), count in given.items() if of is worker}))
         if found:
@@ -117,24 +134,38 @@ class LayerMounts:
             log.error("layer %s at %s: its afs_fused is gone; unmounting it", mount.diff_id, mount.path)
             return None
         try:
-            opaque = await asyncio.to_thread(is_opaque, mount.path)
+            # Those of what covers it would say nothing.
+            opaque = not mount.covered and await asyncio.to_thread(is_opaque, mount.path)
+            mount_id = 0 if mount.covered else syscalls.mount_id(str(mount.path))
         except OSError as error:
             log.error("layer %s at %s: %s; unmounting it", mount.diff_id, mount.path, error.strerror)
             return None
         return MountedLayer(
-            mount.diff_id, mount.path, mount.backend, worker is not None, opaque, worker, _named_id(mount.path)
+            diff_id=mount.diff_id,
+            path=mount.path,
+            backend=mount.backend,
+            lazy=worker is not None,
+            opaque=opaque,
+            worker=worker,
+            file_id=_named_id(mount.path),
+            mount_id=mount_id,
         )
 
     def _is_for_new_users(self, layer: MountedLayer) -> bool:
         """Whether an adopted mount is as a new one would be: the backend may be another one now, or the worker too old."""
+        if not layer.is_mounted():
+            return False
         choices = {choice.backend for choice in self._backends.choices(lazy=layer.lazy)}
         return layer.backend in choices and (layer.worker is None or layer.worker.usable)
 
     async def drop_unclaimed(self) -> None:
         """Unmount the adopted mounts that nobody uses and new users will not get; call it when all who can claim have."""
         idle = [layer for layer in self._all.values() if not self._wanted(layer)]
-        await self._unmount_all(idle)
-        await self._trim(self._keep)
+        try:
+            await self._unmount_all(idle)
+            await self._trim(self._keep)
+        except OSError as error:  # it is among the stuck ones
+            log.error("cannot unmount what nobody uses: %s", error)
 
     def _wanted(self, layer: MountedLayer) -> bool:
         # What close() left mounted stays, though its users' blocks end too: the event loop closes them when it ends.
@@ -152,13 +183,25 @@ class LayerMounts:
             yield layer
 
     @contextlib.asynccontextmanager
-    async def claiming(self, path: Path) -> AsyncIterator[MountedLayer]:
-        """The mount at *path*, which was adopted, while the block runs; NotFound if there is none."""
+    async def claiming(self, path: Path, diff_id: str) -> AsyncIterator[MountedLayer]:
+        """The mount of a layer at *path*, made or adopted, while the block runs; NotFound if it is not there."""
         layer = self._all.get(path)
-        if layer is None or layer.leaving:
-            raise NotFound(f"no layer is mounted at {path} any more")
+        if layer is None or layer.leaving or layer.diff_id != diff_id:
+            raise NotFound(f"layer {diff_id} is not mounted at {path} any more")
         async with self._holding(layer):
             yield layer
+
+    @contextlib.contextmanager
+    def keeping(self, diff_ids: Iterable[str]) -> Iterator[None]:
+        """Tell the layerstore that these, in use already, stay mounted without this process too, while the block runs."""
+        kept = tuple(diff_ids)
+        self._kept.update(kept)
+        self.changed.set()
+        try:
+            yield
+        finally:
+            self._kept.subtract(kept)
+            self.changed.set()
 
     @contextlib.asynccontextmanager
     async def _holding(self, layer: MountedLayer) -> AsyncIterator[None]:
@@ -182,6 +225,8 @@ class LayerMounts:
             return None
         if layer.worker is not None and not layer.worker.alive:
             log.error("layer %s: its afs_fused died; mounting it anew", diff_id)
+        elif not layer.is_mounted():
+            log.error("layer %s: somebody unmounted or covered %s; mounting it anew", diff_id, layer.path)
         elif layer.lazy and file:
             if layer.backend is Backend.TREE and self._backends.choices(lazy=False)[0].backend is Backend.TREE:
                 layer.lazy = False  # a new mount would be the same tree
@@ -250,7 +295,7 @@ class LayerMounts:
         self._next += 1
         path = self._directory / "-".join(map(str, (self._next, *(file_id or ()))))
         layer = MountedLayer(diff_id, path, backend, lazy=lazy, worker=worker, file_id=file_id)
-        layer.opaque = await asyncio.to_thread(_mount_layer, backend, source, path)
+        layer.opaque, layer.mount_id = await asyncio.to_thread(_mount_layer, backend, source, path)
         return layer
 
     async def _trim(self, keep: int) -> None:
@@ -286,7 +331,11 @@ class LayerMounts:
         in_use = {layer.diff_id for layer in self._all.values() if layer.users}.union(*self._opening.values())
         idle = {layer.diff_id for layer in self._all.values()} - in_use
         return pb.LeaseUpdate(
-            in_use=sorted(in_use), idle=sorted(idle), last_opened=self._last_opened, opening=sorted(self._opening)
+            in_use=sorted(in_use),
+            idle=sorted(idle),
+            last_opened=self._last_opened,
+            opening=sorted(self._opening),
+            kept=sorted(+self._kept),
         )
 
     async def release(self, diff_ids: Collection[str]) -> None:
@@ -375,16 +424,24 @@ def _named_id(path: Path) -> FileId | None:
 
 def _unmount_layer(path: Path) -> None:
     unmount(str(path))
-    path.rmdir()
+    try:
+        path.rmdir()
+    except FileNotFoundError:
+        pass  # by whoever unmounted it by hand
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        unmount_below(path)  # something else was mounted over it
+        path.rmdir()
 
 
-def _mount_layer(backend: Backend, source: Path, target: Path) -> bool:
-    """Mount it at the new directory *target*; whether its root is opaque."""
+def _mount_layer(backend: Backend, source: Path, target: Path) -> tuple[bool, int]:
+    """Mount it at the new directory *target*; whether its root is opaque, and the number of the mount."""
     target.mkdir(parents=True)
     try:
         mount_layer(backend, source, target)
         try:
-            return is_opaque(target)
+            return is_opaque(target), syscalls.mount_id(str(target))
         except OSError as error:
             unmount(str(target))
             raise Internal(f"cannot read {source}: {error.strerror}") from error

@@ -37,6 +37,7 @@ def root_request(
     target: str | Path = "",
     upper_dir: str | Path = "",
     proc_dev: bool = False,
+    suid: bool = False,
 ) -> pb.MountRoot:
     """What kind of root is wanted, see MountRoot in mounts.proto; paths are absolute, *extra_dirs* topmost first."""
     return pb.MountRoot(
@@ -45,4 +46,5 @@ def root_request(
         target=os.fsencode(target),
         upper_dir=os.fsencode(upper_dir),
         proc_dev=proc_dev,
+        suid=suid,
     )

@@ -4,6 +4,7 @@ import asyncio
 import os
 import shlex
 import signal
+import socket
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from afs.core.cli import fail
-from afs.core.errors import AfsError, Cancelled, FailedPrecondition, InvalidArgument
+from afs.core.errors import AfsError, Cancelled, FailedPrecondition, InvalidArgument, Unavailable
 
 if TYPE_CHECKING:
     from afs.proto.v1.mounts_pb2 import MountRoot, OpenImage
@@ -80,11 +81,22 @@ async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, T], image: str)
 async def _with_mounts(run_dir: Path, work: Any, *arguments: Any) -> None:
     from afs.snapshotter.client import Mounts
 
+    _check_service(run_dir)
     mounts = Mounts(f"unix:{run_dir}/mounts.sock")
     try:
         await work(mounts, *arguments)
     finally:
         await mounts.close()
+
+
+def _check_service(run_dir: Path) -> None:
+    """Unavailable if nobody listens, with what to do about it."""
+    path = run_dir / "mounts.sock"
+    try:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+    except (FileNotFoundError, ConnectionRefusedError):
+        raise Unavailable(f"no afs_snapshotter at {path}; is it running? (--run-dir / AFS_RUN_DIR)") from None
 
 
 def _existing(path: str) -> str:
@@ -123,6 +135,7 @@ def parse_platform(text: str) -> tuple[str, str, str]:
 @click.option("--read-only", is_flag=True, help="Let nothing be written.")
 @click.option("--upper-dir", help="Keep what is written in DIR/upper. [default: it is gone at the end]", metavar="DIR")
 @click.option("--mount-proc-dev", is_flag=True, help="With /proc, /dev and a read-only /sys, for chroot(8).")
+@click.option("--suid", is_flag=True, help="Let setuid programs of the image be setuid, for all who can reach DIR.")
 @click.option("--platform", default="", help="OS/ARCH[/VARIANT] of the image. [default: this machine's]")
 @click.option("--unmount", metavar="DIR", help="Unmount what --detach mounted at DIR.")
 @click.option("--probe", is_flag=True, help="Tell how layers are mounted on this machine, and why not otherwise.")
@@ -137,6 +150,7 @@ def main(
     read_only: bool,
     upper_dir: str | None,
     mount_proc_dev: bool,
+    suid: bool,
     platform: str,
     unmount: str | None,
     probe: bool,
@@ -152,6 +166,7 @@ def main(
             "--read-only": read_only,
             "--upper-dir": upper_dir,
             "--mount-proc-dev": mount_proc_dev,
+            "--suid": suid,
             "--platform": platform,
         }
         others = {"--unmount": unmount is not None, "--probe": probe, "--stats": stats}
@@ -164,6 +179,7 @@ def main(
         elif stats:
             from afs.snapshotter.mount_stats import show_stats
 
+            _check_service(run_dir)
             asyncio.run(show_stats(run_dir, as_json=as_json))
         elif unmount is not None:
             # Resolved here, once: nothing of it needs to exist any more.
@@ -179,6 +195,7 @@ def main(
                 target=_existing(target),
                 upper_dir=_existing(upper_dir) if upper_dir else "",
                 proc_dev=mount_proc_dev,
+                suid=suid,
             )
             os_name, architecture, variant = parse_platform(platform)
             opened = OpenImage(image=image, os=os_name, architecture=architecture, variant=variant)

@@ -83,12 +83,13 @@ def mount_overlay(
     *,
     source: str = SOURCE,
     volatile: bool = True,
+    suid: bool = True,
     way: Way | None = None,
 ) -> None:
     """Mount *lower* (topmost first) and *upper* with *work*, if given, at *target*. Blocking.
 
     *source*, of less than 256 bytes, is what mountinfo shows. *volatile*: the upper directory need not outlive a crash of
-    the machine. *way* is for tests; OSError names the target, ResourceExhausted is for more layers than one mount can have.
+    the machine. *suid*: setuid programs are setuid there. *way* is for tests; OSError names the target, ResourceExhausted is for more layers than one mount can have.
     """
     if len(lower) > MAX_LAYERS:
         raise ResourceExhausted(
@@ -96,19 +97,25 @@ def mount_overlay(
         )
     extra = settings(writable=upper is not None, volatile=volatile)
     if (way or best_way()) == "fds":
-        _mount_fds(source, target, lower, upper, work, extra)
+        _mount_fds(source, target, lower, upper, work, extra, suid)
     else:
-        _mount_page(source, target, lower, upper, work, extra)
+        _mount_page(source, target, lower, upper, work, extra, suid)
 
 
 def _mount_fds(
-    source: str, target: Path, lower: Sequence[Path], upper: Path | None, work: Path | None, extra: Settings
+    source: str,
+    target: Path,
+    lower: Sequence[Path],
+    upper: Path | None,
+    work: Path | None,
+    extra: Settings,
+    suid: bool,
 ) -> None:
     with syscalls.MountContext("overlay") as context:
         context.set("source", source)
         for path in lower:
             _set_directory(context, "lowerdir+", path)
-        attributes = syscalls.MOUNT_ATTR_NODEV
+        attributes = syscalls.MOUNT_ATTR_NODEV | (0 if suid else syscalls.MOUNT_ATTR_NOSUID)
         if upper is not None and work is not None:
             _set_directory(context, "upperdir", upper)
             _set_directory(context, "workdir", work)
@@ -129,10 +136,16 @@ def _set_directory(context: syscalls.MountContext, key: str, path: Path) -> None
 
 
 def _mount_page(
-    source: str, target: Path, lower: Sequence[Path], upper: Path | None, work: Path | None, extra: Settings
+    source: str,
+    target: Path,
+    lower: Sequence[Path],
+    upper: Path | None,
+    work: Path | None,
+    extra: Settings,
+    suid: bool,
 ) -> None:
     # nodev: devices in a layer or made by a run are nobody's; a container's own are on the tmpfs at its /dev.
-    flags = syscalls.MS_NODEV | (0 if upper else syscalls.MS_RDONLY)
+    flags = syscalls.MS_NODEV | (0 if upper else syscalls.MS_RDONLY) | (0 if suid else syscalls.MS_NOSUID)
     data = _options(_escape, lower, upper, work, extra)
     if len(os.fsencode(data)) < os.sysconf("SC_PAGESIZE"):
         syscalls.mount(source, str(target), "overlay", flags, data)

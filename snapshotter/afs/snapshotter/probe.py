@@ -64,8 +64,8 @@ def probe(layers: Path, scratch: Path) -> tuple[Trial, ...]:
         target, served = Path(work, "mnt"), Path(work, "fuse")
         target.mkdir()
         served.mkdir()
-        complete = [_try_complete(backend, image, layers, target) for backend in (Backend.FILE, Backend.LOOP)]
         lazy = _try_lazy(image, served, target)
+        complete = [_try_complete(trial, image, layers, target) for trial in lazy[:2]]
     # There is one tree: afs_fused serves it, whether the layer is complete or not.
     tree = lazy[-1]
     trials = (*complete, Trial(tree.backend, False, tree.reason), *lazy)
@@ -84,12 +84,20 @@ def check_overlay() -> None:
         raise FailedPrecondition(f"no overlayfs in this kernel: {why}") from error
 
 
-def _try_complete(backend: Backend, image: bytes, layers: Path, target: Path) -> Trial:
+def _try_complete(lazy: Trial, image: bytes, layers: Path, target: Path) -> Trial:
+    """A trial of the same backend as *lazy*, whose result stands for it if there is no space to try.
+
+    That tells what the kernel can. What depends on the file system is found out when a layer is mounted, as always when
+    one is elsewhere; a backend that did not work now would not be used before the next start.
+    """
     try:
         with _temporary(image, layers) as file:
-            return _try(Trial(backend, False), file, target)
+            return _try(Trial(lazy.backend, False), file, target)
     except OSError as error:
-        return Trial(backend, False, f"cannot write to {error.filename}: {error.strerror}")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            log.warning("no space at %s to try %s", error.filename, lazy.backend)
+            return Trial(lazy.backend, False, lazy.reason)
+        return Trial(lazy.backend, False, f"cannot write to {error.filename}: {error.strerror}")
 
 
 def _try_lazy(image: bytes, served: Path, target: Path) -> list[Trial]:
@@ -142,7 +150,12 @@ def _temporary(content: bytes, near: Path) -> Iterator[Path]:
         fd, name = tempfile.mkstemp(dir=near, prefix=".afs-probe-")
         os.unlink(name)
     try:
-        os.write(fd, content)
+        try:
+            written = os.write(fd, content)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(near)) from error
+        if written != len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(near))
         yield Path(f"/proc/self/fd/{fd}")
     finally:
         os.close(fd)

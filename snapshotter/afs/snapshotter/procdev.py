@@ -7,13 +7,12 @@ on by descriptor.
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from afs.core import syscalls
 from afs.core.errors import FailedPrecondition
-from afs.core.mounts import list_mounts
 
 _PLAIN = syscalls.MS_NOSUID | syscalls.MS_NOEXEC | syscalls.MS_NODEV
 # In this order; as runc mounts them for a container, but for the host's own /proc.
@@ -36,21 +35,29 @@ _LINKS = {
 
 
 def mount_proc_dev(root: Path, source: str) -> None:
-    """Mount what is not mounted yet in *root*; the mounts are told by their *source*. Blocking.
+    """Mount all of it in *root*; the mounts are told by their *source*. Blocking.
 
     FailedPrecondition if the image has something else than a directory where a mount point has to be.
     """
-    there = {mount.target for mount in list_mounts(os.path.realpath(root)) if mount.source == source}
     base = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for name, fstype, flags, options in _MOUNTS:
-            if os.path.join(os.path.realpath(root), name) in there:
-                continue
             with _mount_point(base, root, name) as fd:
                 syscalls.mount(source, f"/proc/self/fd/{fd}", fstype, flags, options)
             if name == "dev":
                 with _mount_point(base, root, name) as fd:  # what is mounted there now
                     _fill_dev(fd)
+    finally:
+        os.close(base)
+
+
+def put_back(root: Path, mounts: Sequence[tuple[str, int]]) -> None:
+    """Mount again in *root* what was unmounted: pairs of a path in it and a clone_mount(), in this order. Blocking."""
+    base = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for name, mounted in mounts:
+            with _mount_point(base, root, name) as fd:
+                syscalls.place_mount(mounted, fd)
     finally:
         os.close(base)
 

@@ -1,36 +1,41 @@
 """One root: what is wanted, mounting it, and taking it down again. Blocking functions without state.
 
 Every root has a *home*, a directory of the snapshotter's, and all that is mounted for it has the home's path as its
-source: mountinfo alone tells whose a mount is, wherever it is, and after a crash as well.
+source: mountinfo alone tells whose a mount is, wherever it is, and after a crash as well. What is made for a root outside
+its home, in a directory of the user's, the home has links to, from before it is made: nothing else there is ever removed.
 """
 
+import contextlib
 import errno
 import logging
 import os
+import secrets
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from afs.core import syscalls
-from afs.core.errors import FailedPrecondition, InvalidArgument
+from afs.core.errors import AfsError, FailedPrecondition, InvalidArgument
 from afs.core.files import remove_tree
 from afs.core.mounts import MountPoint, list_mounts, unmount
 from afs.snapshotter.layermounts import MountedLayer
 from afs.snapshotter.overlay import mount_overlay
-from afs.snapshotter.procdev import mount_proc_dev
+from afs.snapshotter.procdev import mount_proc_dev, put_back
 
 log = logging.getLogger(__name__)
+_WORK, _NEW_UPPER = "work-made", "upper-made"  # links in a home
 
 
 class RootRequest:
     """What kind of root is wanted. *extra_dirs* are read-only, topmost first, over the image.
 
-    *upper_dir* gets the directories ``upper``, which stays when the root goes, and ``work``, which does not. All paths are
-    resolved here, once: what a symlink leads to later changes nothing.
+    *upper_dir* gets the directories ``upper``, which stays when the root goes, and ``.afs-work-<random>``, which does not.
+    All paths are resolved here, once: what a symlink leads to later changes nothing.
     """
 
-    __slots__ = ("extra_dirs", "proc_dev", "read_only", "target", "upper_dir")
+    __slots__ = ("extra_dirs", "proc_dev", "read_only", "suid", "target", "upper_dir", "work_name")
 
     def __init__(
         self,
@@ -40,6 +45,7 @@ class RootRequest:
         target: str | bytes = "",
         upper_dir: str | bytes = "",
         proc_dev: bool = False,
+        suid: bool = False,
     ) -> None:
         if read_only and upper_dir:
             raise InvalidArgument("a read-only root has no upper directory")
@@ -48,7 +54,10 @@ class RootRequest:
         self.read_only = read_only
         self.target = _directory(target) if target else None
         self.upper_dir = _directory(upper_dir) if upper_dir else None
+        self.work_name = f".afs-work-{secrets.token_hex(8)}" if upper_dir else "work"
         self.proc_dev = proc_dev
+        # Nobody but root gets into a directory of the snapshotter's; a target may be anybody's.
+        self.suid = suid or not target
         if self.target == Path("/"):
             raise InvalidArgument("a root cannot be mounted over /")
 
@@ -79,7 +88,7 @@ class Root:
     def of(cls, home: Path, request: RootRequest) -> "Root":
         """The root that *request* asks for."""
         path, written = request.target or home / "merged", request.upper_dir or home
-        upper, work = (None, None) if request.read_only else (written / "upper", written / "work")
+        upper, work = (None, None) if request.read_only else (written / "upper", written / request.work_name)
         return cls(home, path, upper, work, request.proc_dev)
 
     @property
@@ -116,14 +125,14 @@ def _visible(layers: Sequence[MountedLayer]) -> list[Path]:
     return list(paths)
 
 
-def make_root(root: Root, lower: Lower) -> None:
-    """Make the directories of *root* in its home and mount it.
+def make_root(root: Root, lower: Lower, *, suid: bool) -> None:
+    """Make the directories of *root* in its home and mount it; *suid*: setuid programs are setuid there.
 
-    If it fails, :func:`detach_root` and :func:`remove_root` clear what is there.
+    If it fails, :func:`detach_root` and :func:`remove_home` clear what is there; else :func:`keep_upper` is next.
     """
     if root.upper is not None and root.work is not None:
-        _make_upper(root.upper, lower.attributes)
-        root.work.mkdir(exist_ok=True)
+        _make_upper(root, root.upper, lower.attributes)
+        _make(root, _WORK, root.work)
     if root.path.parent == root.home:
         root.path.mkdir()
     directories = lower.directories
@@ -134,7 +143,9 @@ def make_root(root: Root, lower: Lower) -> None:
         directories = (*directories, empty)
     try:
         volatile = root.kept_upper is None
-        mount_overlay(root.path, directories, root.upper, root.work, source=str(root.home), volatile=volatile)
+        mount_overlay(
+            root.path, directories, root.upper, root.work, source=str(root.home), volatile=volatile, suid=suid
+        )
     except OSError as error:
         where = f", writing to {root.upper}" if root.upper else ""
         raise FailedPrecondition(f"cannot mount a root at {root.path}{where}: {error.strerror}") from error
@@ -142,20 +153,56 @@ def make_root(root: Root, lower: Lower) -> None:
         mount_proc_dev(root.path, str(root.home))
 
 
-def _make_upper(upper: Path, attributes: Path) -> None:
+def _make_upper(root: Root, upper: Path, attributes: Path) -> None:
     # The merged root directory takes its attributes from the upper one, so a new one gets the image's.
     try:
-        upper.mkdir()
-    except FileExistsError:
+        found = os.lstat(upper)
+    except FileNotFoundError:
+        _make(root, _NEW_UPPER, upper)
+    else:
+        if not stat.S_ISDIR(found.st_mode):
+            raise FailedPrecondition(f"{upper} is not a directory")
         return  # the user's, from an earlier mount
     status = os.stat(attributes)
-    os.chown(upper, status.st_uid, status.st_gid)
+    os.chown(upper, status.st_uid, status.st_gid, follow_symlinks=False)
     os.chmod(upper, status.st_mode & 0o7777)
 
 
+def _make(root: Root, link: str, path: Path) -> None:
+    """Make the new directory *path*, with a *link* to it in the home if it is not there itself."""
+    if path.parent == root.home:
+        path.mkdir(mode=0o700)
+        return
+    (root.home / link).symlink_to(path)
+    try:
+        path.mkdir(mode=0o700)
+    except OSError as error:
+        (root.home / link).unlink()  # it is not ours
+        raise FailedPrecondition(f"cannot make {path}: {error.strerror}") from error
+
+
+def keep_upper(root: Root) -> None:
+    """The root is mounted for good: from now on :func:`remove_home` leaves its upper directory, even an empty one."""
+    (root.home / _NEW_UPPER).unlink(missing_ok=True)
+
+
 def mounts_of(home: Path) -> list[MountPoint]:
-    """What is mounted for the root with that *home*, oldest first; the first one is the root itself."""
+    """What is mounted for the root with that *home*, oldest first, wherever it is."""
     return [mount for mount in list_mounts() if mount.source == str(home)]
+
+
+def place_of(home: Path, path: Path) -> Path:
+    """Where the root is that was mounted at *path*: elsewhere if somebody has moved it, or a directory above it."""
+    found = mounts_of(home)
+    if not found or any(mount.target == str(path) for mount in found):
+        return path
+    return Path(found[0].target)
+
+
+def _placed(table: Sequence[MountPoint], home: Path, path: Path) -> list[MountPoint]:
+    """The root at *path*, first, and what is mounted in it for it; not what somebody bound to other places."""
+    found = [mount for mount in table if mount.source == str(home)]
+    return [mount for mount in found if mount.target == str(path) or mount.target.startswith(f"{path}/")]
 
 
 def unmount_root(root: Root) -> None:
@@ -164,24 +211,35 @@ def unmount_root(root: Root) -> None:
     FailedPrecondition if it is in use. If anything fails all is as before.
     """
     table = list_mounts()
-    found = [mount for mount in table if mount.source == str(root.home)]
+    found = _placed(table, root.home, place_of(root.home, root.path))
     if not found:
         return
     for mount in found:
         if _topmost(table, mount.target) != mount:
             raise FailedPrecondition(f"another file system is mounted over {mount.target}")
     path = found[0].target
-    try:
-        for mount in reversed(found):
-            syscalls.umount(mount.target)
-    except OSError as error:
-        if root.proc_dev:
-            mount_proc_dev(Path(path), str(root.home))  # those that went before the busy one
-        if error.errno != errno.EBUSY:
-            raise
-        foreign = [mount.target for mount in table if mount.target.startswith(f"{path}/") and mount not in found]
-        why = f"{foreign[0]} is mounted in it" if foreign else "a process works in it or has a file of it open"
-        raise FailedPrecondition(f"{path} is in use: {why}") from error
+    foreign = [mount.target for mount in table if mount.target.startswith(f"{path}/") and mount not in found]
+    if foreign:
+        raise FailedPrecondition(f"{path} is in use: {foreign[0]} is mounted in it")
+    with contextlib.ExitStack() as clones:
+        # The kernel tells whether the root is busy only when nothing is mounted in it. What was written to /dev/shm is in
+        # memory, so it would be gone; a second mount of each keeps it.
+        inside = []
+        for mount in found[1:]:
+            fd = syscalls.clone_mount(mount.target)
+            clones.callback(os.close, fd)
+            inside.append((os.path.relpath(mount.target, path), fd))
+        left = len(found)
+        try:
+            for mount in reversed(found):
+                syscalls.umount(mount.target)
+                left -= 1
+        except OSError as error:
+            put_back(Path(path), inside[left - 1 :])
+            if error.errno != errno.EBUSY:
+                raise
+            why = "a process works in it or has a file of it open"
+            raise FailedPrecondition(f"{path} is in use: {why}") from error
 
 
 def _topmost(table: Sequence[MountPoint], target: str) -> MountPoint:
@@ -189,28 +247,49 @@ def _topmost(table: Sequence[MountPoint], target: str) -> MountPoint:
     return [mount for mount in table if mount.target == target][-1]
 
 
-def detach_root(home: Path) -> bool:
+def detach_root(home: Path, path: Path | None = None) -> bool:
     """Take down what is mounted for the root with that *home*, in use or not; whether nothing is left.
 
     What is in use leaves the tree at once and goes when its last user does. What somebody mounted over it stays, with all
-    that is below.
+    that is below; and so does, if *path* says where the root is, what somebody bound or moved to other places.
     """
     table = list_mounts()
     found = [mount for mount in table if mount.source == str(home)]
-    for mount in reversed(found):
+    for mount in reversed(found if path is None else _placed(table, home, path)):
         if _topmost(table, mount.target) == mount:
             unmount(mount.target)
-    if found and (left := mounts_of(home)):
-        log.warning("%s stays mounted: something else is mounted over it", left[0].target)
-        return False
-    return True
+    left = mounts_of(home)
+    if left:
+        log.error("%s stays mounted until the next start tries again: it was covered, or bound there", left[0].target)
+    return not left
 
 
-def remove_root(root: Root) -> None:
-    """Delete the directories of an unmounted root, but for an upper directory of the user's."""
-    if root.kept_upper is not None and root.work is not None:
-        remove_tree(root.work)
-    remove_tree(root.home)
+def remove_home(home: Path) -> None:
+    """Delete the directories of the unmounted root with that *home*.
+
+    In a directory of the user's that is the work directory; and the upper one, if it was made for a root that was never
+    mounted.
+    """
+    try:
+        if work := _led_to(home / _WORK):
+            remove_tree(work)
+        if upper := _led_to(home / _NEW_UPPER):
+            with contextlib.suppress(OSError):  # somebody has put something there, or removed it
+                upper.rmdir()
+    finally:
+        remove_tree(home)
+
+
+def clear_home(home: Path) -> None:
+    """:func:`remove_home` at a start, which nothing of a user's directories may end: errors are logged."""
+    try:
+        remove_home(home)
+    except (AfsError, OSError) as error:
+        log.error("cannot remove all of %s: %s", home, error)
+
+
+def _led_to(link: Path) -> Path | None:
+    return link.readlink() if link.is_symlink() else None
 
 
 def homes_below(directory: Path) -> list[Path]:

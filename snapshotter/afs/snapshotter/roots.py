@@ -27,11 +27,14 @@ from afs.snapshotter.messages import MountedRoot
 from afs.snapshotter.rootmount import (
     Root,
     RootRequest,
+    clear_home,
     detach_root,
     homes_below,
+    keep_upper,
     lower_directories,
     make_root,
-    remove_root,
+    mounts_of,
+    remove_home,
 )
 
 log = logging.getLogger(__name__)
@@ -55,7 +58,8 @@ class Roots:
     """Makes roots below *directory*, which has to be on a file system that overlayfs takes as upper (ext4, xfs, tmpfs).
 
     *base* is the lowest directory of every root: the mount points that a container runtime needs. Without it the runtime
-    would make them in the upper directory of an image that lacks them, and they would be in the diff.
+    would make them in the upper directory of an image that lacks them, and they would be in the diff. :attr:`staying`: a
+    root could not be unmounted, and what is below it has to stay for the next snapshotter to try again.
     """
 
     def __init__(self, directory: Path, base: Path, mounts: LayerMounts, layerstore: str) -> None:
@@ -69,6 +73,10 @@ class Roots:
         self._removing: set[asyncio.Task[None]] = set()
         self._targets: set[Path] = set()
         self._uppers: set[Path] = set()
+        self._staying = (
+            contextlib.AsyncExitStack()
+        )  # holds the layers of roots that could not be unmounted; never closed
+        self.staying = False
         self.count = 0
 
     def prepare(self) -> None:
@@ -88,7 +96,7 @@ class Roots:
         self._directory.mkdir(parents=True, exist_ok=True)
         for home in self._directory.iterdir():
             if home.name not in still:
-                remove_tree(home)
+                clear_home(home)
         self._next = max((int(name) for name in still), default=0)
         # Not for others to enter: a run may leave setuid files in its upper directory, and here no nosuid holds.
         self._directory.chmod(0o700)
@@ -99,7 +107,7 @@ class Roots:
         """Wait for removals and remove the base directory, if no root is left that needs it."""
         await asyncio.gather(*self._removing, return_exceptions=True)
         await self._channel.close()
-        if not keep_base:
+        if not keep_base and not self.staying:
             remove_tree(self._base)
 
     async def open_image(
@@ -151,10 +159,13 @@ class Roots:
         def make() -> None:
             root.home.mkdir()
             steps.before()
-            make_root(root, lower)
+            _check_layers(layers)
+            make_root(root, lower, suid=request.suid)
+            _check_layers(layers)  # what overlayfs was given
             steps.mounted()
+            keep_upper(root)
 
-        making = self._push(stack, root, asyncio.to_thread(make), steps.leaving)
+        making = self._push(stack, root, layers, asyncio.to_thread(make), steps.leaving)
         await asyncio.shield(making)
         return MountedRoot(root.path, root.upper, lower.directories)
 
@@ -165,9 +176,15 @@ class Roots:
         if root.kept_upper in self._uppers:
             raise FailedPrecondition(f"upper directory {root.kept_upper} is in use by another root")
 
-    def adopt_root(self, stack: contextlib.AsyncExitStack, root: Root, leaving: Callable[[], None]) -> None:
-        """Take over a mounted *root*: it goes when *stack* closes; *leaving* is called before."""
-        self._push(stack, root, _nothing(), leaving)
+    def adopt_root(
+        self,
+        stack: contextlib.AsyncExitStack,
+        root: Root,
+        layers: Sequence[MountedLayer],
+        leaving: Callable[[], None],
+    ) -> None:
+        """Take over a mounted *root* over *layers*: it goes when *stack* closes; *leaving* is called before."""
+        self._push(stack, root, layers, _nothing(), leaving)
 
     def has(self, target: Path) -> bool:
         """Whether a root is mounted at *target*."""
@@ -177,6 +194,7 @@ class Roots:
         self,
         stack: contextlib.AsyncExitStack,
         root: Root,
+        layers: Sequence[MountedLayer],
         make: Coroutine[Any, Any, None],
         leaving: Callable[[], None],
     ) -> "asyncio.Task[None]":
@@ -186,10 +204,16 @@ class Roots:
             self._uppers.add(root.kept_upper)
         self.count += 1
         making = asyncio.create_task(make, name=f"make {root.home}")
-        stack.push_async_callback(self._remove, making, root, leaving)
+        stack.push_async_callback(self._remove, making, root, layers, leaving)
         return making
 
-    async def _remove(self, making: "asyncio.Task[None]", root: Root, leaving: Callable[[], None]) -> None:
+    async def _remove(
+        self,
+        making: "asyncio.Task[None]",
+        root: Root,
+        layers: Sequence[MountedLayer],
+        leaving: Callable[[], None],
+    ) -> None:
         """Unmount and delete a root. Runs to its end even if the caller is cancelled meanwhile."""
 
         async def remove() -> None:
@@ -197,22 +221,40 @@ class Roots:
             try:
                 await asyncio.to_thread(_take_down, root, leaving)
             finally:
-                self._targets.discard(root.path)
-                if root.kept_upper is not None:
-                    self._uppers.discard(root.kept_upper)
+                # Whatever failed: as long as it is mounted, it needs what is below it, and nobody else gets its place.
+                if await asyncio.to_thread(mounts_of, root.home):
+                    await self.stay(layers)
+                else:
+                    self._targets.discard(root.path)
+                    if root.kept_upper is not None:
+                        self._uppers.discard(root.kept_upper)
+                    self.count -= 1
 
         task = asyncio.create_task(remove(), name=f"remove {root.home}")
         self._removing.add(task)
         task.add_done_callback(self._removing.discard)
-        self.count -= 1
         await asyncio.shield(task)
+
+    async def stay(self, layers: Sequence[MountedLayer]) -> None:
+        """A root over *layers* could not be unmounted: they are needed until the next snapshotter has tried again."""
+        self.staying = True
+        self._staying.enter_context(self._mounts.keeping(layer.diff_id for layer in layers))
+        for layer in layers:
+            await self._staying.enter_async_context(self._mounts.claiming(layer.path, layer.diff_id))
 
 
 async def _nothing() -> None:
     pass
 
 
+def _check_layers(layers: Sequence[MountedLayer]) -> None:
+    """FailedPrecondition if one was unmounted by hand since it was opened: the root would silently lack its files."""
+    for layer in layers:
+        if not layer.is_mounted():
+            raise FailedPrecondition(f"layer {layer.diff_id} was unmounted, or covered, at {layer.path} by somebody")
+
+
 def _take_down(root: Root, leaving: Callable[[], None]) -> None:
     leaving()
-    if detach_root(root.home):
-        remove_root(root)
+    if detach_root(root.home, root.path):
+        remove_home(root.home)

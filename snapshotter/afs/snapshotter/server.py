@@ -135,4 +135,5 @@ def _root_request(request: pb.MountRoot) -> RootRequest:
         target=request.target,
         upper_dir=request.upper_dir,
         proc_dev=request.proc_dev,
+        suid=request.suid,
     )

@@ -380,6 +380,7 @@ class LeaseUpdate(_message.Message):
     IDLE_FIELD_NUMBER: _builtins.int
     LAST_OPENED_FIELD_NUMBER: _builtins.int
     OPENING_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
     last_opened: _builtins.int
     """The OpenImage call made last, and those whose layers need not be mounted yet. What all others opened is in the lists,
     or no longer needed.
@@ -394,6 +395,10 @@ class LeaseUpdate(_message.Message):
 
     @_builtins.property
     def opening(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def kept(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Those mounted for roots that outlive the snapshotter: they stay, however long it is away, until the next update."""
+
     def __init__(
         self,
         *,
@@ -401,10 +406,11 @@ class LeaseUpdate(_message.Message):
         idle: _abc.Iterable[_builtins.str] | None = ...,
         last_opened: _builtins.int = ...,
         opening: _abc.Iterable[_builtins.int] | None = ...,
+        kept: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["idle", b"idle", "in_use", b"in_use", "last_opened", b"last_opened", "opening", b"opening"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["idle", b"idle", "in_use", b"in_use", "kept", b"kept", "last_opened", b"last_opened", "opening", b"opening"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -110,6 +110,7 @@ class MountRoot(_message.Message):
     TARGET_FIELD_NUMBER: _builtins.int
     UPPER_DIR_FIELD_NUMBER: _builtins.int
     PROC_DEV_FIELD_NUMBER: _builtins.int
+    SUID_FIELD_NUMBER: _builtins.int
     read_only: _builtins.bool
     """no upper directory"""
     target: _builtins.bytes
@@ -120,6 +121,8 @@ class MountRoot(_message.Message):
     """
     proc_dev: _builtins.bool
     """with /proc, /dev and a read-only /sys, for a chroot"""
+    suid: _builtins.bool
+    """With a target: programs of the image that are setuid-root are so for every user of this machine who can reach it."""
     @_builtins.property
     def extra_dirs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """read-only directories over the image, topmost first"""
@@ -132,10 +135,11 @@ class MountRoot(_message.Message):
         target: _builtins.bytes = ...,
         upper_dir: _builtins.bytes = ...,
         proc_dev: _builtins.bool = ...,
+        suid: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["extra_dirs", b"extra_dirs", "proc_dev", b"proc_dev", "read_only", b"read_only", "target", b"target", "upper_dir", b"upper_dir"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["extra_dirs", b"extra_dirs", "proc_dev", b"proc_dev", "read_only", b"read_only", "suid", b"suid", "target", b"target", "upper_dir", b"upper_dir"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
