@@ -21,7 +21,8 @@ from afs.proto.v1 import layerstore_pb2 as pb
 from afs.snapshotter.attached import AttachedRoots
 from afs.snapshotter.backends import Backend, Backends, Trial
 from afs.snapshotter.fusedworkers import FusedWorkers
-from afs.snapshotter.layermounts import LayerMounts, MountedLayer
+from afs.snapshotter.layermount import MountedLayer
+from afs.snapshotter.layermounts import LayerMounts
 from afs.snapshotter.rootmount import RootRequest
 from afs.snapshotter.roots import Roots
 from tests.testbed import tars

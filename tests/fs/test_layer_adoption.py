@@ -18,7 +18,7 @@ from afs.core import syscalls
 from afs.core.errors import Internal, NotFound
 from afs.core.mounts import list_mounts, unmount, unmount_below
 from afs.layerstore.afslyr.convert import convert
-from afs.snapshotter import layermounts
+from afs.snapshotter import layermount, layermounts
 from afs.snapshotter.backends import Backend, Backends, mount_layer
 from afs.snapshotter.fusedworkers import FusedWorkers
 from afs.snapshotter.layermounts import LayerMounts
@@ -366,10 +366,10 @@ async def test_a_worker_that_dies_while_a_layer_is_mounted(
 ) -> None:
     """The user gets the layer from another one, unless the layer seems to be what ends them."""
     layer = add(source, TAR, partial=True)
-    mount = layermounts._mount_layer
+    mount = layermount.mount_layer_at
     killed: list[int] = []
 
-    def dying(backend: Backend, at: Path, target: Path) -> bool:
+    def dying(backend: Backend, at: Path, target: Path) -> tuple[bool, int]:
         if len(killed) < deaths:
             pid = int((source.directory / "fuse" / f"{at.parts[-3]}.lock").read_text())
             killed.append(pid)
@@ -377,7 +377,7 @@ async def test_a_worker_that_dies_while_a_layer_is_mounted(
         return mount(backend, at, target)
 
     async with layer_mounts(source, None) as mounts:
-        monkeypatch.setattr(layermounts, "_mount_layer", dying)
+        monkeypatch.setattr(layermounts, "mount_layer_at", dying)
         if deaths == 1:
             async with mounts.using(layer.diff_id, "") as mounted:
                 assert await read(mounted.path) == b"content"

@@ -336,7 +336,7 @@ async def test_an_unmount_that_failed_is_tried_again(
         async with mounts.using(one, layers[one]):
             pass
         with monkeypatch.context() as patched, pytest.raises(OSError, match="busy"):
-            patched.setattr(layermounts, "_unmount_layer", fail)
+            patched.setattr(layermounts, "unmount_layer", fail)
             await mounts.release([one])
         assert leased(mounts) == ([], [one]), "it is still there, and holds the file"
         await mounts.release([one])

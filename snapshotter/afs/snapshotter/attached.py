@@ -25,7 +25,8 @@ from typing import Any, TypeVar
 from afs.core.errors import FailedPrecondition, InvalidArgument, NotFound
 from afs.core.files import write_atomic
 from afs.proto.v1 import layerstore_pb2
-from afs.snapshotter.layermounts import LayerMounts, MountedLayer
+from afs.snapshotter.layermount import MountedLayer
+from afs.snapshotter.layermounts import LayerMounts
 from afs.snapshotter.messages import MountedRoot
 from afs.snapshotter.rootmount import (
     Root,

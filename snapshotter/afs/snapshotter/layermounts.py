@@ -17,54 +17,24 @@ starts anew in between knows nothing of its answer, so they count as in use.
 
 import asyncio
 import contextlib
-import errno
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from afs.core import syscalls
 from afs.core.errors import FailedPrecondition, Internal, NotFound
-from afs.core.mounts import unmount, unmount_below
 from afs.core.singleflight import SingleFlight
 from afs.proto.v1 import layerstore_pb2 as pb
 from afs.snapshotter.adoption import Found, find_mounts
-from afs.snapshotter.backends import Backend, Backends, Unusable, is_opaque, mount_layer
+from afs.snapshotter.backends import Backend, Backends, Unusable, is_opaque
 from afs.snapshotter.fusedworkers import FusedWorkers, Worker
+from afs.snapshotter.layermount import MountedLayer, file_id_of, mount_layer_at, named_id, unmount_layer
 from afs.snapshotter.overlay import in_user_namespace
 
 log = logging.getLogger(__name__)
 _WORKERS_TRIED = 3  # for one mount; a layer that ends each of them is not to end all
-
-
-FileId = tuple[int, int]  # st_dev and st_ino, which nobody else has while the file is mounted
-
-
-@dataclass(slots=True)
-class MountedLayer:
-    """One mount of a layer at *path*. *lazy*: it was made while the layer was partial, and bytes may come from elsewhere."""
-
-    diff_id: str
-    path: Path
-    backend: Backend
-    lazy: bool
-    opaque: bool = False  # its root hides all layers below it
-    worker: Worker | None = None  # the afs_fused that it is read through
-    file_id: FileId | None = None  # of the file that is mounted, if there is no worker
-    fallback: str = ""  # why a backend that is better here could not be used
-    mount_id: int = 0
-    users: int = 0
-    leaving: bool = False
-
-    def is_mounted(self) -> bool:
-        """Whether :attr:`path` leads to it. If somebody unmounted it, that is an empty directory, as good as any for overlayfs."""
-        try:
-            return syscalls.mount_id(str(self.path)) == self.mount_id
-        except OSError:
-            return False
 
 
 class LayerMounts:
@@ -119,7 +89,7 @@ class LayerMounts:
         for path in self._directory.iterdir():
             if path not in self._all:
                 try:
-                    await asyncio.to_thread(_unmount_layer, path)
+                    await asyncio.to_thread(unmount_layer, path)
                 except OSError as error:  # somebody's file; its number is not used again
                     log.error("leaving %s alone: %s", path, error.strerror)
         for worker in self._fused.workers:
@@ -147,7 +117,7 @@ class LayerMounts:
             lazy=worker is not None,
             opaque=opaque,
             worker=worker,
-            file_id=_named_id(mount.path),
+            file_id=named_id(mount.path),
             mount_id=mount_id,
         )
 
@@ -232,7 +202,7 @@ class LayerMounts:
                 layer.lazy = False  # a new mount would be the same tree
                 return layer
             log.info("layer %s is complete now: mounting its file", diff_id)
-        elif layer.file_id is not None and _file_id(file) not in (layer.file_id, None):
+        elif layer.file_id is not None and file_id_of(file) not in (layer.file_id, None):
             log.info("layer %s: its file was replaced; mounting the new one", diff_id)
         else:
             return layer
@@ -291,11 +261,11 @@ class LayerMounts:
         self, backend: Backend, diff_id: str, source: Path, worker: Worker | None, *, lazy: bool = False
     ) -> MountedLayer:
         # Before it is mounted: if the file is replaced in between, the next user mounts it once more.
-        file_id = _file_id(str(source)) if worker is None else None
+        file_id = file_id_of(str(source)) if worker is None else None
         self._next += 1
         path = self._directory / "-".join(map(str, (self._next, *(file_id or ()))))
         layer = MountedLayer(diff_id, path, backend, lazy=lazy, worker=worker, file_id=file_id)
-        layer.opaque, layer.mount_id = await asyncio.to_thread(_mount_layer, backend, source, path)
+        layer.opaque, layer.mount_id = await asyncio.to_thread(mount_layer_at, backend, source, path)
         return layer
 
     async def _trim(self, keep: int) -> None:
@@ -359,7 +329,7 @@ class LayerMounts:
 
         async def unmount_it() -> None:
             try:
-                await asyncio.to_thread(_unmount_layer, layer.path)
+                await asyncio.to_thread(unmount_layer, layer.path)
                 del self._all[layer.path]
                 if layer.worker is not None:
                     await layer.worker.release(layer.diff_id)
@@ -402,49 +372,3 @@ class LayerMounts:
         self._stuck.clear()
         await asyncio.gather(*self._going, return_exceptions=True)
         self._closed = True
-
-
-def _file_id(file: str) -> FileId | None:
-    """Of the file that has this name now; None if none has. That is one stat(2), too quick to leave the event loop for."""
-    try:
-        status = os.stat(file)
-    except FileNotFoundError:
-        return None
-    return status.st_dev, status.st_ino
-
-
-def _named_id(path: Path) -> FileId | None:
-    """What the name of an adopted mount tells."""
-    match path.name.split("-"):
-        case [_, device, inode] if device.isdecimal() and inode.isdecimal():
-            return int(device), int(inode)
-        case _:
-            return None
-
-
-def _unmount_layer(path: Path) -> None:
-    unmount(str(path))
-    try:
-        path.rmdir()
-    except FileNotFoundError:
-        pass  # by whoever unmounted it by hand
-    except OSError as error:
-        if error.errno != errno.EBUSY:
-            raise
-        unmount_below(path)  # something else was mounted over it
-        path.rmdir()
-
-
-def _mount_layer(backend: Backend, source: Path, target: Path) -> tuple[bool, int]:
-    """Mount it at the new directory *target*; whether its root is opaque, and the number of the mount."""
-    target.mkdir(parents=True)
-    try:
-        mount_layer(backend, source, target)
-        try:
-            return is_opaque(target), syscalls.mount_id(str(target))
-        except OSError as error:
-            unmount(str(target))
-            raise Internal(f"cannot read {source}: {error.strerror}") from error
-    except BaseException:
-        target.rmdir()
-        raise

@@ -20,7 +20,7 @@ from afs.core import syscalls
 from afs.core.errors import AfsError, FailedPrecondition, InvalidArgument
 from afs.core.files import remove_tree
 from afs.core.mounts import MountPoint, list_mounts, unmount
-from afs.snapshotter.layermounts import MountedLayer
+from afs.snapshotter.layermount import MountedLayer
 from afs.snapshotter.overlay import mount_overlay
 from afs.snapshotter.procdev import mount_proc_dev, put_back
 

@@ -22,7 +22,8 @@ from afs.core.mounts import unmount_below
 from afs.core.rpc import calling, channel
 from afs.proto.v1 import layerstore_pb2 as pb
 from afs.proto.v1.layerstore_pb2_grpc import LayerstoreNodeStub
-from afs.snapshotter.layermounts import LayerMounts, MountedLayer
+from afs.snapshotter.layermount import MountedLayer
+from afs.snapshotter.layermounts import LayerMounts
 from afs.snapshotter.messages import MountedRoot
 from afs.snapshotter.rootmount import (
     Root,

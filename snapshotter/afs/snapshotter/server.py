@@ -15,7 +15,8 @@ from afs.proto.v1 import mounts_pb2 as pb
 from afs.snapshotter.attached import AttachedRoots, Record
 from afs.snapshotter.fusedwire import ReadStats
 from afs.snapshotter.fusedworkers import FusedWorkers
-from afs.snapshotter.layermounts import LayerMounts, MountedLayer
+from afs.snapshotter.layermount import MountedLayer
+from afs.snapshotter.layermounts import LayerMounts
 from afs.snapshotter.rootmount import RootRequest
 from afs.snapshotter.roots import Roots
 
