@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from afs.layerstore.afslyr.convert import convert
-from afs.layerstore.afslyr.layout import CHUNK_SIZE as CHUNK
+from afs.layerstore.afslyr.layout import CHUNK_SIZE
 from afs.layerstore.fillwire import decode, encode
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
+
+CHUNK = CHUNK_SIZE
 
 
 @dataclass

@@ -40,6 +40,19 @@ def test_a_full_report_forgets_what_it_does_not_name() -> None:
     assert directory.image_holders("i", 0) == []
 
 
+def test_a_full_report_that_was_overtaken_is_nothing() -> None:
+    directory = Directory(TTL)
+    beat(directory, replace(BASE, layers=(("a", 1, True),), chunk_port=1))
+    assert not beat(directory, replace(BASE, sequence=3, layers=(("b", 1, True),), chunk_port=3))
+    assert not beat(directory, replace(BASE, sequence=2, layers=(("a", 1, True),), chunk_port=2))
+    assert held(directory) == {"b": (1, True)}
+    (node,) = directory.nodes(0)
+    assert node.chunk_port == 3
+    assert not beat(directory, replace(BASE, sequence=4, full=False, layers=(("c", 1, True),), chunk_port=3))
+    assert not beat(directory, replace(BASE, incarnation=6, sequence=1))
+    assert held(directory) == {}, "a new process counts anew"
+
+
 def test_a_gap_asks_for_everything_and_keeps_what_is_known() -> None:
     directory = Directory(TTL)
     beat(directory, replace(BASE, layers=(("a", 1, True),)))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from afs.core.digests import hex_of
-from afs.core.errors import NotFound
+from afs.core.errors import AfsError, NotFound
 from afs.core.rpc import channel
 from afs.layerstore import describing, peerwatch, readahead, supply
 from afs.layerstore.afslyr.convert import convert
@@ -531,6 +531,61 @@ async def test_a_forged_layer_is_pulled_once_its_readers_wanted_all_of_it(world:
     assert complete_of(two, world).path.read_bytes() == good
     assert two.store.partial_ids() == []
     assert two.layers.stats(world.diff_id).from_source == world.origin.layer.blob_size
+
+
+async def test_a_layer_known_to_be_made_up_is_never_opened_again(world: World) -> None:
+    """Its source does not answer when that shows; readers go on with what they have, others get an error or the right one."""
+    path = world.tmp_path / "n1/layers" / f"{world.diff_id[7:]}.afslyr"
+    path.parent.mkdir(parents=True)
+    convert(io.BytesIO(TAR).read, path)
+    good = path.read_bytes()
+    forged = Forged(path)
+    forged.data[forged.layout.meta_offset + 4] ^= 0o002  # the root is writable by all
+    os.close(forged.seal())
+    one, two = await world.node("n1"), await world.node("n2")
+    partial = await open_partial(world, two)
+    world.server.add(Fault("", status=404))
+    await two.layers.fill(world.diff_id, 0, partial.table.count)
+    await settled(two)
+    assert partial.is_forged
+    await two.announcer.flush()
+    assert "n2" not in [peer.node_id for peer in (await one.announcer.locate([world.diff_id])).layers[world.diff_id]]
+    for local in (False, True):
+        with pytest.raises(AfsError):
+            await two.layers.open(world.origin, local=local)
+    with pytest.raises(AfsError):
+        await two.layers.ensure(world.origin)
+    with pytest.raises(NotFound, match="is not what its name says"):
+        await two.layers.read_chunk(world.diff_id, 1)
+    await two.layers.fill(world.diff_id, 0, 1)  # by who has it mounted
+    reopened = PartialLayer.open(world.diff_id, partial.directory)
+    assert reopened.is_forged, "known over a restart"
+    reopened.close()
+    world.server.clear()
+    opened = await two.layers.open(world.origin, local=False)
+    assert opened is complete_of(two, world)
+    assert complete_of(two, world).path.read_bytes() == good
+    assert two.store.partial_ids() == []
+
+
+async def test_what_was_whole_when_the_process_ended_is_complete_after_the_next_start(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await holder(world)
+    two = await world.node("n2")
+    partial = await open_partial(world, two)
+    with monkeypatch.context() as patch:
+        patch.setattr(two.layers.completion, "promote", nothing)
+        await two.layers.fill(world.diff_id, 0, partial.table.count)
+        await settled(two)
+    assert two.store.complete(world.diff_id) is None
+    await two.layers.completion.run()  # the mode is never: it ends after that
+    assert two.store.complete(world.diff_id) is not None
+    assert two.store.partial_ids() == []
+
+
+async def nothing(partial: PartialLayer) -> None:
+    """Instead of what would come too early."""
 
 
 class Background:

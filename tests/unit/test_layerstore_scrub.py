@@ -305,6 +305,30 @@ async def test_a_sealed_layer_that_cannot_be_repaired_leaves_nothing(world: Worl
     assert list((node.store.root / "tmp").iterdir()) == []
 
 
+@pytest.mark.parametrize("how", ["replaced", "evicted"])
+async def test_another_file_in_the_place_of_a_sealed_one_is_not_sealed(
+    world: World, verity: FakeVerity, how: str
+) -> None:
+    node = await world.node("n1")
+    scrubbers, sealer = Scrubbers(node), Sealer()
+    scrubber = scrubbers.start(sealer=sealer)
+    layer = await pull(world, node, 0)
+    assert scrubber.due() == (60.0, layer)
+    await scrubber.scrub(layer)
+    assert scrubber.due() == (100.0, layer)
+    if how == "replaced":
+        flip(layer.path, CHUNK_SIZE)
+        assert await node.layers.repairs.check(layer), "a reader found that"
+    else:
+        await node.room.drop(layer.diff_id)
+        await pull(world, node, 0)
+    verity.sealed.clear()  # the file system may give the new file the number of the old one
+    found = node.store.complete(layer.diff_id)
+    assert found is not layer
+    assert scrubber.due() == (60.0, found)
+    sealer.close()
+
+
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, errno.ETXTBSY])
 async def test_a_layer_that_cannot_be_sealed_is_verified_as_before(
     world: World, verity: FakeVerity, caplog: pytest.LogCaptureFixture, error: int
@@ -319,6 +343,11 @@ async def test_a_layer_that_cannot_be_sealed_is_verified_as_before(
     verified(layer.path)
     assert f"cannot seal layer {layer.diff_id}" in caplog.text
     assert scrubber.due() == (100.0, layer), "it is not tried again and again"
+    verity.error = 0
+    scrubbers.now += 100
+    assert scrubber.due() == (0.0, layer)
+    await scrubber.scrub(layer)
+    assert sealing.is_sealed(layer.path), "but whenever it is verified"
     sealer.close()
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 class NodeState:
     """What one layerstore reported.
 
-    *layers* maps diff_id to (size in bytes, complete), *traces* the manifest digest of an image to chunks of its trace.
+    *sequence* is that of the last report that was taken in, -1 before the first. *layers* maps diff_id to (size in bytes,
+    complete), *traces* the manifest digest of an image to chunks of its trace.
     """
 
     node_id: str
@@ -57,19 +58,17 @@ class Directory:
         """Take *report* in; True if the node must send everything again.
 
         A delta counts only when it follows the last one without a gap. A node that is asked to resend still counts as
-        alive, and what it said before stays: an old answer costs a reader one failed try, no answer costs a pull.
+        alive, and what it said before stays: an old answer costs a reader one failed try, no answer costs a pull. A full
+        report that comes behind a later one is nothing.
         """
         node = self._nodes.get(report.node_id)
-        follows = (
-            node is not None
-            and node.incarnation == report.incarnation
-            and report.sequence == node.sequence + 1
-            and node.endpoint == report.endpoint
-        )
-        if node is None or node.incarnation != report.incarnation or node.endpoint != report.endpoint:
-            node = NodeState(
-                report.node_id, report.endpoint, report.capacity, report.incarnation, report.sequence, now, now_unix
-            )
+        if node is not None and (node.incarnation, node.endpoint) != (report.incarnation, report.endpoint):
+            node = None  # another one of that name
+        if node is not None and report.full and report.sequence <= node.sequence:
+            return False  # it was given up as lost, and others overtook it
+        follows = node is not None and report.sequence == node.sequence + 1
+        if node is None:
+            node = NodeState(report.node_id, report.endpoint, report.capacity, report.incarnation, -1, now, now_unix)
             self._nodes[report.node_id] = node
         node.capacity, node.seen, node.seen_unix = report.capacity, now, now_unix
         node.chunk_port = report.chunk_port

@@ -14,7 +14,7 @@ import asyncio
 import enum
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from afs.core.errors import AfsError, DataLoss
@@ -102,7 +102,7 @@ class Completion:
                 if partial is not None:
                     await self._partials.drop(partial)
                 return True
-            return None if partial is None else await self._complete(partial)
+            return None if partial is None or partial.is_forged else await self._complete(partial)
 
     async def _complete(self, partial: PartialLayer) -> bool:
         diff_id, missing = partial.diff_id, partial.missing()
@@ -168,7 +168,8 @@ class Completion:
         if damaged:
             log.error("layer %s: chunks %s are damaged on disk", partial.diff_id, damaged)
             return None
-        partial.is_forged = True  # what is mounted goes on with it; new mounts get the pulled one
+        partial.mark_forged()  # what is mounted goes on with it; new mounts get the pulled one
+        self._announcer.drop(partial.diff_id)
         if (origin := self._supply.origin(partial.diff_id)) is None:
             return None
         await self._supply.pull(origin)
@@ -180,20 +181,29 @@ class Completion:
         self._demanded = self._now()
 
     async def run(self) -> None:
-        """Complete what is in use, for ever; cancel it to stop."""
+        """Complete what is in use, for ever; cancel it to stop. First, what was whole when an earlier process ended."""
+        for left_over in self._partials:
+            await self._guarded(left_over, self.promote)
         while self._how.mode is not Mode.NEVER:
             partial = self._next_partial()
             if partial is not None:
-                try:
-                    await self._fill_behind(partial)
-                    await self.promote(partial)
-                except (AfsError, OSError) as error:
-                    log.warning("cannot complete layer %s now: %s", partial.diff_id, error)
-                    self._left_alone[partial.diff_id] = self._now() + _AGAIN_S
-                except Exception:  # a mistake of ours, at one layer
-                    log.exception("layer %s is not completed now", partial.diff_id)
-                    self._left_alone[partial.diff_id] = self._now() + _AGAIN_S
+                await self._guarded(partial, self._fill_and_promote)
             await asyncio.sleep(self._how.look)
+
+    async def _fill_and_promote(self, partial: PartialLayer) -> None:
+        await self._fill_behind(partial)
+        await self.promote(partial)
+
+    async def _guarded(self, partial: PartialLayer, work: Callable[[PartialLayer], Awaitable[None]]) -> None:
+        """Do *work*; if it fails, leave the layer alone for a while."""
+        try:
+            await work(partial)
+        except (AfsError, OSError) as error:
+            log.warning("cannot complete layer %s now: %s", partial.diff_id, error)
+            self._left_alone[partial.diff_id] = self._now() + _AGAIN_S
+        except Exception:  # a mistake of ours, at one layer
+            log.exception("layer %s is not completed now", partial.diff_id)
+            self._left_alone[partial.diff_id] = self._now() + _AGAIN_S
 
     def _next_partial(self) -> PartialLayer | None:
         """The layer in use that misses least."""

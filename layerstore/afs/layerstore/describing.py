@@ -100,8 +100,8 @@ class Describing:
                         log.warning("layerstore %s cannot describe layer %s: %s", peer.endpoint, diff_id, error.line)
                         del asked[task]
                         continue
-                    for other, _ in itertools.takewhile(lambda pair, peer=peer: pair[0] is not peer, asked.values()):
-                        watch.lost(other.endpoint)
+                    for earlier in itertools.takewhile(task.__ne__, asked):
+                        watch.lost(asked[earlier][0].endpoint)
                     del asked[task]
                     await _end(asked)
                     async with contextlib.aclosing(parts):

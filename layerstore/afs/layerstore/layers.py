@@ -130,8 +130,13 @@ class Layers:
         return layer
 
     def use(self, diff_id: str) -> OpenLayer:
-        """:meth:`look_up` for a peer, who will ask for more within a minute: the layer is leased for as long."""
+        """:meth:`look_up` for a peer, who will ask for more within a minute: the layer is leased for as long.
+
+        NotFound for a layer that a peer made up, too: readers here go on with it, others need not begin.
+        """
         layer = self.look_up(diff_id)
+        if isinstance(layer, PartialLayer) and layer.is_forged:
+            raise NotFound(f"layer {diff_id} on this node is not what its name says")
         self._room.leases.lease(diff_id)
         return layer
 
@@ -153,7 +158,7 @@ class Layers:
             with self._pinned([diff_id]):
                 found = self.find(diff_id)
                 with self._known(origin):
-                    if found is None or (isinstance(found, PartialLayer) and not found.is_mountable()):
+                    if not _may_be_opened(found):
                         found = await self._opening.run(origin.key, lambda: self._open(origin, local=local))
                         if isinstance(found, PartialLayer) and not self._partials.is_open(found):
                             found = self.find(diff_id)  # it became complete meanwhile
@@ -188,6 +193,10 @@ class Layers:
 
     async def _open_pinned(self, origin: Origin, *, local: bool) -> OpenLayer:
         diff_id = origin.layer.diff_id
+        if (known := self._partials.get(diff_id)) is not None and known.is_forged:
+            complete = await self._supply.pull(origin)
+            await self.completion.drop_beside(diff_id)
+            return complete
         if (
             not local
             and (partial := await self._describing.describe(diff_id, await self._supply.holders(diff_id))) is not None
@@ -315,3 +324,8 @@ class Layers:
             await self._supply.pull(origin)
             await self.completion.drop_beside(diff_id)
             return True
+
+
+def _may_be_opened(found: OpenLayer | None) -> bool:
+    """Whether a new mount may use what was found: not what misses metadata, nor what a peer made up."""
+    return isinstance(found, CompleteLayer) or (found is not None and found.is_mountable() and not found.is_forged)

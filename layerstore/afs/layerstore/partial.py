@@ -107,7 +107,7 @@ class PartialLayer:
         self._unused = asyncio.Event()
         self.slots = Slots()  # the layerstore puts those of the node in place
         self.read_ahead = ReadAhead(table.count)
-        self.is_forged = False  # it was whole, and not what its name says
+        self.is_forged = self._forged_path.exists()  # it was whole, and not what its name says
         self.on_full: OnFull = _give_up
         self.pin: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
@@ -115,6 +115,18 @@ class PartialLayer:
     def data_path(self) -> Path:
         """The sparse file, as long as the whole layer file."""
         return self.directory / "data"
+
+    @property
+    def _forged_path(self) -> Path:
+        return self.directory / "forged"
+
+    def mark_forged(self) -> None:
+        """A peer made the layer up. Known after a restart, too, unless the disk takes no more names."""
+        self.is_forged = True
+        try:
+            self._forged_path.touch()
+        except OSError as error:
+            log.warning("cannot remember on disk that layer %s is forged: %s", self.diff_id, error)
 
     @property
     def map_path(self) -> Path:

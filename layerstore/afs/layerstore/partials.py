@@ -70,7 +70,8 @@ class Partials:
             self._store.drop_partial(diff_id)
             return
         self.take_in(partial)
-        self._announcer.hold(diff_id, partial.layout.file_size, complete=False)
+        if not partial.is_forged:
+            self._announcer.hold(diff_id, partial.layout.file_size, complete=False)
 
     async def drop(self, partial: PartialLayer) -> None:
         """Forget a partial layer whose complete file is there; afs_fused keeps what it has open."""

@@ -26,7 +26,8 @@ class Priority(enum.IntEnum):
     COMPLETION = 2  # nobody waits
 
 
-# Four at once keep a link busy (4 MiB per round trip); more would only stand before a reader's chunk on the link.
+# A reader's read-ahead is many chunks at once. Bulk needs some to keep a link busy (16: 4 MiB per round trip); more would only
+# stand before a reader's chunk on the link.
 LIMITS = (64, 16, 8)
 MOST_OF_ONE = LIMITS[0] // 2
 

@@ -77,6 +77,7 @@ class Scrubber:
         self._now = now
         self._rate = rate
         self._path = store.root / "scrubbed.json"
+        self._sealed: dict[str, CompleteLayer | None] = {}  # which file the sealed one of a layer was
         loaded = self._load()
         self._verified = {diff_id: self._known(diff_id, loaded) for diff_id in store.complete_ids()}
 
@@ -115,9 +116,17 @@ class Scrubber:
         """Take note of layers that came and went."""
         new = _Verified(self._now(), self._boot, sealed=False)
         here = {diff_id: self._verified.get(diff_id, new) for diff_id in self._store.complete_ids()}
-        if here.keys() != self._verified.keys():
+        for diff_id in [diff_id for diff_id, known in here.items() if known.sealed]:
+            layer = self._store.complete(diff_id)
+            if self._sealed.setdefault(diff_id, layer) is not layer:  # a repair replaced it, or it went and came again
+                here[diff_id] = new
+        if here != self._verified:
             self._verified = here
+            self._sealed = {diff_id: layer for diff_id, layer in self._sealed.items() if self._is_guarded(diff_id)}
             self._save()
+
+    def _is_guarded(self, diff_id: str) -> bool:
+        return self._verified.get(diff_id, _NEVER).sealed
 
     def _is_urgent(self, diff_id: str) -> bool:
         """Whether readers may be given what was not verified since the boot."""
@@ -162,6 +171,7 @@ class Scrubber:
         diff_id = layer.diff_id
         whole = await self._check(layer, lambda: self._pause(diff_id))
         self._verified[diff_id] = _Verified(self._now(), self._boot, self._is_sealed(diff_id))
+        self._sealed[diff_id] = self._store.complete(diff_id)
         self._save()
         log.info("scrubbed layer %s: %s", diff_id, "whole" if whole else "damaged")
 

@@ -8,7 +8,8 @@ Kernel facts (Documentation/filesystems/fsverity.rst) that shape this:
 - Descriptors and mounts that had it open before are guarded, too, but for the pages that are cached already.
 - The root digest is stored on the same disk. This is against disks that change bytes, not against whoever writes to them.
 
-State (one event loop): ``_refused`` has the layers that could not be sealed: each is tried once per process.
+State (one event loop): ``_refused`` has the layers that could not be sealed. Nobody reads a layer only to try again, but
+whoever verifies it anyway does: the disk may have been full.
 """
 
 import asyncio
@@ -39,21 +40,21 @@ class Sealer:
         self._thread = ThreadPoolExecutor(1, "afs-seal", _be_nice)
 
     def may_seal(self, layer: CompleteLayer) -> bool:
-        """Whether :meth:`seal` would try."""
+        """Whether :meth:`seal` may succeed, as far as is known; it always tries."""
         return layer.path not in self._refused
 
     async def seal(self, layer: CompleteLayer) -> bool:
         """Seal the layer's file if it is not; whether it is. Its chunks are to be verified after that, not before."""
-        if not self.may_seal(layer):
-            return False
         try:
             await asyncio.get_running_loop().run_in_executor(self._thread, _seal, layer)
         except FileNotFoundError:  # evicted
+            self._refused.discard(layer.path)
             return False
         except OSError as error:
             self._refused.add(layer.path)
             log.error("cannot seal layer %s: %s", layer.diff_id, error)
             return False
+        self._refused.discard(layer.path)
         return True
 
     def close(self) -> None:
