@@ -1,9 +1,9 @@
 """The partial layers of a node.
 
 State (one event loop): ``_partials`` holds every open one by its diff_id. An entry appears in :meth:`Partials.take_in` after
-its files exist, and leaves in :meth:`Partials.drop` after the complete file was committed (in between a layer may be read from
-either, the bytes are equal), when nobody uses it, or in :meth:`Partials.detach`, at once, when the layer is evicted. That never happens while
-it is leased or a chunk of it is on its way, which pins it.
+its files exist, and leaves in :meth:`Partials.drop` after the complete file was committed (in between a layer may be read
+from either, the bytes are equal), when nobody uses it, or in :meth:`Partials.detach`, at once, when the layer is evicted.
+That never happens while it is leased or a chunk of it is on its way, which pins it.
 """
 
 import asyncio

@@ -2,9 +2,9 @@
 
 State (one event loop): every fetch has a :class:`Ticket`, which waits in the queue of its priority and then holds one of a
 node's slots while other nodes are asked for its chunk, until it is written. It gives the slot back while it looks for nodes
-or waits for one to come back, and then queues again. ``_waiting`` and ``_running`` change without an await in between, so a free slot is
-given away at once, to the first of the most urgent queue that the limits let through. A ticket may become more urgent
-while it waits or runs, when a reader wants a chunk that is on its way already.
+or waits for one to come back, and then queues again. ``_waiting``, ``_running`` and ``_of_peer`` change without an await in
+between, so a free slot is given away at once, to the first of the most urgent queue that the limits let through. A ticket may
+become more urgent while it waits or runs, when a reader wants a chunk that is on its way already.
 
 The limits are cumulative: *limits[p]* bounds what runs with priority p or a less urgent one. So whatever is
 prefetched, the difference to the first limit is left to readers, and all of them together bound the memory: a slot is a

@@ -365,7 +365,7 @@ class Supply:
 
 @contextlib.asynccontextmanager
 async def _slot(partial: PartialLayer, ticket: Ticket, peer: str, limit: asyncio.Timeout) -> AsyncIterator[None]:
-    """One of the node's slots, to ask *peer* first. As long as no reader waits for the chunk, the queue takes no time of *limit*."""
+    """One of the node's slots, to ask *peer* first; the queue takes no time of *limit* while no reader waits for the chunk."""
     now = asyncio.get_running_loop().time
     left = (limit.when() or now()) - now()
 
