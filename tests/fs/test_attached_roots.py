@@ -21,7 +21,6 @@ from afs.proto.v1 import layerstore_pb2 as pb
 from afs.snapshotter.attached import AttachedRoots
 from afs.snapshotter.backends import Backend, Backends, Trial
 from afs.snapshotter.fusedworkers import FusedWorkers
-from afs.snapshotter.layermount import MountedLayer
 from afs.snapshotter.layermounts import LayerMounts
 from afs.snapshotter.rootmount import RootRequest
 from afs.snapshotter.roots import Roots
@@ -31,6 +30,7 @@ from tests.testbed.crashes import Scenario, crash_everywhere
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Sequence
 
+    from afs.snapshotter.layermount import MountedLayer
     from tests.testbed.crashes import Mode
 
 pytestmark = pytest.mark.root
