@@ -11,7 +11,6 @@ that a peer claims makes room before its bytes came: what is promised runs ``AHE
 
 import asyncio
 import contextlib
-import itertools
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 
@@ -98,8 +97,8 @@ class Describing:
                         log.warning("layerstore %s cannot describe layer %s: %s", peer.endpoint, diff_id, error.line)
                         del asked[task]
                         continue
-                    for earlier in itertools.takewhile(task.__ne__, asked):
-                        watch.lost(asked[earlier][0].endpoint)
+                    for other, _ in [*asked.values()][: [*asked].index(task)]:
+                        watch.lost(other.endpoint)
                     del asked[task]
                     await _end(asked)
                     async with contextlib.aclosing(parts):
