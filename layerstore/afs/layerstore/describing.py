@@ -112,21 +112,24 @@ class Describing:
         return None
 
     async def _create(self, diff_id: str, said: Description) -> PartialLayer:
-        directory = self._store.partial_dir(diff_id)
-        while True:
-            try:
-                partial = await asyncio.to_thread(PartialLayer.create, diff_id, directory, said)
-                break
-            except OSError as error:
-                if error.errno not in NO_SPACE:
-                    raise
-                if not await self._room.on_full_disk(len(said.header) + len(said.table.digests) + said.table.count):
-                    raise DiskFull(diff_id, self._store.root) from error
+        partial = await self._written(diff_id, said)
         if len(partial.metadata_chunks()) * partial.layout.chunk_size > _MOST_METADATA:
             partial.close()
             self._store.drop_partial(diff_id)
             raise DataLoss("it claims more metadata than a layer can have")
         return partial
+
+    async def _written(self, diff_id: str, said: Description) -> PartialLayer:
+        """The files of a new partial layer; DiskFull if nothing can go for them."""
+        directory = self._store.partial_dir(diff_id)
+        while True:
+            try:
+                return await asyncio.to_thread(PartialLayer.create, diff_id, directory, said)
+            except OSError as error:
+                if error.errno not in NO_SPACE:
+                    raise
+                if not await self._room.on_full_disk(len(said.header) + len(said.table.digests) + said.table.count):
+                    raise DiskFull(diff_id, self._store.root) from error
 
     async def _received(self, partial: PartialLayer, parts: Parts, endpoint: str) -> AsyncIterator[None]:
         """Put what comes behind the description in place; gives something after each chunk."""
