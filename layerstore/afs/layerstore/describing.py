@@ -11,7 +11,6 @@ that a peer claims makes room before its bytes came: what is promised runs ``AHE
 
 import asyncio
 import contextlib
-import itertools
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 
@@ -100,8 +99,8 @@ class Describing:
                         log.warning("layerstore %s cannot describe layer %s: %s", peer.endpoint, diff_id, error.line)
                         del asked[task]
                         continue
-                    for earlier in itertools.takewhile(task.__ne__, asked):
-                        watch.lost(asked[earlier][0].endpoint)
+                    for other, _ in [*asked.values()][: [*asked].index(task)]:
+                        watch.lost(other.endpoint)
                     del asked[task]
                     await _end(asked)
                     async with contextlib.aclosing(parts):
@@ -113,14 +112,15 @@ class Describing:
         return None
 
     async def _create(self, diff_id: str, said: Description) -> PartialLayer:
-        partial = await self._make(diff_id, said)
+        partial = await self._written(diff_id, said)
         if len(partial.metadata_chunks()) * partial.layout.chunk_size > _MOST_METADATA:
             partial.close()
             self._store.drop_partial(diff_id)
             raise DataLoss("it claims more metadata than a layer can have")
         return partial
 
-    async def _make(self, diff_id: str, said: Description) -> PartialLayer:
+    async def _written(self, diff_id: str, said: Description) -> PartialLayer:
+        """The files of a new partial layer; DiskFull if nothing can go for them."""
         directory = self._store.partial_dir(diff_id)
         while True:
             try:
