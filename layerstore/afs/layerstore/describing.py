@@ -11,7 +11,6 @@ that a peer claims makes room before its bytes came: what is promised runs ``AHE
 
 import asyncio
 import contextlib
-import itertools
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 
@@ -100,8 +99,10 @@ class Describing:
                         log.warning("layerstore %s cannot describe layer %s: %s", peer.endpoint, diff_id, error.line)
                         del asked[task]
                         continue
-                    for earlier in itertools.takewhile(task.__ne__, asked):
-                        watch.lost(asked[earlier][0].endpoint)
+                    for earlier, (silent, _) in asked.items():
+                        if earlier is task:
+                            break
+                        watch.lost(silent.endpoint)
                     del asked[task]
                     await _end(asked)
                     async with contextlib.aclosing(parts):
@@ -113,21 +114,23 @@ class Describing:
         return None
 
     async def _create(self, diff_id: str, said: Description) -> PartialLayer:
-        directory = self._store.partial_dir(diff_id)
-        while True:
-            try:
-                partial = await asyncio.to_thread(PartialLayer.create, diff_id, directory, said)
-                break
-            except OSError as error:
-                if error.errno not in NO_SPACE:
-                    raise
-                if not await self._room.on_full_disk(len(said.header) + len(said.table.digests) + said.table.count):
-                    raise DiskFull(diff_id, self._store.root) from error
+        partial = await self._create_files(diff_id, said)
         if len(partial.metadata_chunks()) * partial.layout.chunk_size > _MOST_METADATA:
             partial.close()
             self._store.drop_partial(diff_id)
             raise DataLoss("it claims more metadata than a layer can have")
         return partial
+
+    async def _create_files(self, diff_id: str, said: Description) -> PartialLayer:
+        """The layer as it was described; DiskFull if nothing can go for it."""
+        while True:
+            try:
+                return await asyncio.to_thread(PartialLayer.create, diff_id, self._store.partial_dir(diff_id), said)
+            except OSError as error:
+                if error.errno not in NO_SPACE:
+                    raise
+                if not await self._room.on_full_disk(len(said.header) + len(said.table.digests) + said.table.count):
+                    raise DiskFull(diff_id, self._store.root) from error
 
     async def _received(self, partial: PartialLayer, parts: Parts, endpoint: str) -> AsyncIterator[None]:
         """Put what comes behind the description in place; gives something after each chunk."""
