@@ -688,6 +688,28 @@ async def test_a_reader_on_a_full_disk_pushes_idle_layers_out(world: World, monk
     assert here(two, world) == [0]
 
 
+async def test_a_description_on_a_full_disk_pushes_idle_layers_out(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = await world.node("n1"), await world.node("n2")
+    await pull(world, one, 0)
+    await pull(world, two, 1)
+    real = PartialLayer.create
+
+    def create(diff_id: str, directory: Path, said: Description) -> PartialLayer:
+        if here(two, world) == [1]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(diff_id, directory, said)
+
+    monkeypatch.setattr(PartialLayer, "create", create)
+    two.layers.use(world.origins[1].layer.diff_id)
+    with pytest.raises(DiskFull, match=f"^layer {world.diff_id}: no space left in {two.store.root}$"):
+        await open_partial(world, two)
+    world.clock.now += LEASE_S
+    await open_partial(world, two)
+    assert here(two, world) == [0]
+
+
 async def test_one_eviction_is_enough_for_all_who_wait_for_room(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     node = await world.node("n1")
     for number in range(3):

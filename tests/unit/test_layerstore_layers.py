@@ -152,7 +152,7 @@ async def test_a_bad_chunk_is_taken_from_another_peer(world: World, caplog: pyte
 async def test_readers_get_an_error_when_everybody_is_gone(world: World) -> None:
     one = await world.node("n1")
     await one.layers.open(world.origin, local=True)
-    two = await world.node("n2", deadline=0.1)
+    two = await world.node("n2", deadline=1.0)  # time to be refused at least once
     partial = await open_partial(world, two)
     await one.stop_serving()
     world.server.add(Fault("", status=404))

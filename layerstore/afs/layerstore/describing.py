@@ -93,6 +93,8 @@ class Describing:
                     peer, parts = asked[task]
                     try:
                         partial = await self._create(diff_id, task.result())
+                    except DiskFull:  # whoever describes it
+                        raise
                     except AfsError as error:
                         log.warning("layerstore %s cannot describe layer %s: %s", peer.endpoint, diff_id, error.line)
                         del asked[task]
@@ -111,12 +113,15 @@ class Describing:
 
     async def _create(self, diff_id: str, said: Description) -> PartialLayer:
         directory = self._store.partial_dir(diff_id)
-        try:
-            partial = await asyncio.to_thread(PartialLayer.create, diff_id, directory, said)
-        except OSError as error:
-            if error.errno in NO_SPACE:
-                raise DiskFull(diff_id, self._store.root) from error
-            raise
+        while True:
+            try:
+                partial = await asyncio.to_thread(PartialLayer.create, diff_id, directory, said)
+                break
+            except OSError as error:
+                if error.errno not in NO_SPACE:
+                    raise
+                if not await self._room.on_full_disk(len(said.header) + len(said.table.digests) + said.table.count):
+                    raise DiskFull(diff_id, self._store.root) from error
         if len(partial.metadata_chunks()) * partial.layout.chunk_size > _MOST_METADATA:
             partial.close()
             self._store.drop_partial(diff_id)

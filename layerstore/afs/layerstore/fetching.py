@@ -59,9 +59,9 @@ class Fetcher:
         self._failed = failed
         self._known = known
 
-    def first(self, peers: Sequence[Peer], complete: Collection[str]) -> Peer:
+    def first(self, index: int, peers: Sequence[Peer], complete: Collection[str]) -> Peer:
         """Whom :meth:`fetch` would ask first now."""
-        return self._watch.order(peers, complete)[0]
+        return self._watch.order(peers, complete, index)[0]
 
     async def fetch(self, wanted: Wanted, peers: Sequence[Peer], complete: Collection[str]) -> bytes | None:
         """The chunk from one of *peers*, see :data:`~afs.layerstore.partial.Fetch`. Raises LayerUnavailable."""

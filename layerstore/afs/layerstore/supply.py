@@ -258,7 +258,7 @@ class Supply:
                     continue
             if (providers := self._providers.get(diff_id)) and providers.peers:
                 self._refresh(diff_id, providers, _REFRESH_S)
-                first = self._fetcher.first(providers.peers, providers.complete).endpoint
+                first = self._fetcher.first(index, providers.peers, providers.complete).endpoint
                 if not round_:
                     cause[0] = "other chunks come first"
                 try:
