@@ -99,8 +99,10 @@ class Describing:
                         log.warning("layerstore %s cannot describe layer %s: %s", peer.endpoint, diff_id, error.line)
                         del asked[task]
                         continue
-                    for other, _ in [*asked.values()][: [*asked].index(task)]:
-                        watch.lost(other.endpoint)
+                    for earlier, (silent, _) in asked.items():
+                        if earlier is task:
+                            break
+                        watch.lost(silent.endpoint)
                     del asked[task]
                     await _end(asked)
                     async with contextlib.aclosing(parts):
@@ -112,19 +114,18 @@ class Describing:
         return None
 
     async def _create(self, diff_id: str, said: Description) -> PartialLayer:
-        partial = await self._written(diff_id, said)
+        partial = await self._create_files(diff_id, said)
         if len(partial.metadata_chunks()) * partial.layout.chunk_size > _MOST_METADATA:
             partial.close()
             self._store.drop_partial(diff_id)
             raise DataLoss("it claims more metadata than a layer can have")
         return partial
 
-    async def _written(self, diff_id: str, said: Description) -> PartialLayer:
-        """The files of a new partial layer; DiskFull if nothing can go for them."""
-        directory = self._store.partial_dir(diff_id)
+    async def _create_files(self, diff_id: str, said: Description) -> PartialLayer:
+        """The layer as it was described; DiskFull if nothing can go for it."""
         while True:
             try:
-                return await asyncio.to_thread(PartialLayer.create, diff_id, directory, said)
+                return await asyncio.to_thread(PartialLayer.create, diff_id, self._store.partial_dir(diff_id), said)
             except OSError as error:
                 if error.errno not in NO_SPACE:
                     raise
