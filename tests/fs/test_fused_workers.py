@@ -18,7 +18,8 @@ from afs.core.errors import Internal
 from afs.core.mounts import list_mounts, unmount
 from afs.snapshotter import fusedworkers
 from afs.snapshotter.fusedwire import PROTOCOL, ask
-from afs.snapshotter.fusedworkers import FusedWorkers, Worker
+from afs.snapshotter.fusedworker import Worker
+from afs.snapshotter.fusedworkers import FusedWorkers
 from tests.testbed import tars
 from tests.testbed.fillsource import CHUNK, FillSource, SourceLayer
 from tests.testbed.fusedpool import bind, make_pool, program, running

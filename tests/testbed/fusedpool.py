@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from afs.snapshotter.fusedworkers import Worker
+    from afs.snapshotter.fusedworker import Worker
     from tests.testbed.fillsource import FillSource
 
 _LIMIT_S = 60.0

@@ -91,7 +91,7 @@ async def _do(layers: Layers, message: dict[str, Any]) -> dict[str, Any]:
             first, count = message.get("first"), message.get("count")
             if not isinstance(first, int) or not isinstance(count, int):
                 raise InvalidArgument(f"fill of {diff_id}: first and count are numbers")
-            await layers.fill(diff_id, first, count)
+            await layers.fill(diff_id, first, count, beside=True)
             return {}
         case operation:
             raise InvalidArgument(f"no operation {operation!r}")

@@ -211,8 +211,11 @@ class Layers:
             raise LayerUnavailable(diff_id, f"layerstore {holder.endpoint} pulled it and went away")
         return partial
 
-    async def fill(self, diff_id: str, first: int, count: int) -> None:
-        """Have chunks *first* to *first + count - 1* in the partial layer's file; NotFound if the layer is not here."""
+    async def fill(self, diff_id: str, first: int, count: int, *, beside: bool = False) -> None:
+        """Have chunks *first* to *first + count - 1* in the partial layer's file; NotFound if the layer is not here.
+
+        *beside*: the other half of each 512 KiB comes behind them.
+        """
         with self._pinned([diff_id]):
             self.look_up(diff_id)
             partial = self._partials.get(diff_id)
@@ -220,7 +223,7 @@ class Layers:
                 return
             wanted = [i for i in range(max(first, 0), min(first + count, partial.table.count)) if not partial.has(i)]
             for index in wanted:
-                self._note_demand(partial, index)
+                self._note_demand(partial, index, beside=beside)
             await partial.fill(wanted, self._supply.fetch)
             self._note_filled(partial)
 
@@ -232,14 +235,14 @@ class Layers:
         elif partial.here == partial.table.count:
             self._in_background(functools.partial(self.completion.promote, partial))
 
-    def _note_demand(self, partial: PartialLayer, index: int) -> None:
+    def _note_demand(self, partial: PartialLayer, index: int, *, beside: bool) -> None:
         self.completion.demanded()
         if partial.is_news(index):
             self._supply.stats(partial.diff_id).demanded += 1
             self.on_demand(partial.diff_id, index)
         if ahead := partial.read_ahead.demanded(index):
             self._in_background(functools.partial(self._prefetch, partial, ahead))
-        elif (buddy := index ^ 1) < partial.table.count and partial.is_news(buddy):
+        elif beside and (buddy := index ^ 1) < partial.table.count and partial.is_news(buddy):
             # The other half of 512 KiB: of the chunks that W touches seven in ten have one that it touches too, and then
             # it need not wait for that. What is fetched grows from 1.3 to 1.5 times what is touched.
             self.on_demand(partial.diff_id, buddy)

@@ -14,11 +14,9 @@ and each number is given away once.
 """
 
 import asyncio
-import contextlib
 import fcntl
 import logging
 import os
-import select
 import signal
 import sys
 from collections import Counter
@@ -26,16 +24,17 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from afs.core import syscalls
 from afs.core.digests import hex_of
 from afs.core.errors import AfsError, Internal, Unavailable
 from afs.core.files import remove_tree
 from afs.core.mounts import unmount
 from afs.core.run import DEVNULL, Child, popen
-from afs.snapshotter.fusedwire import MAX_BACKGROUND, PROTOCOL, ReadStats, ask
+from afs.snapshotter.fusedtuning import tune
+from afs.snapshotter.fusedwire import PROTOCOL, ReadStats, ask
+from afs.snapshotter.fusedworker import Worker, clear_dead, clear_number, is_held, numbers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Coroutine
     from typing import Any
 
 log = logging.getLogger(__name__)
@@ -44,108 +43,7 @@ _START_S = 20.0  # for a worker that was being started when its snapshotter was 
 _READY_S = 60.0  # for one that we start, on a machine with much else to do
 _STABLE_S = 60.0  # one that lived so long does not die because it was started
 _LONGEST_PAUSE_S = 64.0  # before the next of a row that all died soon
-# What the kernel reads ahead of readers of the FUSE mount; its default is 128. Importing numpy and pandas from partial layers
-# of 1.3 GB, with EROFS on the files and with trees, touches 160 and 144 chunks with 128, 167 and 150 with 512, 173 and 151
-# with 1024; reading a layer of 122 MB from end to end takes 935, 235 and 120 requests, and 0.35, 0.07 and 0.08 s of CPU.
-_READ_AHEAD_KIB = 512
 _GRACE_S = 5.0  # between SIGTERM and SIGKILL
-
-
-class Worker:
-    """One living ``afs_fused``. ``died`` is set when its process has ended, whatever ended it."""
-
-    def __init__(self, directory: Path, number: int, pid: int, *, child: Child | None, usable: bool) -> None:
-        self.number = number
-        self.pid = pid
-        self.usable = usable
-        self.unmounted = False  # by somebody else: it serves what is mounted through it, and nobody can mount more
-        self.died = asyncio.Event()
-        self.mountpoint = directory / str(number)
-        self.socket = directory / f"{number}.sock"
-        self.child = child
-        self.row = 0  # how many in a row, of which each replaced another, died soon after their start before it
-        self.since = asyncio.get_running_loop().time()
-        self.layers: Counter[str] = Counter()  # what it was given to serve, and is not released yet
-        self._pidfd = os.pidfd_open(pid)
-
-    def file(self, diff_id: str) -> Path:
-        """The layer as one read-only file."""
-        return self.mountpoint / "f" / hex_of(diff_id)
-
-    def tree(self, diff_id: str, *, user_xattrs: bool = False) -> Path:
-        """The layer's tree; *user_xattrs*: with overlayfs's marks as those mounted with ``userxattr`` read them."""
-        return self.mountpoint / ("u" if user_xattrs else "t") / hex_of(diff_id)
-
-    @property
-    def in_place(self) -> bool:
-        """Whether its file system is where it was mounted; asks the kernel only, never the worker."""
-        return _mount_id(self.mountpoint) not in (None, _mount_id(self.mountpoint.parent))
-
-    @property
-    def alive(self) -> bool:
-        """Whether its process runs; asks the kernel, for the loop may not have come to notice its end yet."""
-        if self.died.is_set():
-            return False
-        poll = select.poll()
-        poll.register(self._pidfd, select.POLLIN)
-        return not poll.poll(0)
-
-    async def is_dead(self) -> bool:
-        """Whether it died, for one that just failed: its files are closed some time before the kernel tells of its end.
-
-        An answer tells that it lives. One that neither answers nor ends within seconds counts as living.
-        """
-        try:
-            await ask(self.socket, _ANSWER_S, op="hello")
-        except Unavailable:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.died.wait(), _ANSWER_S)
-            return self.died.is_set()
-        return False
-
-    async def keep_only(self, mounted: Counter[str]) -> None:
-        """Count what is *mounted* of it, and release all else: files that it has open and nobody unmounted in order.
-
-        A snapshotter that was killed between an unmount and its release leaves some, which keep an evicted layer's space.
-        """
-        for diff_id in set(self.layers) - set(mounted):
-            self.layers[diff_id] = 1
-            await self.release(diff_id)
-        self.layers = mounted
-
-    async def release(self, diff_id: str) -> None:
-        """A mount that :meth:`FusedWorkers.place` gave this worker for is gone: the layer's files may be closed."""
-        self.layers[diff_id] -= 1
-        if self.layers[diff_id] > 0:
-            return
-        del self.layers[diff_id]
-        if not self.alive or not self.usable:
-            return
-        try:
-            await ask(self.socket, _ANSWER_S, op="release", diff_id=diff_id)
-        except Unavailable as error:  # nothing is lost: it closes them when the kernel forgets the layer
-            log.warning("%s", error.line)
-
-    def watch(self, ended: "Callable[[Worker], None]") -> None:
-        """Call *ended* when the process has ended."""
-        asyncio.get_running_loop().add_reader(self._pidfd, ended, self)
-
-    def forget(self) -> None:
-        """Watch it no more; the process goes on."""
-        asyncio.get_running_loop().remove_reader(self._pidfd)
-        os.close(self._pidfd)
-
-    def end(self) -> str:
-        """Note that the process has ended; its status for people, "unknown" if it was not our child."""
-        self.forget()
-        self.died.set()
-        return "unknown" if self.child is None else str(self.child.wait())
-
-    def signal(self, signum: int) -> None:
-        """Send *signum*; nothing happens if the process has ended."""
-        if not self.died.is_set():  # else the pidfd is closed, and its number perhaps another file's
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, signum)
 
 
 class FusedWorkers:
@@ -177,9 +75,9 @@ class FusedWorkers:
             directory.chmod(0o700)  # all images of the node
         for mark in self._faults.iterdir():
             mark.unlink()
-        numbers = _numbers(self._directory)
-        self._next = max(numbers, default=-1) + 1
-        await asyncio.gather(*(self._find(number) for number in numbers))
+        given = numbers(self._directory)
+        self._next = max(given, default=-1) + 1
+        await asyncio.gather(*(self._find(number) for number in given))
         async with self._starting:
             await asyncio.gather(*(self._start() for _ in range(self._count - len(self._usable()))))
 
@@ -191,7 +89,7 @@ class FusedWorkers:
             await asyncio.to_thread(unmount, str(self._directory / str(number)))
             return
         if worker is None:
-            await asyncio.to_thread(_clear, self._directory, number, keep_lock=number == self._next - 1)
+            await asyncio.to_thread(clear_number, self._directory, number, keep_lock=number == self._next - 1)
             return
         self._workers[number] = worker
         worker.watch(self._end)
@@ -205,7 +103,7 @@ class FusedWorkers:
         """The living worker *number*, or None if it is dead; Unavailable if it does not say who it is."""
         lock = self._directory / f"{number}.lock"
         deadline = asyncio.get_running_loop().time() + _START_S
-        while _is_held(lock):
+        while is_held(lock):
             try:
                 worker = await self._greet(number)
             except Unavailable:
@@ -213,7 +111,7 @@ class FusedWorkers:
                     raise
                 await asyncio.sleep(0.05)  # it may be starting: there is nothing that tells when it has a socket
                 continue
-            if _is_held(lock):  # so the pid was still its own when the pidfd was made
+            if is_held(lock):  # so the pid was still its own when the pidfd was made
                 return worker
             worker.forget()
         return None
@@ -314,14 +212,14 @@ class FusedWorkers:
         except BaseException:
             process.kill()
             process.wait()
-            await asyncio.to_thread(_clear, self._directory, number, keep_lock=True)
+            await asyncio.to_thread(clear_number, self._directory, number, keep_lock=True)
             raise
         finally:
             os.close(ready)
         worker = self._workers[number] = Worker(self._directory, number, process.pid, child=process, usable=True)
         worker.row = row
         worker.watch(self._end)
-        await asyncio.to_thread(_tune, worker.mountpoint)
+        await asyncio.to_thread(tune, worker.mountpoint)
         return worker
 
     def _give_up(self, worker: Worker) -> None:
@@ -351,7 +249,7 @@ class FusedWorkers:
         task.add_done_callback(self._replacing.discard)
 
     async def _clear(self, dead: Worker) -> None:
-        await asyncio.to_thread(_clear, self._directory, dead.number, keep_lock=dead.number == self._next - 1)
+        await asyncio.to_thread(clear_number, self._directory, dead.number, keep_lock=dead.number == self._next - 1)
 
     async def _replace(self, dead: Worker) -> None:
         await self._clear(dead)
@@ -379,7 +277,7 @@ class FusedWorkers:
         for worker in keep:
             if self._workers.pop(worker.number, None) is not None:
                 worker.forget()
-        await asyncio.to_thread(_clear_dead, self._directory, anew=not keep)
+        await asyncio.to_thread(clear_dead, self._directory, anew=not keep)
         if not keep:
             await asyncio.to_thread(remove_tree, self._faults)
 
@@ -414,89 +312,3 @@ async def _started(ready: int, process: Child) -> None:
         loop.remove_reader(ready)
     if not os.read(ready, 1):  # EOF without a byte: it died
         raise Internal(f"afs_fused did not start: status {process.wait()}")
-
-
-def _mount_id(path: Path) -> int | None:
-    """The number of the mount that *path* leads into, or None if there is no such path."""
-    try:
-        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)  # stat(2) would ask the file system
-    except FileNotFoundError:
-        return None
-    try:
-        fields = dict(line.split(":\t") for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines())
-        return int(fields["mnt_id"])
-    finally:
-        os.close(fd)
-
-
-def _tune(mountpoint: Path) -> None:
-    """Set what the kernel keeps per FUSE mount. Blocking: it asks the worker."""
-    try:
-        device = mountpoint.stat().st_dev
-        setting = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
-        Path(setting).write_text(str(_READ_AHEAD_KIB))
-    except OSError as error:  # /sys may be read-only, as in containers; or the worker has died, which is told elsewhere
-        log.warning("%s keeps the kernel's read-ahead: %s", mountpoint, error)
-    try:
-        _allow_background(mountpoint.stat().st_dev)
-    except OSError as error:  # not root of the machine
-        log.warning("%s: some waiting readers of one layer stop those of all others: %s", mountpoint, error)
-
-
-def _allow_background(device: int) -> None:
-    # From a mount of our own, at no path: fusectl is not mounted everywhere, and this leaves no trace.
-    with syscalls.MountContext("fusectl") as context:
-        connections = context.make(0)
-    try:
-        for name in ("max_background", "congestion_threshold"):
-            fd = os.open(f"{os.minor(device)}/{name}", os.O_WRONLY | os.O_CLOEXEC, dir_fd=connections)
-            try:
-                os.write(fd, b"%d" % MAX_BACKGROUND)
-            finally:
-                os.close(fd)
-    finally:
-        os.close(connections)
-
-
-def _is_held(lock: Path) -> bool:
-    """Whether a living process has *lock*."""
-    try:
-        fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
-
-
-def _numbers(directory: Path) -> list[int]:
-    """Those that have been given away, as far as anything of theirs is left."""
-    if not directory.exists():  # no worker was ever needed
-        return []
-    return sorted({int(path.stem) for path in directory.iterdir() if path.stem.isdecimal()})
-
-
-def _clear_dead(directory: Path, *, anew: bool) -> None:
-    """Remove what dead workers left; with *anew* their lock files too if none lives: the next pool begins at 0. Blocking.
-
-    Otherwise a new worker could get the number of a dead one, and what is mounted through that one would count as its own.
-    """
-    dead = [number for number in _numbers(directory) if not _is_held(directory / f"{number}.lock")]
-    last = anew and len(dead) == len(_numbers(directory))
-    for number in dead:
-        _clear(directory, number, keep_lock=not last)
-
-
-def _clear(directory: Path, number: int, *, keep_lock: bool) -> None:
-    """Remove what a dead worker left. Blocking."""
-    mountpoint = directory / str(number)
-    unmount(str(mountpoint))
-    with contextlib.suppress(FileNotFoundError):
-        mountpoint.rmdir()
-    (directory / f"{number}.sock").unlink(missing_ok=True)
-    if not keep_lock:
-        (directory / f"{number}.lock").unlink(missing_ok=True)

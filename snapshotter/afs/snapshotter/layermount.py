@@ -9,7 +9,7 @@ from afs.core import syscalls
 from afs.core.errors import Internal
 from afs.core.mounts import unmount, unmount_below
 from afs.snapshotter.backends import Backend, is_opaque, mount_layer
-from afs.snapshotter.fusedworkers import Worker
+from afs.snapshotter.fusedworker import Worker
 
 FileId = tuple[int, int]  # st_dev and st_ino, which nobody else has while the file is mounted
 

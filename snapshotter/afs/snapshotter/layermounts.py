@@ -29,7 +29,8 @@ from afs.core.singleflight import SingleFlight
 from afs.proto.v1 import layerstore_pb2 as pb
 from afs.snapshotter.adoption import Found, find_mounts
 from afs.snapshotter.backends import Backend, Backends, Unusable, is_opaque
-from afs.snapshotter.fusedworkers import FusedWorkers, Worker
+from afs.snapshotter.fusedworker import Worker
+from afs.snapshotter.fusedworkers import FusedWorkers
 from afs.snapshotter.layermount import MountedLayer, file_id_of, mount_layer_at, named_id, unmount_layer
 from afs.snapshotter.overlay import in_user_namespace
 
