@@ -14,7 +14,7 @@ from tests.testbed.netcluster import flip, network_cluster
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import Iterator
 
     from tests.testbed.netcluster import NetworkCluster
 
@@ -27,14 +27,6 @@ def cluster() -> Iterator[NetworkCluster]:
     capabilities.require("root", "fuse", "erofs", "netns", "docker-registry")
     with network_cluster(layerstore_deadline=1.0, fused_deadline=1.5) as running:
         yield running
-
-
-@pytest.fixture
-async def net(cluster: NetworkCluster, rng: random.Random) -> AsyncIterator[NetworkCluster]:
-    """The cluster, whole before and after."""
-    yield cluster
-    await cluster.heal()
-    await cluster.assert_works(rng)
 
 
 @pytest.mark.parametrize("where", ["peer", pytest.param("reader", marks=pytest.mark.slow)])

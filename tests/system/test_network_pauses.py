@@ -14,7 +14,7 @@ from tests.testbed.netcluster import GRACE, network_cluster, until
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import Iterator
 
     from tests.testbed.netcluster import NetworkCluster, Service
     from tests.testbed.netns import Host
@@ -30,14 +30,6 @@ def cluster() -> Iterator[NetworkCluster]:
     capabilities.require("root", "fuse", "erofs", "netns", "docker-registry")
     with network_cluster(layerstore_deadline=15.0, fused_deadline=20.0) as running:
         yield running
-
-
-@pytest.fixture
-async def net(cluster: NetworkCluster, rng: random.Random) -> AsyncIterator[NetworkCluster]:
-    """The cluster, whole before and after."""
-    yield cluster
-    await cluster.heal()
-    await cluster.assert_works(rng)
 
 
 async def end(service: Service, how: str) -> None:

@@ -22,6 +22,8 @@ from afs.layerstore.afslyr.layout import CHUNK_SIZE
 from afs.layerstore.chunkserver import serving_chunks
 from afs.layerstore.completion import Completing, Mode
 from afs.layerstore.errors import LayerUnavailable
+from afs.layerstore.fillserver import serving_fills
+from afs.layerstore.fillwire import FillClient
 from afs.layerstore.partial import Description, PartialLayer
 from afs.layerstore.peers import Peers
 from afs.layerstore.scheduling import Priority, Ticket
@@ -417,6 +419,24 @@ async def test_a_demand_is_told_once_and_counted(world: World) -> None:
     stats = two.layers.stats(world.diff_id)
     assert (stats.demanded, stats.prefetched) == (3, 1), "a reader waited for chunk 2"
     assert sorted(one.service.chunks)[1:5] == [1, 2, 3, 4], "each once"
+
+
+async def test_the_other_half_comes_behind_what_a_reader_waits_for(world: World, tmp_path: Path) -> None:
+    one, two = await holder(world), await world.node("n2")
+    partial = await open_partial(world, two)
+    told: list[int] = []
+    two.layers.on_demand = lambda diff_id, index: told.append(index)
+    client = FillClient(str(tmp_path / "fill.sock"), 5.0)
+    async with serving_fills(tmp_path / "fill.sock", two.layers):
+        await client.ask(op="fill", diff_id=world.diff_id, first=3, count=1)
+        assert partial.has(3)
+        await eventually(lambda: partial.has(2))
+        await client.close()
+    assert told == [3, 2], "a start trace has both, for the next node prefetches without an other half"
+    stats = two.layers.stats(world.diff_id)
+    assert (stats.demanded, stats.prefetched) == (1, 1)
+    assert not partial.has(1)
+    assert sorted(one.service.chunks) == sorted([*partial.metadata_chunks(), 2, 3])
 
 
 async def test_what_cannot_be_prefetched_is_no_error(world: World, caplog: pytest.LogCaptureFixture) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from afs.core.errors import AfsError, DataLoss
 from afs.core.singleflight import SingleFlight
+from afs.core.together import together
 from afs.discovery.client import Announcer
 from afs.layerstore.describing import AHEAD, Describing
 from afs.layerstore.partial import PartialLayer
@@ -232,13 +233,7 @@ class Completion:
                 await partial.fill([index], self._supply.fetch, Priority.COMPLETION)
                 self._room.note(partial.diff_id)
 
-        tasks = [asyncio.create_task(work()) for _ in range(_BEHIND)]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
+        await together(work, _BEHIND)
 
     async def _pace(self, size: int) -> None:
         if self._how.rate:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from afs.core.errors import AfsError, DataLoss, NotFound
 from afs.core.singleflight import SingleFlight
+from afs.core.together import together
 from afs.discovery.client import Announcer
 from afs.layerstore.completion import Completing, Completion
 from afs.layerstore.describing import Describing
@@ -251,7 +252,8 @@ class Layers:
     async def _fill_ahead(self, partial: PartialLayer, index: int) -> None:
         if self._partials.is_open(partial):
             await partial.fill([index], self._supply.fetch, Priority.PREFETCH)
-            self._note_filled(partial)
+            if self._partials.is_open(partial):  # it is not pinned any more
+                self._note_filled(partial)
 
     async def prefetch(self, diff_id: str, indices: Iterable[int]) -> None:
         """Fetch what is missing of these chunks, in this order, as far as no reader is delayed. Errors are logged."""
@@ -271,17 +273,9 @@ class Layers:
                 if not self._partials.is_open(partial):
                     return
                 if 0 <= index < partial.table.count and not partial.has(index):
-                    await partial.fill([index], self._supply.fetch, Priority.PREFETCH)
-                    if self._partials.is_open(partial):
-                        self._note_filled(partial)
+                    await self._fill_ahead(partial, index)
 
-        tasks = [asyncio.create_task(work()) for _ in range(_PREFETCHES)]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
+        await together(work, _PREFETCHES)
 
     async def _refill(self, partial: PartialLayer, index: int) -> None:
         """A chunk that was here comes again."""

@@ -41,6 +41,7 @@ from afs.layerstore.afslyr.reader import read_layer
 from afs.layerstore.manifests import Image, build_image
 
 log = logging.getLogger(__name__)
+_MOST_ABSENT = 10_000
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _TAG = b"Signature: 8a477f597d28d172789f06886806bc55\n# The cache of an AFS layerstore; backups may skip it.\n"
 
@@ -200,6 +201,8 @@ class LayerStore:
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
+            if len(self._absent) >= _MOST_ABSENT:  # peers may ask for anything
+                self._absent.clear()
             self._absent.add(diff_id)
             return None
         try:
