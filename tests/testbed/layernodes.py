@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
     import grpc.aio
 
+    from afs.layerstore.chunkserver import Range
     from afs.layerstore.chunkwire import Question
     from afs.layerstore.completion import Completing
     from afs.proto.v1 import layerstore_pb2 as pb
@@ -78,6 +79,13 @@ class Service(PeerService):
             await self.gate.wait()
         data = await super().read_chunk(question)
         return bytes(len(data)) if self.spoil else data
+
+    @override
+    def find_chunk(self, question: Question) -> Range | None:
+        found = None if self.spoil or self.gate is not None else super().find_chunk(question)
+        if found is not None:
+            self.chunks.append(question.index)
+        return found
 
     @override
     async def DescribeLayer(
@@ -203,7 +211,9 @@ class World:
             add_LayerstoreNodeServicer_to_server(NodeService(images, layers, room, tracing), target)
 
         (address,) = await server.enter_async_context(serving(["127.0.0.1:0"], register, grace_s=0))
-        chunks = await server.enter_async_context(serving_chunks("127.0.0.1", 0, service.read_chunk))
+        chunks = await server.enter_async_context(
+            serving_chunks("127.0.0.1", 0, service.read_chunk, service.find_chunk)
+        )
         announcer.serve_at(address, chunks)
         await announcer.flush()
         return Node(store, announcer, room, layers, images, puller, tracing, service, peers, address, server.aclose)

@@ -339,14 +339,15 @@ async def test_a_server_starts_anew(client: ChunkClient, source: Source, port: i
 
 
 async def test_a_connection_that_was_closed_while_it_was_idle(
-    client: ChunkClient, source: Source, address: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+    client: ChunkClient, source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("afs.layerstore.chunkserver.IDLE_S", 0.01)
-    await ask(client, address)
-    (connection,) = client._idle
-    assert connection.socket is not None
-    await readable(connection.socket)
-    assert await ask(client, address) == CHUNKS[0]
+    async with serving_chunks("127.0.0.1", 0, source.read) as port:
+        await ask(client, ("127.0.0.1", port))
+        (connection,) = client._idle
+        assert connection.socket is not None
+        await readable(connection.socket)
+        assert await ask(client, ("127.0.0.1", port)) == CHUNKS[0]
     assert source.asked == [FIRST, FIRST], "each reached it once"
 
 

@@ -172,7 +172,9 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         await stack.enter_async_context(serving([f"unix:{config.run_dir}/layerstore.sock"], to_node))
         bound = await stack.enter_async_context(serving([config.listen], to_peers, insecure=config.insecure))
         host = config.listen.rpartition(":")[0].strip("[]")
-        chunks = await stack.enter_async_context(serving_chunks(host, config.chunk_port, peer_service.read_chunk))
+        chunks = await stack.enter_async_context(
+            serving_chunks(host, config.chunk_port, peer_service.read_chunk, peer_service.find_chunk)
+        )
         announcer.serve_at(config.advertise or bound[0], chunks)
         await announcer.flush()
         _in_background(stack, announcer.run())

@@ -23,6 +23,8 @@ from afs.core.errors import AfsError, DataLoss, NotFound
 from afs.core.singleflight import SingleFlight
 from afs.core.together import together
 from afs.discovery.client import Announcer
+from afs.layerstore.chunkserver import Range
+from afs.layerstore.chunkwire import Question
 from afs.layerstore.completion import Completing, Completion
 from afs.layerstore.describing import Describing
 from afs.layerstore.errors import DamagedLayer, LayerUnavailable
@@ -286,6 +288,10 @@ class Layers:
         """A chunk for a peer; see :meth:`Serving.read_chunk`. NotFound if the layer is not here."""
         with self._pinned([diff_id]):
             return await self._serving.read_chunk(self.use(diff_id), index, was_bad=was_bad)
+
+    def find_chunk(self, question: Question) -> Range | None:
+        """See :meth:`Serving.find`; in any thread."""
+        return self._serving.find(question)
 
     def _in_background(self, work: Callable[[], Awaitable[object]]) -> None:
         async def run() -> None:

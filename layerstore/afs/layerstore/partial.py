@@ -9,7 +9,7 @@ State and locks. One :class:`PartialLayer` per diff_id, owned by the layerstore'
   is fetched once; a more urgent one makes the task's ticket more urgent (:mod:`afs.layerstore.scheduling`). A task
   removes itself when it ends; failures are not remembered. One that no reader wanted, and that those who did have given up
   while it was in the queue for a slot, is cancelled and leaves at once: whoever comes next starts another one.
-- ``_verified`` has a byte for every chunk whose bytes were compared with the table since this object was made: what was
+- ``verified`` has a byte for every chunk whose bytes were compared with the table since this object was made: what was
   written, and what was read for a peer. It is not compared again for the next peer, which does so itself anyway.
 - Writes of different chunks touch different ranges, so they need no lock.
 - Nothing is synced to disk. After a crash a byte of the map may be there whose data is not, so the map is trusted only
@@ -102,7 +102,7 @@ class PartialLayer:
         finally:
             os.close(fd)
         self._filling: dict[int, _Filling] = {}
-        self._verified = bytearray(table.count)
+        self.verified = bytearray(table.count)
         self._users = 0
         self._unused = asyncio.Event()
         self.slots = Slots()  # the layerstore puts those of the node in place
@@ -171,6 +171,10 @@ class PartialLayer:
         (directory / "boot").write_text(_boot_id())
         return layer
 
+    def open_data(self) -> int:
+        """One more descriptor of the file, for who reads it in a thread."""
+        return os.dup(self._data)
+
     def close(self) -> None:
         """Close the files, once; the layer stays on disk."""
         fd, self._data = self._data, -1
@@ -190,7 +194,7 @@ class PartialLayer:
 
     def unmark(self, index: int) -> None:
         """Chunk *index* is damaged on disk: whoever reads it from now on waits until it is filled again."""
-        self._chunks[index] = self._verified[index] = 0
+        self._chunks[index] = self.verified[index] = 0
 
     def missing(self) -> list[int]:
         """The chunks that are not here yet."""
@@ -217,7 +221,7 @@ class PartialLayer:
     async def read_async(self, index: int, *, from_disk: bool = False) -> bytes | None:
         """Chunk *index* in a thread; None if it is damaged. *from_disk*: compare it with the table again, as it is on disk."""
         # On a descriptor of its own: the layer may be closed.
-        fd = os.dup(self._data)
+        fd = self.open_data()
         reading = asyncio.ensure_future(asyncio.to_thread(self._read_checked, fd, index, from_disk=from_disk))
         reading.add_done_callback(lambda _: os.close(fd))
         return await asyncio.shield(reading)
@@ -225,17 +229,17 @@ class PartialLayer:
     def _read_checked(self, fd: int, index: int, *, from_disk: bool) -> bytes | None:
         offset, length = self.table.chunk_range(index, self.layout)
         if from_disk:
-            self._verified[index] = 0
+            self.verified[index] = 0
             os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
         try:
             data = os.pread(fd, length, offset)
         except OSError as error:
             log.error("cannot read chunk %d of %s: %s", index, self.data_path, error)
             return None
-        if not self._verified[index]:
+        if not self.verified[index]:
             if not self.table.verify(index, data):
                 return None
-            self._verified[index] = 1
+            self.verified[index] = 1
         return data
 
     def _is_right(self, fd: int, index: int) -> bool:
@@ -243,7 +247,7 @@ class PartialLayer:
 
     def damaged(self) -> list[int]:
         """The chunks that are here and not what the table says. Reads all of them; blocks."""
-        self._verified = bytearray(self.table.count)
+        self.verified = bytearray(self.table.count)
         return [index for index in range(self.table.count) if self.has(index) and not self._is_right(self._data, index)]
 
     async def fill(self, indices: Iterable[int], fetch: Fetch, priority: Priority = Priority.DEMAND) -> None:
@@ -328,7 +332,7 @@ class PartialLayer:
     def _write(self, index: int, data: bytes | memoryview) -> None:
         offset, _ = self.table.chunk_range(index, self.layout)
         write_all(self._data, data, offset)
-        self._verified[index] = 1
+        self.verified[index] = 1
         self._chunks[index] = 1
 
     async def stop(self) -> None:

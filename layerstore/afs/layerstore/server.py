@@ -12,6 +12,7 @@ from afs.core.digests import check_digest, hex_of
 from afs.core.errors import NotFound
 from afs.core.images import ImageRef, Platform, parse_image, parse_platform
 from afs.layerstore.afslyr.layout import metadata_chunks, pack_footer, pack_header
+from afs.layerstore.chunkserver import Range
 from afs.layerstore.chunkwire import Question
 from afs.layerstore.errors import DamagedLayer
 from afs.layerstore.images import Images
@@ -110,6 +111,10 @@ class PeerService(pb_grpc.LayerstorePeerServicer):
     async def read_chunk(self, question: Question) -> bytes:
         """What a peer gets that asks for a chunk; see :mod:`afs.layerstore.chunkwire`."""
         return await self._layers.read_chunk(question.diff_id, question.index, was_bad=question.was_bad)
+
+    def find_chunk(self, question: Question) -> Range | None:
+        """The same, for what is at hand; in any thread."""
+        return self._layers.find_chunk(question)
 
     @override
     async def ReadTrace(self, request: pb.ReadTraceRequest, context: Context) -> pb.ReadTraceResponse:

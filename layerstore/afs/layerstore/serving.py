@@ -5,21 +5,59 @@ time that a reader over there waits. What the disk damages after that is found b
 request; then the chunk is read from the disk and compared, and repaired if it is wrong. Scrubbing finds the rest.
 
 State (one event loop): ``_verified`` has, for the complete layers that were read, the layer and a byte for each chunk that
-was compared. Partial layers know it themselves.
+was compared. Partial layers know it themselves. ``_open`` has the layers that peers read lately, as open files. It is
+changed by the event loop alone; :meth:`Serving.find` looks into it from any thread. An entry is good for half the time that
+the layer is leased for when it is made, and goes when the layer leaves this node; its descriptor is closed when no
+thread sends from it any more. What such a thread sees of a layer is true for good, but for damage, which the receiver finds.
 """
 
 import asyncio
 import functools
 import logging
+import os
+import time
 from collections.abc import Awaitable, Callable
 
 from afs.core.errors import InvalidArgument, NotFound
+from afs.layerstore.chunkserver import Range
+from afs.layerstore.chunkwire import Question
 from afs.layerstore.errors import DamagedLayer
+from afs.layerstore.leases import LEASE_S
 from afs.layerstore.partial import PartialLayer
 from afs.layerstore.repair import Repairs
 from afs.layerstore.store import CompleteLayer
 
 log = logging.getLogger(__name__)
+
+
+class _OpenLayer:
+    """A layer's file for any thread, until the monotonic time *until*; *verified* has a byte for each chunk."""
+
+    def __init__(self, layer: CompleteLayer | PartialLayer, verified: bytearray, until: float) -> None:
+        self._fd = layer.open_data()
+        self._layer = layer
+        self._verified = verified
+        self.until = until
+
+    def __del__(self) -> None:
+        if hasattr(self, "_fd"):  # it was opened
+            os.close(self._fd)
+
+    def fileno(self) -> int:
+        """See :class:`~afs.layerstore.chunkserver.File`."""
+        return self._fd
+
+    def find(self, index: int) -> Range | None:
+        """A chunk that is here and right. Raises IndexError, ValueError (the layer was closed), OSError."""
+        layer = self._layer
+        offset, length = layer.table.chunk_range(index, layer.layout)
+        if isinstance(layer, PartialLayer) and (layer.is_forged or not layer.has(index)):
+            return None
+        if not self._verified[index]:
+            if not layer.table.verify(index, os.pread(self._fd, length, offset)):
+                return None
+            self._verified[index] = 1
+        return Range(self, offset, length)
 
 
 class Serving:
@@ -35,10 +73,29 @@ class Serving:
         self._refill = refill
         self._in_background = in_background
         self._verified: dict[str, tuple[CompleteLayer, bytearray]] = {}
+        self._open: dict[str, _OpenLayer] = {}
 
     def forget(self, diff_id: str) -> None:
         """The layer is gone."""
         self._verified.pop(diff_id, None)
+        self._open.pop(diff_id, None)
+
+    def find(self, question: Question) -> Range | None:
+        """A chunk of a layer that is read just now, if there is nothing the matter with it; in any thread."""
+        opened = self._open.get(question.diff_id)
+        if opened is None or question.was_bad or time.monotonic() >= opened.until:
+            return None
+        try:
+            return opened.find(question.index)
+        except (IndexError, ValueError, OSError):
+            return None  # the event loop looks once more, and says what is wrong
+
+    def _keep_open(self, layer: CompleteLayer | PartialLayer, verified: bytearray) -> None:
+        """Let :meth:`find` have the layer, which was leased just now."""
+        now = time.monotonic()
+        for diff_id in [diff_id for diff_id, opened in self._open.items() if now >= opened.until]:
+            del self._open[diff_id]
+        self._open[layer.diff_id] = _OpenLayer(layer, verified, now + LEASE_S / 2)
 
     async def read_chunk(self, layer: CompleteLayer | PartialLayer, index: int, *, was_bad: bool) -> bytes:
         """A chunk. NotFound if it is not here; DamagedLayer if it is damaged, and then it is being repaired.
@@ -66,7 +123,9 @@ class Serving:
         except FileNotFoundError:  # it is pinned, so this was somebody's hand
             raise NotFound(f"{layer.path} is gone") from None
         verified[index] = data is not None
-        if data is None:
+        if data is not None:
+            self._keep_open(layer, verified)
+        else:
             self._repairs.suspect(layer)
             self._in_background(functools.partial(self._repairs.check, layer))
         return data
@@ -76,7 +135,9 @@ class Serving:
             raise NotFound(f"chunk {index} of layer {layer.diff_id} is not on this node")
         with layer.using():
             data = await layer.read_async(index, from_disk=was_bad)
-            if data is None:
+            if data is not None:
+                self._keep_open(layer, layer.verified)
+            else:
                 log.error("layer %s: chunk %d is damaged on disk; fetching it again", layer.diff_id, index)
                 layer.unmark(index)
                 self._in_background(functools.partial(self._refill, layer, index))

@@ -65,13 +65,17 @@ class CompleteLayer:
     layout: Layout
     table: ChunkTable
 
+    def open_data(self) -> int:
+        """A descriptor of the file, for who reads it in a thread. Raises FileNotFoundError."""
+        return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+
     def read_chunk(self, index: int, *, from_disk: bool = False, verify: bool = True) -> bytes | None:
         """Chunk *index*, verified; None if it is damaged, an unreadable sector included. Raises FileNotFoundError.
 
         *from_disk*: not what the page cache remembers of it. Not *verify*: whoever gets it does that.
         """
         offset, length = self.table.chunk_range(index, self.layout)
-        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = self.open_data()
         try:
             if from_disk:  # of no use to us behind it either; what is mounted has pages of its own
                 os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
