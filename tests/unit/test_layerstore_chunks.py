@@ -113,7 +113,7 @@ async def address(source: Source) -> AsyncIterator[tuple[str, int]]:
 @pytest.fixture
 async def client() -> AsyncIterator[ChunkClient]:
     """Eight questions at once."""
-    opened = ChunkClient(8, SIZE, 4)
+    opened = ChunkClient(SIZE, 4)
     yield opened
     opened.close()
 
@@ -216,14 +216,13 @@ async def test_an_error_of_who_takes_it_is_not_the_peer_s(client: ChunkClient, a
 
 
 async def test_many_ask_at_once(source: Source, address: tuple[str, int]) -> None:
-    """As many as there are threads; the others wait."""
-    client = ChunkClient(8, SIZE, 4)
+    """More than there are threads on either side."""
+    client = ChunkClient(SIZE, 4)
     source.gate.clear()
     asking = [asyncio.create_task(ask(client, address, Question(DIFF_ID, number))) for number in range(32)]
-    await until(lambda: len(source.asked) == 8)
+    await until(lambda: source.reading == 32)
     source.gate.set()
     assert await asyncio.gather(*asking) == CHUNKS
-    assert source.most <= 8
     assert len(client._idle) == 4, "more are not kept"
     client.close()
     assert not client._idle
@@ -268,22 +267,18 @@ async def test_a_peer_that_ends_in_mid_answer_is_unavailable(client: ChunkClient
     assert not client._idle
 
 
-async def test_whoever_gives_up_frees_thread_and_connection(address: tuple[str, int]) -> None:
-    client, dumb = ChunkClient(1, SIZE), Dumb()
+async def test_whoever_gives_up_frees_the_connection(address: tuple[str, int]) -> None:
+    client, dumb = ChunkClient(SIZE), Dumb()
     async with dumb.serving() as silent:
         asking = asyncio.create_task(ask(client, silent))
         await dumb.asked.wait()
-        queued = asyncio.create_task(ask(client, address))
-        await until(lambda: client._threads._work_queue.qsize() == 1)
-        queued.cancel()  # while the only thread is busy for 30 seconds
-        await asyncio.wait([queued])
-        assert not asking.done()
+        assert await ask(client, address) == CHUNKS[0], "who is silent holds up nobody"
+        assert len(client._idle) == 1
         asking.cancel()
         await asyncio.wait([asking])
         assert asking.cancelled()
         await dumb.left.wait()
-        assert not client._idle
-        assert await ask(client, address) == CHUNKS[0]
+        assert [connection.address for connection in client._idle] == [address]
     client.close()
 
 
@@ -381,7 +376,7 @@ async def test_more_connections_than_it_takes(
     source: Source, address: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("afs.layerstore.chunkserver._MOST", 1)
-    client = ChunkClient(4, SIZE)
+    client = ChunkClient(SIZE)
     source.gate.clear()
     first = asyncio.create_task(ask(client, address))
     await until(lambda: source.reading == 1)
@@ -398,7 +393,7 @@ def test_nothing_is_left_open() -> None:
     async def scenario() -> None:
         source = Source()
         async with serving_chunks("127.0.0.1", 0, source.read) as port:
-            client = ChunkClient(4, SIZE)
+            client = ChunkClient(SIZE)
             await asyncio.gather(*(ask(client, ("127.0.0.1", port), Question(DIFF_ID, n)) for n in range(8)))
             client.close()
 

@@ -1,174 +1,287 @@
 """Asking peers for chunks; see :mod:`afs.layerstore.chunkwire`.
 
-A question is asked, its answer received and worked on in one go of a thread: each go to a thread and back costs a reader
-0.1 ms, and receiving 256 KiB on the event loop would be four wake-ups. The threads are ours alone, for a peer that is silent
-holds one until its time is over. Connecting is the event loop's, so that whoever gives up need not wait for it.
+The event loop sends the question at once. A few threads wait in epoll_wait(2) for answers: one receives a chunk and works on it
+in one go, and the event loop hears of it afterwards. A question that is handed to a thread, which sends it and waits, costs a
+reader two more wake-ups of a thread, 0.1 to 0.2 ms each on a 2-core VM; receiving on the event loop would be several of its rounds.
 
-State: ``_idle`` has the connections on which nothing is asked, the newest last; it belongs to the event loop. A connection in
-use belongs to its thread. Who gives up shuts the connection down, which ends the thread's wait, and waits for the thread: so
-nobody works on an answer that nobody wants. A connection that failed is closed. One that the peer had closed while it was
-idle is not the peer's failure: the question is asked once more on a new one.
+State: ``_idle`` has the connections on which nothing is asked, the newest last; it and the timers belong to the event loop. A
+connection is armed for one event (``EPOLLONESHOT``) when a question was sent, and belongs to the thread that gets it until the
+event loop is told of the end. Who gives up, or has waited for long enough, shuts the connection down, which is an event, too;
+so the end always comes from a thread, and whoever awaited it knows that nobody works on the answer any more. A connection that
+failed is closed. One that the peer had closed while it was idle is not the peer's failure: :meth:`ChunkClient.ask` asks once
+more on a new one.
 """
 
 import asyncio
 import contextlib
+import os
+import select
 import socket
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 from afs.core.errors import DeadlineExceeded, Unavailable
 from afs.layerstore.chunkwire import ANSWER_SIZE, Question, pack_question, parse_answer, parse_error
 
 T = TypeVar("T")
 Address = tuple[str, int]
-# What is done with a chunk, in the thread. The bytes are those of the connection: they change with its next answer.
+# What is done with a chunk, in a thread. The bytes are those of the connection: they change with its next answer.
 Take = Callable[[memoryview], T]
+_THREADS = 4  # they wait for what is done with chunks only
 
 
-class _Stale(Exception):
-    """The peer closed the connection before it answered a byte."""
+class Stale(Unavailable):
+    """The peer closed the connection before it answered a byte; it may have done so while nothing was asked."""
 
 
 class _Connection:
-    """Blocking, with the time that is left as the timeout of each system call."""
+    """Not blocking; *room* for an answer is made with the first."""
 
-    def __init__(self, address: Address) -> None:
+    __slots__ = ("address", "buffer", "exchange", "got", "length", "name", "room", "socket")
+
+    def __init__(self, opened: socket.socket, address: Address, room: int) -> None:
+        self.socket = opened
         self.address = address
         self.name = f"{address[0]}:{address[1]}"
-        self.socket: socket.socket | None = None
-        self._buffer = bytearray()
+        self.room = room
+        self.buffer = bytearray()
+        self.got = 0
+        self.length = 0
+        self.exchange: Exchange[Any] | None = None
 
-    def close(self) -> None:
-        if self.socket is not None:
-            self.socket.close()
-        self.socket = None
+    @property
+    def is_whole(self) -> bool:
+        """Whether the whole answer came."""
+        return self.got > 0 and self.got == self.length
 
-    def exchange(self, question: Question, end: float, most: int) -> tuple[memoryview, bool]:
-        """The chunk, or an error if true. Raises _Stale, OSError, EOFError, TimeoutError, and DataLoss for nonsense."""
-        try:
-            self._timed(end).sendall(pack_question(question))
-            head = self._receive(ANSWER_SIZE, end)
-        except (ConnectionError, EOFError) as error:
-            raise _Stale(str(error)) from None
-        length, is_error = parse_answer(bytes(head), most)
-        return self._receive(length, end), is_error
-
-    def _timed(self, end: float) -> socket.socket:
-        left = end - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        if self.socket is None:
-            raise EOFError("it is closed")
-        self.socket.settimeout(left)
-        return self.socket
-
-    def _receive(self, length: int, end: float) -> memoryview:
-        if len(self._buffer) < length:
-            self._buffer = bytearray(length)
-        view, got = memoryview(self._buffer)[:length], 0
-        while got < length:
-            count = self._timed(end).recv_into(view[got:])
+    def receive(self) -> bool:
+        """Whether the answer is whole. Raises OSError, EOFError, and DataLoss for nonsense."""
+        if not self.buffer:
+            self.buffer = bytearray(self.room)
+        view = memoryview(self.buffer)
+        while self.got < self.length or self.got < ANSWER_SIZE:
+            try:
+                count = self.socket.recv_into(view[self.got : self.length or None])
+            except BlockingIOError:
+                return False
             if not count:
                 raise EOFError("it closed the connection")
-            got += count
-        return view
+            self.got += count
+            if not self.length and self.got >= ANSWER_SIZE:
+                self.length = ANSWER_SIZE + self._said()[0]
+        return True
+
+    def _said(self) -> tuple[int, bool]:
+        return parse_answer(bytes(self.buffer[:ANSWER_SIZE]), self.room - ANSWER_SIZE)
+
+    def answer(self) -> memoryview:
+        """The chunk that came; raises the peer's error."""
+        body = memoryview(self.buffer)[ANSWER_SIZE : self.length]
+        if self._said()[1]:
+            raise parse_error(bytes(body))
+        return body
+
+
+class Exchange(Generic[T]):
+    """A question on its way. ``done`` gets what :meth:`ChunkClient.ask` returns or raises, or Stale; cancel it here only."""
+
+    def __init__(self, connection: _Connection, take: Take[T], seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        self.done: asyncio.Future[T] = loop.create_future()
+        self.connection = connection
+        self.take = take
+        self.seconds = seconds
+        self.given_up: BaseException | None = None
+        self.timer = loop.call_later(seconds, self._expire)
+
+    def _expire(self) -> None:
+        name = self.connection.name
+        self._give_up(DeadlineExceeded(f"layerstore {name} did not answer within {self.seconds:.1f} s"))
+
+    def _give_up(self, why: BaseException) -> None:
+        if self.given_up is None:
+            self.given_up = why
+            with contextlib.suppress(OSError):  # the peer was quicker
+                self.connection.socket.shutdown(socket.SHUT_RDWR)
+
+    def cancel(self) -> None:
+        """End it; ``done`` is cancelled when nobody works on the answer any more."""
+        self._give_up(asyncio.CancelledError())
 
 
 class ChunkClient:
-    """At most *at_once* questions at a time, for chunks of at most *chunk_size* bytes; *most* idle connections are kept."""
+    """For chunks of at most *chunk_size* bytes; *most* idle connections are kept."""
 
-    def __init__(self, at_once: int, chunk_size: int, most: int = 256) -> None:
-        self._chunk_size = chunk_size
+    def __init__(self, chunk_size: int, most: int = 256) -> None:
+        self._room = ANSWER_SIZE + max(chunk_size, 4096)
         self._most = most
-        self._threads = ThreadPoolExecutor(at_once, "chunks")
         self._idle: dict[_Connection, None] = {}
+        self._asking: dict[int, _Connection] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._threads: list[threading.Thread] = []
+
+    def _start(self) -> None:
+        """With the first question: a node may have none."""
+        self._loop = asyncio.get_running_loop()
+        self._epoll = select.epoll()
+        self._end = os.eventfd(0, os.EFD_CLOEXEC)
+        self._epoll.register(self._end, select.EPOLLIN)  # never read, so every thread sees it
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"answers-{number}", daemon=True) for number in range(_THREADS)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def close(self) -> None:
         """Close all connections; nothing is being asked any more."""
         for connection in self._idle:
-            connection.close()
+            connection.socket.close()
         self._idle.clear()
-        self._threads.shutdown(wait=False)
+        if self._threads:
+            os.eventfd_write(self._end, 1)
+            for thread in self._threads:
+                thread.join()
+            self._threads.clear()
+            for connection in self._asking.values():  # at a shutdown that did not wait
+                connection.socket.close()
+                if connection.exchange is not None:
+                    connection.exchange.timer.cancel()
+                    connection.exchange.done.cancel()
+            self._asking.clear()
+            self._epoll.close()
+            os.close(self._end)
 
-    async def ask(self, address: Address, question: Question, timeout: float, take: Take[T]) -> T:
-        """What *take* makes of the chunk. Raises the peer's error, Unavailable, DeadlineExceeded, and what *take* raises."""
-        connection, end = self._of(address), time.monotonic() + timeout
-        try:
-            if connection.socket is not None:
-                with contextlib.suppress(_Stale):
-                    return await self._in_thread(connection, question, end, take)
-            await _connect(connection, end)
-            return await self._in_thread(connection, question, end, take)
-        except TimeoutError:
-            raise DeadlineExceeded(f"layerstore {connection.name} did not answer within {timeout:.1f} s") from None
-        except _Stale as error:
-            raise Unavailable(f"layerstore {connection.name} does not answer: {error}") from None
-        finally:
-            self._keep(connection)
+    # On the event loop
 
-    def _of(self, address: Address) -> _Connection:
+    def begin(self, address: Address, question: Question, timeout: float, take: Take[T]) -> Exchange[T] | None:
+        """Ask on an idle connection, if there is one."""
         for connection in reversed(self._idle):
             if connection.address == address:
                 del self._idle[connection]
-                return connection
-        return _Connection(address)
+                return self._begin_on(connection, question, timeout, take)
+        return None
+
+    async def ask(self, address: Address, question: Question, timeout: float, take: Take[T]) -> T:
+        """What *take* makes of the chunk. Raises the peer's error, Unavailable, DeadlineExceeded, and what *take* raises."""
+        end = time.monotonic() + timeout
+        if (exchange := self.begin(address, question, timeout, take)) is not None:
+            with contextlib.suppress(Stale):
+                return await wait_for(exchange)
+        left = end - time.monotonic()
+        try:
+            connection = await self._connect(address, left)
+        except TimeoutError:
+            name = f"{address[0]}:{address[1]}"
+            raise DeadlineExceeded(f"layerstore {name} did not answer within {timeout:.1f} s") from None
+        return await wait_for(self._begin_on(connection, question, max(end - time.monotonic(), 0.0), take, timeout))
+
+    def _begin_on(
+        self,
+        connection: _Connection,
+        question: Question,
+        seconds: float,
+        take: Take[T],
+        said: float | None = None,
+    ) -> Exchange[T]:
+        exchange = Exchange(connection, take, seconds)
+        exchange.seconds = said or seconds
+        connection.exchange, connection.got, connection.length = exchange, 0, 0
+        if not self._threads:
+            self._start()
+        self._asking[connection.socket.fileno()] = connection
+        # A question fits into any socket that has none under way. If the peer is gone, the event tells.
+        with contextlib.suppress(OSError):
+            connection.socket.send(pack_question(question))
+        self._epoll.register(connection.socket, select.EPOLLIN | select.EPOLLONESHOT)
+        return exchange
+
+    async def _connect(self, address: Address, seconds: float) -> _Connection:
+        """Raises TimeoutError, Unavailable."""
+        loop, (host, port) = asyncio.get_running_loop(), address
+        opened = None
+        try:
+            async with asyncio.timeout(max(seconds, 0)):
+                (family, kind, protocol, _, to), *_ = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+                opened = socket.socket(family, kind, protocol)
+                opened.setblocking(False)
+                await loop.sock_connect(opened, to)
+                opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except BaseException as error:
+            if opened is not None:
+                opened.close()
+            if isinstance(error, OSError) and not isinstance(error, TimeoutError):
+                raise Unavailable(f"layerstore {host}:{port} does not answer: {error}") from None
+            raise
+        return _Connection(opened, address, self._room)
+
+    def _ended(self, connection: _Connection, result: Any, error: BaseException | None) -> None:
+        """A thread is done with a connection, which *error*, unless it is the peer's or that of who took, made useless."""
+        exchange, connection.exchange = connection.exchange, None
+        assert exchange is not None
+        exchange.timer.cancel()
+        if exchange.given_up is not None:
+            connection.socket.close()
+            if error is not None:
+                error = exchange.given_up
+        elif connection.is_whole:
+            self._keep(connection)
+        else:
+            connection.socket.close()
+        if exchange.done.done():  # whoever waits is gone, and the event loop ends
+            return
+        if isinstance(error, asyncio.CancelledError):
+            exchange.done.cancel()
+        elif error is not None:
+            exchange.done.set_exception(error)
+            exchange.done.exception()  # retrieved: it may be nobody's any more
+        else:
+            exchange.done.set_result(result)
 
     def _keep(self, connection: _Connection) -> None:
-        if connection.socket is None:
-            return
         self._idle[connection] = None
         while len(self._idle) > self._most:
             oldest = next(iter(self._idle))
             del self._idle[oldest]
-            oldest.close()
+            oldest.socket.close()
 
-    async def _in_thread(self, connection: _Connection, question: Question, end: float, take: Take[T]) -> T:
-        opened = connection.socket
-        working = self._threads.submit(self._ask, connection, question, end, take)
-        asking = asyncio.wrap_future(working)
+    # In any thread
+
+    def _serve(self) -> None:
+        while True:
+            for fd, _ in self._epoll.poll(maxevents=1):
+                if fd == self._end:
+                    return
+                self._go_on(fd, self._asking[fd])
+
+    def _go_on(self, fd: int, connection: _Connection) -> None:
+        result: Any = None
+        error: BaseException | None = None
         try:
-            return await asyncio.shield(asking)
-        except asyncio.CancelledError:
-            try:
-                if not working.cancel():  # it is not in the queue any more
-                    if opened is not None:
-                        with contextlib.suppress(OSError):  # closed by the thread just now
-                            opened.shutdown(socket.SHUT_RDWR)
-                    await asyncio.wait([asking])
-            finally:
-                connection.close()
-            raise
-
-    def _ask(self, connection: _Connection, question: Question, end: float, take: Take[T]) -> T:
-        try:
-            body, is_error = connection.exchange(question, end, self._chunk_size)
-        except BaseException as error:
-            connection.close()
-            if isinstance(error, (OSError, EOFError)) and not isinstance(error, TimeoutError):
-                raise Unavailable(f"layerstore {connection.name} does not answer: {error}") from None
-            raise
-        if is_error:
-            raise parse_error(bytes(body))
-        return take(body)
+            if not connection.receive():
+                self._epoll.modify(fd, select.EPOLLIN | select.EPOLLONESHOT)
+                return
+            exchange = connection.exchange
+            assert exchange is not None
+            result = exchange.take(connection.answer())
+        except (OSError, EOFError) as failure:
+            kind = Unavailable if connection.got else Stale
+            error = failure if connection.is_whole else kind(f"layerstore {connection.name} does not answer: {failure}")
+        except Exception as failure:
+            error = failure
+        self._epoll.unregister(fd)
+        del self._asking[fd]
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._ended, connection, result, error)
 
 
-async def _connect(connection: _Connection, end: float) -> None:
-    """Open *connection*. Raises TimeoutError, Unavailable."""
-    loop, (host, port) = asyncio.get_running_loop(), connection.address
-    opened = None
+async def wait_for(exchange: Exchange[T]) -> T:
+    """Its end; whoever is cancelled meanwhile gives up, and waits until nobody works on the answer any more."""
     try:
-        async with asyncio.timeout(max(end - time.monotonic(), 0)):
-            (family, kind, protocol, _, to), *_ = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            opened = socket.socket(family, kind, protocol)
-            opened.setblocking(False)
-            await loop.sock_connect(opened, to)
-            opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    except BaseException as error:
-        if opened is not None:
-            opened.close()
-        if isinstance(error, OSError) and not isinstance(error, TimeoutError):
-            raise Unavailable(f"layerstore {connection.name} does not answer: {error}") from None
+        return await asyncio.shield(exchange.done)
+    except asyncio.CancelledError:
+        if not exchange.done.done():
+            exchange.cancel()
+            await asyncio.wait([exchange.done])
         raise
-    connection.socket = opened

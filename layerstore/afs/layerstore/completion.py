@@ -113,7 +113,9 @@ class Completion:
         size = partial.layout.chunk_size
         async with self._room.reserved(diff_id, min(len(missing) * size, believed)) as reservation:
             for start in range(0, len(missing), AT_ONCE):
-                await partial.fill(missing[start : start + AT_ONCE], self._supply.fetch, Priority.PREFETCH)
+                await partial.fill(
+                    missing[start : start + AT_ONCE], self._supply.fetch, Priority.PREFETCH, start=self._supply.start
+                )
                 self._room.note(diff_id)
                 left = (partial.table.count - partial.here) * size
                 await self._room.correct(reservation, min(left, believed))
@@ -230,7 +232,7 @@ class Completion:
                 await self._pace(partial.layout.chunk_size)
                 if not self._may_go_on(partial):
                     return
-                await partial.fill([index], self._supply.fetch, Priority.COMPLETION)
+                await partial.fill([index], self._supply.fetch, Priority.COMPLETION, start=self._supply.start)
                 self._room.note(partial.diff_id)
 
         await together(work, _BEHIND)

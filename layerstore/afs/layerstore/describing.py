@@ -167,7 +167,7 @@ class Describing:
                 if received is not None:
                     async for _ in received:
                         await self._grow(partial, reservation)
-                await partial.fill(chunks, self._supply.fetch)
+                await partial.fill(chunks, self._supply.fetch, start=self._supply.start)
                 self._room.settle(reservation)
         except BaseException:
             if not taken_in:  # else it belongs to all

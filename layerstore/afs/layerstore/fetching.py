@@ -8,12 +8,14 @@ that come at once write the same bytes.
 """
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from afs.core.errors import AfsError, NotFound
 from afs.discovery.client import Peer
+from afs.layerstore.chunkclient import Exchange, Stale, Take, wait_for
 from afs.layerstore.errors import BadChunk, LayerUnavailable
 from afs.layerstore.layerstats import LayerStats
 from afs.layerstore.partial import PartialLayer
@@ -41,6 +43,27 @@ class Wanted:
     round: int = 0
 
 
+class Begun:
+    """A chunk that :meth:`Fetcher.begin` asked *peer* for."""
+
+    def __init__(
+        self, peer: Peer, exchange: Exchange[bytes | None], asking: contextlib.AbstractContextManager[None]
+    ) -> None:
+        self.peer = peer
+        self.exchange = exchange
+        self._asking = asking
+        self._asking.__enter__()
+        exchange.done.add_done_callback(self._note)
+
+    def _note(self, done: "asyncio.Future[bytes | None]") -> None:
+        """What is learned of the node from that."""
+        error = asyncio.CancelledError() if done.cancelled() else done.exception()
+        if isinstance(error, Stale):  # says nothing
+            error = None
+        with contextlib.suppress(BaseException):
+            self._asking.__exit__(None if error is None else type(error), error, None)
+
+
 class Fetcher:
     """*failed* is told of a node that did not give a chunk, and whether its bytes were wrong.
 
@@ -63,19 +86,52 @@ class Fetcher:
         """Whom :meth:`fetch` would ask first now."""
         return self._watch.order(peers, complete, index)[0]
 
-    async def fetch(self, wanted: Wanted, peers: Sequence[Peer], complete: Collection[str]) -> bytes | None:
-        """The chunk from one of *peers*, see :data:`~afs.layerstore.partial.Fetch`. Raises LayerUnavailable."""
+    def begin(self, wanted: Wanted, peer: Peer) -> Begun | None:
+        """Ask *peer* now, without a task, if it answers these days and there is a connection. See :meth:`took`."""
+        if self._watch.is_shunned(peer.endpoint):
+            return None
+        exchange = self._peers.begin_chunk(
+            peer,
+            wanted.partial.diff_id,
+            wanted.index,
+            _taker(wanted),
+            timeout=self._watch.timeout(peer.endpoint, wanted.round),
+        )
+        return None if exchange is None else Begun(peer, exchange, self._watch.asking(peer.endpoint))
+
+    def took(self, wanted: Wanted, peer: Peer) -> None:
+        """The chunk came from *peer*."""
+        length = wanted.partial.table.chunk_range(wanted.index, wanted.partial.layout)[1]
+        wanted.stats.from_peers[peer.endpoint] += length
+
+    def hedge_delay(self, peer: Peer) -> float:
+        """Seconds after which :meth:`fetch` has to look after what was begun."""
+        return self._watch.hedge_delay(peer.endpoint)
+
+    async def fetch(
+        self, wanted: Wanted, peers: Sequence[Peer], complete: Collection[str], begun: Begun | None = None
+    ) -> bytes | None:
+        """The chunk from one of *peers*, see :data:`~afs.layerstore.partial.Fetch`. Raises LayerUnavailable.
+
+        *begun* failed, or takes longer than :meth:`hedge_delay`.
+        """
         left, cause = self._watch.order(peers, complete, wanted.index), "no node holds it"
         running: dict[_Attempt, Peer] = {}
         asked: set[str] = set()
         patience = 0.0
+        late = False
+        if begun is not None:
+            late = not begun.exchange.done.done() and wanted.ticket.priority is Priority.DEMAND
+            asked.add(begun.peer.endpoint)
+            left = [peer for peer in left if peer.endpoint != begun.peer.endpoint]
+            running[asyncio.create_task(self._attempt(wanted, begun.peer, begun))] = begun.peer
         try:
             while left or running:
                 if not running:
                     asked.add(self._start(wanted, left, running))
                 first = next(iter(running.values()))
-                if not await self._some_done(wanted, running, first, patience):
-                    patience = _LOOK_S
+                if late or not await self._some_done(wanted, running, first, patience):
+                    patience, late = _LOOK_S, False
                     if not self._may_ask(left):
                         left = self._others(wanted, asked)
                     if self._may_ask(left):
@@ -127,28 +183,39 @@ class Fetcher:
         running[task] = peer
         return peer.endpoint
 
-    async def _attempt(self, wanted: Wanted, peer: Peer) -> bytes | None:
+    async def _attempt(self, wanted: Wanted, peer: Peer, begun: Begun | None = None) -> bytes | None:
         try:
+            if begun is not None:
+                with contextlib.suppress(Stale):
+                    return await self._taken(wanted, peer, wait_for(begun.exchange))
             return await self._take(wanted, peer, was_bad=False)
         except BadChunk:
             # A node compares a chunk with its table once only. Told that it was wrong it looks again, and repairs it.
             return await self._take(wanted, peer, was_bad=True)
 
     async def _take(self, wanted: Wanted, peer: Peer, *, was_bad: bool) -> bytes | None:
-        partial, index = wanted.partial, wanted.index
-
-        def take(data: memoryview) -> bytes | None:
-            return None if partial.put(index, data) else bytes(data)
-
         timeout = self._watch.timeout(peer.endpoint, wanted.round)
+        with self._watch.asking(peer.endpoint):
+            asking = self._peers.read_chunk(
+                peer, wanted.partial.diff_id, wanted.index, _taker(wanted), timeout=timeout, was_bad=was_bad
+            )
+            return await self._taken(wanted, peer, asking)
+
+    async def _taken(self, wanted: Wanted, peer: Peer, asking: Awaitable[bytes | None]) -> bytes | None:
+        """What came, and the accounts of it."""
         try:
-            with self._watch.asking(peer.endpoint):
-                data = await self._peers.read_chunk(
-                    peer, partial.diff_id, index, take, timeout=timeout, was_bad=was_bad
-                )
+            data = await asking
         except BadChunk:
             wanted.stats.bad_chunks += 1
-            log.error("layer %s: layerstore %s served a bad chunk %d", partial.diff_id, peer.endpoint, index)
-            raise BadChunk(partial.diff_id, index, peer.endpoint) from None
-        wanted.stats.from_peers[peer.endpoint] += partial.table.chunk_range(index, partial.layout)[1]
+            log.error(
+                "layer %s: layerstore %s served a bad chunk %d", wanted.partial.diff_id, peer.endpoint, wanted.index
+            )
+            raise BadChunk(wanted.partial.diff_id, wanted.index, peer.endpoint) from None
+        self.took(wanted, peer)
         return data
+
+
+def _taker(wanted: Wanted) -> Take[bytes | None]:
+    """What is done with the chunk: it is put in its place, or given back if the disk is full."""
+    partial, index = wanted.partial, wanted.index
+    return lambda data: None if partial.put(index, data) else bytes(data)

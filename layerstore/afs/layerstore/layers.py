@@ -214,10 +214,13 @@ class Layers:
             raise LayerUnavailable(diff_id, f"layerstore {holder.endpoint} pulled it and went away")
         return partial
 
-    async def fill(self, diff_id: str, first: int, count: int, *, beside: bool = False) -> None:
+    async def fill(
+        self, diff_id: str, first: int, count: int, *, beside: bool = False, here: Callable[[], None] = lambda: None
+    ) -> None:
         """Have chunks *first* to *first + count - 1* in the partial layer's file; NotFound if the layer is not here.
 
-        *beside*: the other half of each 512 KiB comes behind them.
+        *beside*: the other half of each 512 KiB comes behind them. *here* may be called earlier than this returns, in any
+        thread: when the chunks have come.
         """
         with self._pinned([diff_id]):
             self.look_up(diff_id)
@@ -227,7 +230,8 @@ class Layers:
             wanted = [i for i in range(max(first, 0), min(first + count, partial.table.count)) if not partial.has(i)]
             for index in wanted:
                 self._note_demand(partial, index, beside=beside)
-            await partial.fill(wanted, self._supply.fetch)
+            with partial.telling(wanted, here):
+                await partial.fill(wanted, self._supply.fetch, start=self._supply.start)
             self._note_filled(partial)
 
     def _note_filled(self, partial: PartialLayer) -> None:
@@ -253,7 +257,7 @@ class Layers:
 
     async def _fill_ahead(self, partial: PartialLayer, index: int) -> None:
         if self._partials.is_open(partial):
-            await partial.fill([index], self._supply.fetch, Priority.PREFETCH)
+            await partial.fill([index], self._supply.fetch, Priority.PREFETCH, start=self._supply.start)
             if self._partials.is_open(partial):  # it is not pinned any more
                 self._note_filled(partial)
 
@@ -282,7 +286,7 @@ class Layers:
     async def _refill(self, partial: PartialLayer, index: int) -> None:
         """A chunk that was here comes again."""
         if self._partials.is_open(partial):
-            await partial.fill([index], self._supply.fetch)
+            await partial.fill([index], self._supply.fetch, start=self._supply.start)
 
     async def read_chunk(self, diff_id: str, index: int, *, was_bad: bool = False) -> bytes:
         """A chunk for a peer; see :meth:`Serving.read_chunk`. NotFound if the layer is not here."""

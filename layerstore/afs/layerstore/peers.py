@@ -16,11 +16,10 @@ from afs.core.images import ImageRef, Platform
 from afs.core.rpc import calling, channel
 from afs.discovery.client import Peer
 from afs.layerstore.afslyr.layout import CHUNK_SIZE, ChunkTable
-from afs.layerstore.chunkclient import ChunkClient, Take
+from afs.layerstore.chunkclient import Address, ChunkClient, Exchange, Take
 from afs.layerstore.chunkwire import Question
 from afs.layerstore.manifests import Image, Layer, build_image
 from afs.layerstore.partial import Description
-from afs.layerstore.scheduling import LIMITS
 from afs.proto.v1 import layerstore_pb2 as pb
 from afs.proto.v1.layerstore_pb2_grpc import LayerstorePeerStub
 
@@ -47,7 +46,7 @@ class Peers:
     def __init__(self, most: int = _MOST) -> None:
         self._most = most
         self._connections: dict[str, _Connection] = {}
-        self._chunks = ChunkClient(LIMITS[0], CHUNK_SIZE, most)
+        self._chunks = ChunkClient(CHUNK_SIZE, most)
         self._closing: set[asyncio.Task[None]] = set()
 
     @contextlib.contextmanager
@@ -129,17 +128,26 @@ class Peers:
         was_bad: bool = False,
     ) -> T:
         """What *take* makes of one chunk, unchecked, in a thread. *was_bad*: it came before, with the wrong bytes."""
-        if not peer.chunk_port:
-            raise Unavailable(f"layerstore {peer.endpoint} serves no chunks")
-        host = peer.endpoint.rpartition(":")[0].strip("[]")
-        question = Question(diff_id, index, was_bad)
-        return await self._chunks.ask((host, peer.chunk_port), question, timeout, take)
+        return await self._chunks.ask(_chunks_of(peer), Question(diff_id, index, was_bad), timeout, take)
+
+    def begin_chunk(self, peer: Peer, diff_id: str, index: int, take: Take[T], *, timeout: float) -> Exchange[T] | None:
+        """The same without waiting, if there is a connection to *peer* that is not used."""
+        return (
+            self._chunks.begin(_chunks_of(peer), Question(diff_id, index), timeout, take) if peer.chunk_port else None
+        )
 
     async def read_trace(self, peer: Peer, manifest_digest: str) -> bytes:
         """The start trace of an image, unchecked."""
         with self._calling(peer.endpoint) as connection:
             request = pb.ReadTraceRequest(manifest_digest=manifest_digest)
             return (await connection.stub.ReadTrace(request, timeout=TRACE_TIMEOUT_S)).trace
+
+
+def _chunks_of(peer: Peer) -> Address:
+    """Where *peer* serves chunks."""
+    if not peer.chunk_port:
+        raise Unavailable(f"layerstore {peer.endpoint} serves no chunks")
+    return peer.endpoint.rpartition(":")[0].strip("[]"), peer.chunk_port
 
 
 def image_name(ref: ImageRef, platform: Platform) -> pb.ImageName:

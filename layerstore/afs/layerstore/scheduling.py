@@ -64,12 +64,30 @@ class Slots:
             yield
         finally:
             if self._waiting[ticket.priority].pop(ticket, ticket) is ticket:  # it was granted, if only just now
-                self._running[ticket.priority] -= 1
-                self._of_peer[peer] -= 1
-                if not self._of_peer[peer]:
-                    del self._of_peer[peer]
-            ticket.granted = None
-            self._grant()
+                self.give_back(ticket)
+            else:
+                ticket.granted = None
+                self._grant()
+
+    def take(self, ticket: Ticket, peer: str) -> bool:
+        """A slot at once, if there is one that nobody waits for; until :meth:`give_back`."""
+        if any(self._waiting[: ticket.priority + 1]) or not self._has_room(ticket.priority):
+            return False
+        if self._of_peer[peer] >= self._most_of_one:
+            return False
+        ticket.peer = peer
+        ticket.granted = asyncio.get_running_loop().create_future()
+        self._run(ticket)
+        return True
+
+    def give_back(self, ticket: Ticket) -> None:
+        """The end of what :meth:`take` gave."""
+        self._running[ticket.priority] -= 1
+        self._of_peer[ticket.peer] -= 1
+        if not self._of_peer[ticket.peer]:
+            del self._of_peer[ticket.peer]
+        ticket.granted = None
+        self._grant()
 
     def is_waiting(self, ticket: Ticket) -> bool:
         """Whether *ticket* is in the queue."""
@@ -98,10 +116,13 @@ class Slots:
                 if self._of_peer[ticket.peer] >= self._most_of_one:
                     continue
                 del waiting[ticket]
-                self._running[priority] += 1
-                self._of_peer[ticket.peer] += 1
-                if ticket.granted is not None and not ticket.granted.done():
-                    ticket.granted.set_result(None)
+                self._run(ticket)
+
+    def _run(self, ticket: Ticket) -> None:
+        self._running[ticket.priority] += 1
+        self._of_peer[ticket.peer] += 1
+        if ticket.granted is not None and not ticket.granted.done():
+            ticket.granted.set_result(None)
 
     def _has_room(self, priority: int) -> bool:
         return all(sum(self._running[p:]) < self._limits[p] for p in range(priority + 1))

@@ -33,11 +33,12 @@ from afs.core.errors import (
 from afs.core.images import ImageRef, Platform
 from afs.core.singleflight import SingleFlight
 from afs.discovery.client import Announcer, Peer
+from afs.layerstore.directfetch import DirectFetch
 from afs.layerstore.errors import LayerUnavailable
-from afs.layerstore.fetching import Fetcher, Known, Wanted
+from afs.layerstore.fetching import Begun, Fetcher, Known, Wanted
 from afs.layerstore.layerstats import LayerStats
 from afs.layerstore.manifests import Layer
-from afs.layerstore.partial import PartialLayer
+from afs.layerstore.partial import PartialLayer, Started
 from afs.layerstore.peers import Peers
 from afs.layerstore.peerwatch import PeerWatch
 from afs.layerstore.placement import ranked
@@ -228,6 +229,55 @@ class Supply:
                 return path
         raise error
 
+    def start(self, partial: PartialLayer, index: int, ticket: Ticket) -> Started | None:
+        """See :data:`~afs.layerstore.partial.Start`: :meth:`fetch`, as long as the first node answers at once."""
+        diff_id, since = partial.diff_id, asyncio.get_running_loop().time()
+        providers = self._providers.get(diff_id)
+        if providers is None or not providers.peers or self._store.complete(diff_id) is not None:
+            return None
+        self._refresh(diff_id, providers, _REFRESH_S)
+        peer = self._fetcher.first(index, providers.peers, providers.complete)
+        if not partial.slots.take(ticket, peer.endpoint):
+            return None
+        wanted = Wanted(partial, index, ticket, self.stats(diff_id))
+        begun = self._fetcher.begin(wanted, peer)
+        if begun is None:
+            partial.slots.give_back(ticket)
+            return None
+
+        def came() -> None:
+            partial.slots.give_back(ticket)
+            self._fetcher.took(wanted, peer)
+            self._note_came(partial, ticket)
+
+        return DirectFetch(
+            begun, self._fetcher.hedge_delay(peer), lambda begun: self._go_on(wanted, begun, since), came
+        )
+
+    async def _go_on(self, wanted: Wanted, begun: Begun, since: float) -> bytes | memoryview | None:
+        """Ask others beside or behind what was begun at *since*, which holds a slot."""
+        partial, index, ticket = wanted.partial, wanted.index, wanted.ticket
+        cause = [f"layerstore {begun.peer.endpoint} does not answer"]
+        with contextlib.ExitStack() as slot:
+            slot.callback(partial.slots.give_back, ticket)
+            try:
+                async with asyncio.timeout_at(since + self._read_deadline) as limit:
+                    try:
+                        peers, complete = self._known_now(partial.diff_id)
+                        data: bytes | memoryview | None = await self._fetcher.fetch(wanted, peers, complete, begun)
+                    except LayerUnavailable as error:
+                        slot.close()
+                        cause[0] = error.cause
+                        data = await self._fetch(partial, index, ticket, limit, cause, asked=True)
+            except TimeoutError:
+                raise LayerUnavailable(partial.diff_id, cause[0]) from None
+        self._note_came(partial, ticket)
+        return data
+
+    def _note_came(self, partial: PartialLayer, ticket: Ticket) -> None:
+        if ticket.priority is not Priority.DEMAND:
+            self.stats(partial.diff_id).prefetched += 1
+
     async def fetch(self, partial: PartialLayer, index: int, ticket: Ticket) -> bytes | memoryview | None:
         """See :data:`~afs.layerstore.partial.Fetch`: from whoever has the chunk; LayerUnavailable after the deadline."""
         cause = ["no node holds it"]
@@ -236,15 +286,21 @@ class Supply:
                 data = await self._fetch(partial, index, ticket, limit, cause)
         except TimeoutError:
             raise LayerUnavailable(partial.diff_id, cause[0]) from None
-        if ticket.priority is not Priority.DEMAND:
-            self.stats(partial.diff_id).prefetched += 1
+        self._note_came(partial, ticket)
         return data
 
     async def _fetch(
-        self, partial: PartialLayer, index: int, ticket: Ticket, limit: asyncio.Timeout, cause: list[str]
+        self,
+        partial: PartialLayer,
+        index: int,
+        ticket: Ticket,
+        limit: asyncio.Timeout,
+        cause: list[str],
+        *,
+        asked: bool = False,
     ) -> bytes | memoryview | None:
-        """Until *limit*; *cause* becomes why it takes so long."""
-        diff_id, pause, round_ = partial.diff_id, 0.05, 0
+        """Until *limit*; *cause* becomes why it takes so long. *asked*: everybody that is known was, just now."""
+        diff_id, pause, round_ = partial.diff_id, 0.05, int(asked)
         while True:
             if (complete := self._store.complete(diff_id)) is not None:  # it was pulled meanwhile
                 if complete.table != partial.table:  # which may even have more chunks
@@ -256,7 +312,7 @@ class Supply:
                 self.repairs.suspect(complete)
                 if await self.repairs.check(complete):
                     continue
-            if (providers := self._providers.get(diff_id)) and providers.peers:
+            if not asked and (providers := self._providers.get(diff_id)) and providers.peers:
                 self._refresh(diff_id, providers, _REFRESH_S)
                 first = self._fetcher.first(index, providers.peers, providers.complete).endpoint
                 if not round_:
@@ -272,6 +328,7 @@ class Supply:
                 except LayerUnavailable as error:
                     cause[0] = error.cause
                     round_ += 1
+            asked = False
             if await self._find_providers(diff_id) and not self.repairs.is_damaged(diff_id):
                 continue
             await asyncio.sleep(pause)
