@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import socket
 from typing import TYPE_CHECKING
@@ -118,11 +119,17 @@ async def client() -> AsyncIterator[ChunkClient]:
     opened.close()
 
 
+def checked(data: memoryview, digest: bytes) -> bytes:
+    """The bytes."""
+    assert hashlib.sha256(data).digest() == digest
+    return bytes(data)
+
+
 async def ask(
     client: ChunkClient, address: tuple[str, int], question: Question = FIRST, timeout: float = 30.0
 ) -> bytes:
     """A chunk."""
-    return await client.ask(address, question, timeout, bytes)
+    return await client.ask(address, question, timeout, checked)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -206,7 +213,7 @@ async def test_an_error_is_told_and_the_connection_stays(
 
 
 async def test_an_error_of_who_takes_it_is_not_the_peer_s(client: ChunkClient, address: tuple[str, int]) -> None:
-    def take(data: memoryview) -> None:
+    def take(data: memoryview, digest: bytes) -> None:
         raise DataLoss("not what I wanted")
 
     with pytest.raises(DataLoss, match="not what I wanted"):

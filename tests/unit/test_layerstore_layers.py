@@ -442,7 +442,7 @@ async def test_a_mistake_of_ours_fails_one_question_and_no_other(
     await open_partial(world, two)
     gate, real = asyncio.Event(), two.layers.fill
 
-    async def fill(diff_id: str, first: int, count: int, *, beside: bool) -> None:
+    async def fill(diff_id: str, first: int, count: int, *, beside: bool, here: object) -> None:
         if first == 1:
             raise OverflowError("too large")
         await gate.wait()

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,6 +184,9 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         if config.scrub_interval:
             check, interval = layers.repairs.check, config.scrub_interval
             _in_background(stack, Scrubber(store, leases, check, interval, boot=_boot(), sealer=sealer).run())
+        # What a thread received for a reader waits for the interpreter, which the event loop gives away after this time at
+        # the latest, or when it has nothing to do. By default 5 ms: as long as two chunks take.
+        sys.setswitchinterval(0.0005)
         notify(f"READY=1\nSTATUS=serving on {bound[0]}")
         await stop.wait()
 

@@ -14,6 +14,7 @@ more on a new one.
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import select
 import socket
@@ -27,8 +28,8 @@ from afs.layerstore.chunkwire import ANSWER_SIZE, Question, pack_question, parse
 
 T = TypeVar("T")
 Address = tuple[str, int]
-# What is done with a chunk, in a thread. The bytes are those of the connection: they change with its next answer.
-Take = Callable[[memoryview], T]
+# What is done with a chunk and its sha256, in a thread. The bytes are those of the connection: they change with its next answer.
+Take = Callable[[memoryview, bytes], T]
 _THREADS = 4  # they wait for what is done with chunks only
 
 
@@ -39,7 +40,7 @@ class Stale(Unavailable):
 class _Connection:
     """Not blocking; *room* for an answer is made with the first."""
 
-    __slots__ = ("address", "buffer", "exchange", "got", "length", "name", "room", "socket")
+    __slots__ = ("address", "buffer", "exchange", "got", "hashed", "length", "name", "room", "sha256", "socket")
 
     def __init__(self, opened: socket.socket, address: Address, room: int) -> None:
         self.socket = opened
@@ -49,7 +50,14 @@ class _Connection:
         self.buffer = bytearray()
         self.got = 0
         self.length = 0
+        self.hashed = 0
+        self.sha256 = hashlib.sha256()
         self.exchange: Exchange[Any] | None = None
+
+    def begin(self, exchange: "Exchange[Any]") -> None:
+        """Its next question is this one."""
+        self.exchange, self.got, self.length = exchange, 0, 0
+        self.hashed, self.sha256 = ANSWER_SIZE, hashlib.sha256()
 
     @property
     def is_whole(self) -> bool:
@@ -65,13 +73,20 @@ class _Connection:
             try:
                 count = self.socket.recv_into(view[self.got : self.length or None])
             except BlockingIOError:
+                self._hash(view)  # while the rest is on its way
                 return False
             if not count:
                 raise EOFError("it closed the connection")
             self.got += count
             if not self.length and self.got >= ANSWER_SIZE:
                 self.length = ANSWER_SIZE + self._said()[0]
+        self._hash(view)
         return True
+
+    def _hash(self, view: memoryview) -> None:
+        if self.got > self.hashed:
+            self.sha256.update(view[self.hashed : self.got])
+            self.hashed = self.got
 
     def _said(self) -> tuple[int, bool]:
         return parse_answer(bytes(self.buffer[:ANSWER_SIZE]), self.room - ANSWER_SIZE)
@@ -187,7 +202,7 @@ class ChunkClient:
     ) -> Exchange[T]:
         exchange = Exchange(connection, take, seconds)
         exchange.seconds = said or seconds
-        connection.exchange, connection.got, connection.length = exchange, 0, 0
+        connection.begin(exchange)
         if not self._threads:
             self._start()
         self._asking[connection.socket.fileno()] = connection
@@ -264,7 +279,7 @@ class ChunkClient:
                 return
             exchange = connection.exchange
             assert exchange is not None
-            result = exchange.take(connection.answer())
+            result = exchange.take(connection.answer(), connection.sha256.digest())
         except (OSError, EOFError) as failure:
             kind = Unavailable if connection.got else Stale
             error = failure if connection.is_whole else kind(f"layerstore {connection.name} does not answer: {failure}")

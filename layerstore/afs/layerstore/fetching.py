@@ -218,4 +218,4 @@ class Fetcher:
 def _taker(wanted: Wanted) -> Take[bytes | None]:
     """What is done with the chunk: it is put in its place, or given back if the disk is full."""
     partial, index = wanted.partial, wanted.index
-    return lambda data: None if partial.put(index, data) else bytes(data)
+    return lambda data, digest: None if partial.put(index, data, digest) else bytes(data)

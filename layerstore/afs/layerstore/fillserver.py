@@ -18,7 +18,7 @@ from typing import Any
 
 from afs.core.digests import check_digest
 from afs.core.errors import AfsError, InvalidArgument, status_of
-from afs.layerstore.fillwire import MAX_LINE, decode, encode
+from afs.layerstore.fillwire import MAX_LINE, Lines, decode, encode
 from afs.layerstore.layers import Layers
 from afs.layerstore.partial import PartialLayer
 
@@ -79,12 +79,9 @@ class _Connection:
         self._socket.setblocking(False)
         try:
             async with asyncio.TaskGroup() as group:
-                rest = b""
+                lines = Lines()
                 while data := await self._loop.sock_recv(self._socket, MAX_LINE):
-                    *lines, rest = (rest + data).split(b"\n")
-                    if len(rest) > MAX_LINE:
-                        raise ValueError("a line is too long")
-                    for line in lines:
+                    for line in lines.of(data):
                         group.create_task(self._answer(decode(line)))
         except* (OSError, ValueError) as errors:
             log.warning("fill socket: %s", errors.exceptions[0])

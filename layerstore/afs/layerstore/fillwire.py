@@ -11,13 +11,28 @@ No gRPC here: afs_fused has to be small and to outlive its peers.
 """
 
 import asyncio
-import contextlib
 import json
 import logging
 from typing import Any
 
+from typing_extensions import override
+
 log = logging.getLogger(__name__)
 MAX_LINE = 1 << 16
+
+
+class Lines:
+    """Puts lines together of what comes."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def of(self, data: bytes) -> list[bytes]:
+        """The lines that *data* ends; ValueError if one becomes longer than ``MAX_LINE``."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > MAX_LINE:
+            raise ValueError("a line is too long")
+        return lines
 
 
 class FillError(Exception):
@@ -41,11 +56,47 @@ def decode(line: bytes) -> dict[str, Any]:
     return value
 
 
+class _Answers(asyncio.Protocol):
+    """One connection: gives answers to *waiting*, by id."""
+
+    def __init__(self, name: str, waiting: dict[int, asyncio.Future[dict[str, Any]]]) -> None:
+        self._name = name
+        self._waiting = waiting
+        self._lines = Lines()
+        self.transport: asyncio.Transport | None = None
+
+    @override
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    @override
+    def data_received(self, data: bytes) -> None:
+        try:
+            for line in self._lines.of(data):
+                answer = decode(line)
+                future = self._waiting.get(int(answer["id"]))
+                if future is not None and not future.done():
+                    future.set_result(answer)
+        except (ValueError, KeyError, TypeError) as error:
+            log.warning("layerstore at %s: %s", self._name, error)
+            if self.transport is not None:
+                self.transport.abort()
+
+    @override
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.transport = None
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(ConnectionResetError("connection lost"))
+
+
 class FillClient:
     """Asks the layerstore at *path*. While it is away, questions wait and are asked again, up to *deadline* seconds.
 
-    State: ``_waiting`` maps ids to futures. ``_writer`` is None between connections; ``_connecting`` guards its creation.
-    A lost connection fails all futures with ConnectionError, and each asker asks again on the next connection.
+    State: ``_waiting`` maps ids to futures. ``_answers`` is the connection, with a transport as long as that lives;
+    ``_connecting`` guards its creation. A lost connection fails all futures with ConnectionError, and each asker asks
+    again on the next connection.
     """
 
     def __init__(self, path: str, deadline: float) -> None:
@@ -53,9 +104,8 @@ class FillClient:
         self._deadline = deadline
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._next = 0
-        self._writer: asyncio.StreamWriter | None = None
+        self._answers = _Answers(path, self._waiting)
         self._connecting = asyncio.Lock()
-        self._reading: asyncio.Task[None] | None = None
 
     async def ask(self, **message: object) -> dict[str, Any]:
         """The answer to *message*; FillError on failure or after the deadline (ETIMEDOUT)."""
@@ -79,43 +129,30 @@ class FillClient:
                 pause = min(pause * 2, 0.5)
 
     async def _ask_once(self, message: dict[str, object]) -> dict[str, Any]:
-        async with self._connecting:
-            if self._writer is None:
-                reader, self._writer = await asyncio.open_unix_connection(self._path, limit=MAX_LINE)
-                self._reading = asyncio.create_task(self._read(reader))
-            writer = self._writer
+        transport = self._answers.transport or await self._connect()
         self._next += 1
         number = self._next
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
         try:
-            writer.write(encode({"id": number, **message}))
+            transport.write(encode({"id": number, **message}))
             return await future
         finally:
             self._waiting.pop(number, None)
 
-    async def _read(self, reader: asyncio.StreamReader) -> None:
-        try:
-            while line := await reader.readline():
-                answer = decode(line)
-                future = self._waiting.get(int(answer["id"]))
-                if future is not None and not future.done():
-                    future.set_result(answer)
-        except (OSError, ValueError, KeyError) as error:
-            log.warning("layerstore at %s: %s", self._path, error)
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-        for future in self._waiting.values():
-            if not future.done():
-                future.set_exception(ConnectionResetError("connection lost"))
+    async def _connect(self) -> asyncio.Transport:
+        async with self._connecting:
+            if self._answers.transport is None:
+                loop = asyncio.get_running_loop()
+                _, self._answers = await loop.create_unix_connection(
+                    lambda: _Answers(self._path, self._waiting), self._path
+                )
+            if self._answers.transport is None:
+                raise ConnectionResetError("connection lost")
+            return self._answers.transport
 
     async def close(self) -> None:
         """Close the connection."""
-        if self._reading is not None:
-            self._reading.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._reading
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        if self._answers.transport is not None:
+            self._answers.transport.abort()
+            await asyncio.sleep(0)  # it is closed in the next round of the event loop

@@ -236,7 +236,7 @@ class Layers:
 
     def _note_filled(self, partial: PartialLayer) -> None:
         """Chunks came. Whoever asked has the file open, or opens the complete one."""
-        self._room.note(partial.diff_id)
+        self._room.note_soon(partial.diff_id)
         if self._store.complete(partial.diff_id) is not None:
             self._in_background(functools.partial(self.completion.drop_beside, partial.diff_id))
         elif partial.here == partial.table.count:

@@ -31,6 +31,7 @@ State and locks. One :class:`PartialLayer` per diff_id, owned by the layerstore'
 import asyncio
 import contextlib
 import functools
+import hashlib
 import logging
 import mmap
 import os
@@ -395,9 +396,12 @@ class PartialLayer:
             self._users -= 1
             self._unused.set()
 
-    def put(self, index: int, data: bytes | memoryview) -> bool:
-        """Verify and write a chunk; false if the disk is full. Raises BadChunk. Blocks; for who is :meth:`using` the layer."""
-        if not self.table.verify(index, data):
+    def put(self, index: int, data: bytes | memoryview, digest: bytes | None = None) -> bool:
+        """Verify and write a chunk; false if the disk is full. Raises BadChunk. Blocks; for who is :meth:`using` the layer.
+
+        *digest*: its sha256, if that is known.
+        """
+        if (digest or hashlib.sha256(data).digest()) != self.table.digest(index):
             raise BadChunk(self.diff_id, index)
         try:
             self._write(index, data)

@@ -63,6 +63,9 @@ class PeerWatch:
         same time do not all ask the same holder first.
         """
 
+        if len(peers) == 1:
+            return list(peers)
+
         def key(peer: Peer) -> tuple[bool, int, bytes]:
             seen = self._seen.get(peer.endpoint)
             return (

@@ -85,6 +85,10 @@ class Quota:
         """All promises."""
         return tuple(self._reservations)
 
+    def __contains__(self, diff_id: str) -> bool:
+        """Whether the layer counts."""
+        return diff_id in self._layers
+
     def used_by(self, diff_id: str) -> int:
         """Bytes on disk of one layer; 0 if it is not here."""
         known = self._layers.get(diff_id)

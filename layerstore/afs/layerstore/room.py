@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 HIGH, LOW = 0.95, 0.90  # of the capacity: above the one, run() evicts down to the other
 LOOK_S = 60.0  # others may fill the disk, and leases end, without an event for us
 RELEASE_S = 5.0  # how long the snapshotter may take to unmount what it does not use
+NOTE_S = 0.05  # of a layer that grows the size is looked up at most this often
 PERSIST_S = 60.0  # last uses are put on disk at most this often for a layer
 _GUESS = 4  # how many times its compressed size a layer's tar is, for lack of anything better
 
@@ -65,6 +66,7 @@ class Room:
         self._node = node
         self._paths: dict[Reservation, Path] = {}
         self._persisted: dict[str, float] = {}
+        self._growing: dict[str, bool] = {}  # what note_soon knows; true: it has grown since
         self._making = asyncio.Lock()
         self._look = asyncio.Event()
         self._evicted = 0
@@ -81,6 +83,19 @@ class Room:
         self._quota.put(diff_id, used, last_use)
         if self._short_of(HIGH, likely=False) > 0:
             self._look.set()
+
+    def note_soon(self, diff_id: str) -> None:
+        """The same of a layer that grows and grows: now, if that was not done within ``NOTE_S``, or else after that time."""
+        if diff_id in self._growing:
+            self._growing[diff_id] = True
+            return
+        self._growing[diff_id] = False
+        asyncio.get_running_loop().call_later(NOTE_S, self._note_grown, diff_id)
+        self.note(diff_id)
+
+    def _note_grown(self, diff_id: str) -> None:
+        if self._growing.pop(diff_id) and diff_id in self._quota:
+            self.note(diff_id)
 
     def use(self, diff_id: str) -> None:
         """The layer is used now; on disk that is its files' mtime, which reading does not change."""

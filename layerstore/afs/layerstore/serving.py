@@ -37,6 +37,7 @@ class _OpenLayer:
         self._fd = layer.open_data()
         self._layer = layer
         self._verified = verified
+        self._advised = bytearray((len(verified) + 1) >> 1)
         self.until = until
 
     def __del__(self) -> None:
@@ -53,6 +54,12 @@ class _OpenLayer:
         offset, length = layer.table.chunk_range(index, layer.layout)
         if isinstance(layer, PartialLayer) and (layer.is_forged or not layer.has(index)):
             return None
+        if not self._advised[index >> 1]:
+            # Who reads the one half of 512 KiB will want the other (layers.py). Cold, on the disk of a VM, 256 KiB take
+            # 0.56 ms; with the other half behind them 0.54 ms, and that then 0.05.
+            self._advised[index >> 1] = 1
+            pair = 2 * layer.layout.chunk_size
+            os.posix_fadvise(self._fd, (index >> 1) * pair, pair, os.POSIX_FADV_WILLNEED)
         if not self._verified[index]:
             if not layer.table.verify(index, os.pread(self._fd, length, offset)):
                 return None

@@ -198,7 +198,7 @@ class Supply:
         located = await self._announcer.locate([layer.diff_id])
         for peer in located.layers.get(layer.diff_id, []):
             try:
-                data = await self._peers.read_chunk(peer, layer.diff_id, index, bytes)
+                data = await self._peers.read_chunk(peer, layer.diff_id, index, lambda data, _: bytes(data))
             except AfsError as error:
                 log.info("chunk %d of layer %s: %s", index, layer.diff_id, error.line)
                 continue

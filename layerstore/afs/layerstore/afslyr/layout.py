@@ -198,7 +198,11 @@ class ChunkTable:
 
     def verify(self, index: int, data: bytes | bytearray | memoryview) -> bool:
         """Whether *data* is chunk *index*. IndexError outside the table."""
+        return hashlib.sha256(data).digest() == self.digest(index)
+
+    def digest(self, index: int) -> bytes:
+        """The sha256 of chunk *index*. IndexError outside the table."""
         if not 0 <= index < self.count:
             raise IndexError(f"chunk {index} of {self.count}")
         at = index * DIGEST_SIZE
-        return hashlib.sha256(data).digest() == self.digests[at : at + DIGEST_SIZE]
+        return self.digests[at : at + DIGEST_SIZE]
