@@ -86,6 +86,7 @@ class _Connection:
         except* (OSError, ValueError) as errors:
             log.warning("fill socket: %s", errors.exceptions[0])
         finally:
+            self._layers.ahead.left(self._tell)
             with self._lock:
                 self._closed = True
                 self._loop.remove_writer(self._socket)
@@ -105,12 +106,17 @@ class _Connection:
             log.exception("fill")
             answer.give({"error": f"{type(error).__name__}: {error}", "errno": errno.EIO})
 
+    def _tell(self, diff_id: str, indices: list[int]) -> None:
+        self.send(encode({"op": "ahead", "diff_id": diff_id, "chunks": indices}))
+
     async def _do(self, message: dict[str, Any], answer: "_Answer") -> dict[str, Any]:
         diff_id = check_digest(str(message.get("diff_id")))
         match message.get("op"):
             case "open":
                 layer = self._layers.look_up(diff_id)  # mounted, or about to be: that is its lease
                 partial = isinstance(layer, PartialLayer)
+                if partial and message.get("tell"):
+                    self._loop.call_soon(self._layers.ahead.opened, diff_id, self._tell)
                 return {
                     "size": layer.layout.file_size,
                     "chunk_size": layer.layout.chunk_size,

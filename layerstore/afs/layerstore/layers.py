@@ -28,6 +28,7 @@ from afs.layerstore.chunkwire import Question
 from afs.layerstore.completion import Completing, Completion
 from afs.layerstore.describing import Describing
 from afs.layerstore.errors import DamagedLayer, LayerUnavailable
+from afs.layerstore.fillahead import FilledAhead
 from afs.layerstore.layerstats import LayerStats
 from afs.layerstore.partial import PartialLayer
 from afs.layerstore.partials import Partials
@@ -35,14 +36,14 @@ from afs.layerstore.peers import Peers
 from afs.layerstore.pull import OriginKey, Puller
 from afs.layerstore.repair import Repairs
 from afs.layerstore.room import Room
-from afs.layerstore.scheduling import Priority
+from afs.layerstore.scheduling import LIMITS, Priority
 from afs.layerstore.serving import Serving
 from afs.layerstore.store import CompleteLayer, LayerStore
 from afs.layerstore.supply import Origin, Providers, Supply
 
 log = logging.getLogger(__name__)
 OpenLayer = CompleteLayer | PartialLayer
-_PREFETCHES = 16  # chunks that one list to prefetch waits for at once
+_READ_AHEADS = LIMITS[Priority.PREFETCH]  # chunks that are waited for at once
 _TRIES = 2  # to open a layer: the second after the first one found it damaged, and it was repaired or dropped
 
 
@@ -73,6 +74,7 @@ class Layers:
         )
         self._serving = Serving(self.repairs, self._refill, self._in_background)
         self._background: set[asyncio.Task[None]] = set()
+        self.ahead = FilledAhead()
         # Told once of every chunk that a reader wanted and that was not here.
         self.on_demand: Callable[[str, int], None] = lambda diff_id, index: None
         room.detach = self._detach
@@ -148,6 +150,7 @@ class Layers:
         self._announcer.drop(diff_id)
         self._supply.forget(diff_id)
         self._serving.forget(diff_id)
+        self.ahead.forget(diff_id)
         self._partials.detach(diff_id)
         return self._store.detach(diff_id)
 
@@ -261,16 +264,21 @@ class Layers:
             if self._partials.is_open(partial):  # it is not pinned any more
                 self._note_filled(partial)
 
-    async def prefetch(self, diff_id: str, indices: Iterable[int]) -> None:
-        """Fetch what is missing of these chunks, in this order, as far as no reader is delayed. Errors are logged."""
+    async def prefetch(self, diff_id: str, indices: Iterable[int], at_once: int = _READ_AHEADS) -> None:
+        """Fetch what is missing of these chunks, in this order, as far as no reader is delayed. Errors are logged.
+
+        ``afs_fused`` is told of them. *at_once* are waited for; those that find no free slot cost twice the CPU.
+        """
         partial = self._partials.get(diff_id)
         if partial is not None:
             try:
-                await self._prefetch(partial, indices)
+                await self._prefetch(partial, indices, at_once, tell=True)
             except (AfsError, OSError) as error:
                 log.warning("prefetch: %s", error)
 
-    async def _prefetch(self, partial: PartialLayer, indices: Iterable[int]) -> None:
+    async def _prefetch(
+        self, partial: PartialLayer, indices: Iterable[int], at_once: int = _READ_AHEADS, *, tell: bool = False
+    ) -> None:
         """Some at a time: the layer is pinned only by what is on its way, and may be evicted in between."""
         left = iter(indices)
 
@@ -280,8 +288,10 @@ class Layers:
                     return
                 if 0 <= index < partial.table.count and not partial.has(index):
                     await self._fill_ahead(partial, index)
+                    if tell and self._partials.is_open(partial):
+                        self.ahead.came(partial.diff_id, index)
 
-        await together(work, _PREFETCHES)
+        await together(work, at_once)
 
     async def _refill(self, partial: PartialLayer, index: int) -> None:
         """A chunk that was here comes again."""

@@ -18,6 +18,7 @@ from afs.layerstore.afslyr.layout import CHUNK_SIZE
 from afs.layerstore.layers import Layers
 from afs.layerstore.partial import PartialLayer
 from afs.layerstore.room import Room
+from afs.layerstore.scheduling import LIMITS, Priority
 from afs.layerstore.traces import Trace, TraceCounts
 
 log = logging.getLogger(__name__)
@@ -107,6 +108,6 @@ class Prefetch:
                     log.info("image %s: no room to prefetch the other %s of its start trace", self._image, size)
                 self._full = True
                 return
-            await self._layers.prefetch(layer.diff_id, indices)
+            await self._layers.prefetch(layer.diff_id, indices, LIMITS[Priority.PREFETCH] // _BATCHES)
             if self._layers.find(layer.diff_id) is layer:
                 self._counts.prefetched_chunks += sum(layer.has(index) for index in indices)

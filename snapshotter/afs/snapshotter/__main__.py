@@ -47,7 +47,7 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
     from afs.core.rpc import serving
     from afs.proto.v1.mounts_pb2_grpc import add_MountsServicer_to_server
     from afs.snapshotter.attached import AttachedRoots
-    from afs.snapshotter.backends import parse_backend
+    from afs.snapshotter.backends import Backend, parse_backend
     from afs.snapshotter.fusedworkers import FusedWorkers
     from afs.snapshotter.layermounts import LayerMounts
     from afs.snapshotter.leases import report_mounts
@@ -64,10 +64,16 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         # The directory of mounts as well: whoever starts clears it of what a crash left.
         stack.enter_context(locked(config.root / "lock", "afs_snapshotter"))
         stack.enter_context(locked(run_dir / "snapshotter.lock", "afs_snapshotter"))
-        workers = FusedWorkers(
-            run_dir / "fuse", run_dir / "faults", run_dir / "fill.sock", config.read_deadline, config.fuse_workers
-        )
         backends = await asyncio.to_thread(find_backends, config.layerstore_root, run_dir, forced)
+        lazy = backends.choices(lazy=True)
+        workers = FusedWorkers(
+            run_dir / "fuse",
+            run_dir / "faults",
+            run_dir / "fill.sock",
+            config.read_deadline,
+            config.fuse_workers,
+            store_pages=bool(lazy) and lazy[0].backend is Backend.FILE,
+        )
         mounts = LayerMounts(run_dir / "l", workers, backends, config.keep_layers)
         roots = Roots(config.root / "roots", run_dir / "base", mounts, f"unix:{run_dir}/layerstore.sock")
         attached = AttachedRoots(config.root / "attached", roots, mounts, keep=config.keep_mounts)
