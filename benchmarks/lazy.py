@@ -11,17 +11,17 @@ for, its own read-ahead included. The metadata region counts neither there nor i
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import mmap
 import os
 import shutil
 import subprocess
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import grpc
 from tests.testbed.cluster import cluster
+from tests.testbed.pagecache import resident
 from tests.testbed.registry import Registry
 
 from afs.core.mounts import list_mounts
@@ -178,23 +178,6 @@ def _moved(node: NodeProcesses) -> tuple[int, int]:
         data = layout.meta_offset // layout.chunk_size
         fetched += sum((partial / "chunks").read_bytes()[:data]) * layout.chunk_size
         touched += (
-            sum(_resident(_shown(node, partial.name))[: data * layout.chunk_size // mmap.PAGESIZE]) * mmap.PAGESIZE
+            sum(resident(_shown(node, partial.name))[: data * layout.chunk_size // mmap.PAGESIZE]) * mmap.PAGESIZE
         )
     return fetched, touched
-
-
-def _resident(path: Path) -> list[int]:
-    """1 for every page of a file that is in the page cache."""
-    libc: Any = ctypes.CDLL(None, use_errno=True)
-    size = path.stat().st_size
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
-    with path.open("rb") as file:
-        address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
-    pages = ctypes.create_string_buffer(-(-size // mmap.PAGESIZE))
-    if libc.mincore(address, size, pages):
-        raise OSError(ctypes.get_errno(), "mincore")
-    libc.munmap(address, size)
-    return [page & 1 for page in pages.raw]

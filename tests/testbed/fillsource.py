@@ -57,6 +57,7 @@ class FillSource:
         self.socket = directory / "fill.sock"
         self.layers: dict[str, SourceLayer] = {}
         self.opened: list[str] = []
+        self._writers: list[asyncio.StreamWriter] = []
 
     def add(self, tar: bytes, *, partial: bool = False) -> SourceLayer:
         """A layer made of a tar."""
@@ -81,7 +82,7 @@ class FillSource:
     async def serving(self) -> AsyncIterator[None]:
         """Answer while the block runs."""
         tasks: set[asyncio.Task[None]] = set()
-        writers: list[asyncio.StreamWriter] = []
+        writers = self._writers = []
 
         async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             writers.append(writer)
@@ -102,6 +103,11 @@ class FillSource:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    def tell(self, diff_id: str, chunks: list[int]) -> None:
+        """Say that these came ahead of readers."""
+        for writer in self._writers:
+            writer.write(encode({"op": "ahead", "diff_id": diff_id, "chunks": chunks}))
 
     async def _answer(self, question: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         layer = self.layers.get(question["diff_id"])

@@ -21,6 +21,7 @@ from afs.layerstore.images import Images
 from afs.layerstore.layers import Layers
 from afs.layerstore.leases import LEASE_S, Leases
 from afs.layerstore.manifests import Layer
+from afs.layerstore.origins import Origin
 from afs.layerstore.partial import PartialLayer
 from afs.layerstore.peers import Peers
 from afs.layerstore.pull import Puller
@@ -29,7 +30,6 @@ from afs.layerstore.registryoptions import RegistryOptions
 from afs.layerstore.room import Room
 from afs.layerstore.server import NodeService, PeerService
 from afs.layerstore.store import CompleteLayer, LayerStore
-from afs.layerstore.supply import Origin
 from afs.layerstore.tracefiles import TraceFiles
 from afs.layerstore.tracing import RECORD_S, Tracing
 from afs.proto.v1.discovery_pb2_grpc import add_DiscoveryServicer_to_server

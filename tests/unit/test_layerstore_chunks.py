@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import os
 import socket
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,8 +22,8 @@ from afs.core.errors import (
     NotFound,
     Unavailable,
 )
-from afs.layerstore.chunkclient import ChunkClient
-from afs.layerstore.chunkserver import serving_chunks
+from afs.layerstore.chunkclient import ChunkClient, wait_for
+from afs.layerstore.chunkserver import Range, serving_chunks
 from afs.layerstore.chunkwire import (
     ANSWER_SIZE,
     QUESTION_SIZE,
@@ -37,7 +38,8 @@ from afs.layerstore.chunkwire import (
 from afs.layerstore.errors import DamagedLayer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Iterator
+    from pathlib import Path
 
 DIFF_ID = "sha256:" + "5a" * 32
 SIZE = 1 << 18
@@ -306,6 +308,119 @@ async def test_giving_up_while_it_connects(client: ChunkClient) -> None:
         asking.cancel()
         await asyncio.wait([asking])
         assert asking.cancelled()
+    assert not client._idle
+
+
+# What is at hand
+
+
+class Shelf:
+    """Chunks in a file, which threads find."""
+
+    def __init__(self, path: Path) -> None:
+        path.write_bytes(b"".join(CHUNKS))
+        self.file = path.open("rb")
+        self.found: list[tuple[int, str]] = []
+        self.longer = 0
+
+    def find(self, question: Question) -> Range | None:
+        """All but chunk 0."""
+        self.found.append((question.index, threading.current_thread().name))
+        if question.index == 0:
+            return None
+        if question.index == 31:
+            raise ValueError("a fault")
+        offset = sum(map(len, CHUNKS[: question.index]))
+        return Range(self.file, offset, len(CHUNKS[question.index]) + self.longer)
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Iterator[Shelf]:
+    """See Shelf."""
+    made = Shelf(tmp_path / "shelf")
+    yield made
+    made.file.close()
+
+
+async def test_what_is_at_hand_does_not_go_through_the_event_loop(
+    client: ChunkClient, source: Source, shelf: Shelf
+) -> None:
+    async with serving_chunks("127.0.0.1", 0, source.read, shelf.find) as port:
+        for number in (1, 0, 7):
+            assert await ask(client, ("127.0.0.1", port), Question(DIFF_ID, number)) == CHUNKS[number]
+    assert source.asked == [FIRST]
+    assert [number for number, _ in shelf.found] == [1, 0, 7]
+    assert all(name.startswith("chunks-") for _, name in shelf.found)
+
+
+async def test_a_slow_receiver_gets_it_in_pieces_and_holds_up_nobody(
+    client: ChunkClient, source: Source, shelf: Shelf
+) -> None:
+    async with serving_chunks("127.0.0.1", 0, source.read, shelf.find) as port:
+        with contextlib.ExitStack() as stack:
+            slow = []
+            for number in range(1, 17):  # more than there are threads
+                sock = stack.enter_context(socket.socket())
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                sock.connect(("127.0.0.1", port))
+                sock.sendall(pack_question(Question(DIFF_ID, number)))
+                slow.append((number, sock))
+            assert await ask(client, ("127.0.0.1", port), Question(DIFF_ID, 20)) == CHUNKS[20]
+            for number, sock in slow:
+                wanted = pack_chunk(len(CHUNKS[number])) + CHUNKS[number]
+                got = await asyncio.to_thread(sock.recv, len(wanted), socket.MSG_WAITALL)
+                assert got == wanted
+
+
+@pytest.mark.parametrize(("number", "longer"), [(31, 0), (30, 1 << 20)], ids=["a mistake of ours", "a shorter file"])
+async def test_a_fault_at_one_connection_ends_that(
+    client: ChunkClient, source: Source, shelf: Shelf, number: int, longer: int
+) -> None:
+    client = ChunkClient(1 << 21)
+    async with serving_chunks("127.0.0.1", 0, source.read, shelf.find) as port:
+        shelf.longer = longer
+        with pytest.raises(Unavailable):
+            await ask(client, ("127.0.0.1", port), Question(DIFF_ID, number))
+        shelf.longer = 0
+        assert await ask(client, ("127.0.0.1", port), Question(DIFF_ID, 2)) == CHUNKS[2]
+    client.close()
+
+
+async def test_who_takes_no_bytes_is_let_go(
+    source: Source, shelf: Shelf, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr("afs.layerstore.chunkserver.SEND_S", 0.05)
+    shelf.longer = 64 << 20
+    os.truncate(shelf.file.name, 2 * shelf.longer)
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        async with serving_chunks("127.0.0.1", 0, source.read, shelf.find) as port:
+            sock.connect(("127.0.0.1", port))
+            sock.sendall(pack_question(Question(DIFF_ID, 1)))
+            await until(lambda: "chunks for 127.0.0.1: [Errno 32] Broken pipe" in caplog.text)
+            got = 0
+            while data := await asyncio.to_thread(sock.recv, 1 << 20):
+                got += len(data)
+    assert got < shelf.longer, "only what was in the socket"
+
+
+async def test_a_question_is_begun_only_on_a_connection_that_is_there(
+    client: ChunkClient, address: tuple[str, int], source: Source
+) -> None:
+    assert client.begin(address, FIRST, 30.0, checked) is None
+    await ask(client, address)
+    exchange = client.begin(address, Question(DIFF_ID, 3), 30.0, checked)
+    assert exchange is not None
+    assert client.begin(address, FIRST, 30.0, checked) is None, "it is used"
+    assert await wait_for(exchange) == CHUNKS[3]
+    source.gate.clear()
+    exchange = client.begin(address, Question(DIFF_ID, 4), 30.0, checked)
+    assert exchange is not None
+    await until(lambda: source.reading == 1)
+    exchange.cancel()
+    await asyncio.wait([exchange.done])
+    assert exchange.done.cancelled()
     assert not client._idle
 
 

@@ -20,11 +20,11 @@ from afs.layerstore.afslyr.layout import ChunkTable
 from afs.layerstore.errors import LayerUnavailable
 from afs.layerstore.fillserver import serving_fills
 from afs.layerstore.fillwire import FillClient, FillError, decode, encode
+from afs.layerstore.origins import Origin
 from afs.layerstore.partial import PartialLayer
 from afs.layerstore.scheduling import Priority, Ticket
 from afs.layerstore.scrub import Scrubber
 from afs.layerstore.store import CompleteLayer, LayerStore
-from afs.layerstore.supply import Origin
 from tests.testbed import mounts
 from tests.testbed.faults import Fault
 from tests.testbed.forged import Forged

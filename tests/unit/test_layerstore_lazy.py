@@ -16,7 +16,7 @@ import pytest
 from afs.core.digests import hex_of
 from afs.core.errors import AfsError, NotFound
 from afs.core.rpc import channel
-from afs.layerstore import describing, peerwatch, readahead, supply
+from afs.layerstore import describing, origins, peerwatch, readahead, supply
 from afs.layerstore.afslyr.convert import convert
 from afs.layerstore.afslyr.layout import CHUNK_SIZE
 from afs.layerstore.chunkserver import serving_chunks
@@ -361,7 +361,7 @@ async def test_waiting_in_the_queue_counts_for_a_reader_and_for_nobody_else(worl
     with pytest.raises(LayerUnavailable, match="other chunks come first"):
         await two.layers.fill(world.diff_id, 2, 1)  # a reader wants it, too
     assert partial.missing() == [1, 2, 3, 4]
-    assert list(partial._filling) == [1, 3], "chunk 3 has as little time, and waits"
+    assert list(partial.fillings) == [1, 3], "chunk 3 has as little time, and waits"
     one.service.gate.set()
     await first
     await asyncio.wait(behind)
@@ -394,11 +394,11 @@ async def test_places_of_layers_that_never_came_are_forgotten(world: World) -> N
     for bring in (node.layers.open(world.origin, local=True), node.layers.ensure(world.origin)):
         with pytest.raises(NotFound):
             await bring
-    assert node.layers._supply._origins == {}
+    assert node.layers._supply._origins._known == {}
     for number in range(100):  # any image can claim a layer
         layer = dataclasses.replace(world.origin.layer, blob_digest=f"sha256:{number:064}")
         node.layers._supply.know(dataclasses.replace(world.origin, layer=layer))
-    assert len(node.layers._supply._origins[world.diff_id]) == supply._MOST_ORIGINS
+    assert len(node.layers._supply._origins.of(world.diff_id)) == origins._MOST
 
 
 # Demands, and what comes before them
@@ -462,7 +462,7 @@ async def test_a_prefetch_that_is_given_up_leaves_nothing_in_the_queue(world: Wo
     await asyncio.sleep(0)
     prefetching.cancel()
     await asyncio.wait([prefetching])
-    assert list(partial._filling) == [1, 2], "one runs, one somebody else waits for"
+    assert list(partial.fillings) == [1, 2], "one runs, one somebody else waits for"
     filling = asyncio.create_task(two.layers.fill(world.diff_id, 3, 1))
     await eventually(lambda: one.service.chunks == [1, 3])
     one.service.gate.set()

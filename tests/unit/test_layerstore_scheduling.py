@@ -69,6 +69,30 @@ async def work() -> AsyncIterator[Work]:
     await asyncio.gather(*made.tasks.values(), return_exceptions=True)
 
 
+async def test_a_slot_at_once_overtakes_nobody(work: Work) -> None:
+    first, second, third = (Ticket(PREFETCH) for _ in range(3))
+    demand = Ticket(DEMAND)
+    assert work.slots.take(first, "")
+    assert work.slots.take(second, "")
+    assert not work.slots.take(third, ""), "that is all there is for them"
+    await work.start("p1", PREFETCH)
+    assert work.slots.take(demand, "")
+    work.slots.give_back(demand)
+    work.slots.give_back(first)
+    await settle()
+    assert work.running == ["p1"]
+    work.slots.give_back(second)
+    await work.start("p2", PREFETCH)
+    await work.start("p3", PREFETCH)
+    await work.end("p1")
+    assert work.running == ["p2", "p3"]
+    await work.start("p4", PREFETCH)
+    await work.end("p2")
+    assert not work.slots.take(third, ""), "p4 waited before"
+    work.slots.promote(work.tickets["p4"], DEMAND)
+    assert work.slots.take(demand, "")
+
+
 async def test_a_slot_is_left_to_readers_whatever_is_prefetched(work: Work) -> None:
     for name in ("p1", "p2", "p3"):
         await work.start(name, PREFETCH)

@@ -89,10 +89,10 @@ def watch_prefetch(node: Node) -> list[int]:
     asked: list[int] = []
     prefetch = node.layers.prefetch
 
-    async def watched(diff_id: str, indices: Iterable[int]) -> None:
+    async def watched(diff_id: str, indices: Iterable[int], at_once: int = 1) -> None:
         indices = list(indices)
         asked.extend(indices)
-        await prefetch(diff_id, indices)
+        await prefetch(diff_id, indices, at_once)
 
     node.layers.prefetch = watched  # type: ignore[method-assign]
     return asked
@@ -261,9 +261,9 @@ async def test_prefetching_begins_before_the_metadata_is_here(world: World, monk
         await ready.wait()
         await fill(layer, *arguments)
 
-    async def told(diff_id: str, indices: Iterable[int]) -> None:
+    async def told(diff_id: str, indices: Iterable[int], at_once: int = 1) -> None:
         begun.set()
-        await prefetch(diff_id, indices)
+        await prefetch(diff_id, indices, at_once)
 
     monkeypatch.setattr(PartialLayer, "fill", metadata_comes_later)
     three.layers.prefetch = told  # type: ignore[method-assign]
@@ -402,7 +402,7 @@ async def test_prefetching_ends_with_the_last_user(world: World) -> None:
     await run_image(world, two, 3, 1)
     begun, cancelled = asyncio.Event(), asyncio.Event()
 
-    async def endless(diff_id: str, indices: Iterable[int]) -> None:
+    async def endless(diff_id: str, indices: Iterable[int], at_once: int = 1) -> None:
         begun.set()
         try:
             await asyncio.Event().wait()

@@ -111,7 +111,7 @@ class Fetcher:
     async def fetch(
         self, wanted: Wanted, peers: Sequence[Peer], complete: Collection[str], begun: Begun | None = None
     ) -> bytes | None:
-        """The chunk from one of *peers*, see :data:`~afs.layerstore.partial.Fetch`. Raises LayerUnavailable.
+        """The chunk from one of *peers*, see :data:`~afs.layerstore.filling.Fetch`. Raises LayerUnavailable.
 
         *begun* failed, or takes longer than :meth:`hedge_delay`.
         """

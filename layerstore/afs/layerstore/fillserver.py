@@ -1,7 +1,7 @@
 """The layerstore's end of the fill socket; see :mod:`afs.layerstore.fillwire`.
 
 State: a connection and its questions, each a task, belong to the event loop. Answers are sent by whoever has them, which for
-chunks that come from other nodes is the thread that wrote the last one (:meth:`PartialLayer.telling`): a reader goes on
+chunks that come from other nodes is the thread that wrote the last one (:class:`~afs.layerstore.filling.Arrivals`): a reader goes on
 meanwhile. ``_lock`` guards the sending side; it is held while a socket takes bytes without waiting, and for nothing else.
 """
 

@@ -30,6 +30,7 @@ from afs.layerstore.describing import Describing
 from afs.layerstore.errors import DamagedLayer, LayerUnavailable
 from afs.layerstore.fillahead import FilledAhead
 from afs.layerstore.layerstats import LayerStats
+from afs.layerstore.origins import Origin
 from afs.layerstore.partial import PartialLayer
 from afs.layerstore.partials import Partials
 from afs.layerstore.peers import Peers
@@ -39,7 +40,7 @@ from afs.layerstore.room import Room
 from afs.layerstore.scheduling import LIMITS, Priority
 from afs.layerstore.serving import Serving
 from afs.layerstore.store import CompleteLayer, LayerStore
-from afs.layerstore.supply import Origin, Providers, Supply
+from afs.layerstore.supply import Providers, Supply
 
 log = logging.getLogger(__name__)
 OpenLayer = CompleteLayer | PartialLayer
@@ -233,7 +234,7 @@ class Layers:
             wanted = [i for i in range(max(first, 0), min(first + count, partial.table.count)) if not partial.has(i)]
             for index in wanted:
                 self._note_demand(partial, index, beside=beside)
-            with partial.telling(wanted, here):
+            with partial.arrivals.telling(wanted, here):
                 await partial.fill(wanted, self._supply.fetch, start=self._supply.start)
             self._note_filled(partial)
 

@@ -5,13 +5,8 @@ State and locks. One :class:`PartialLayer` per diff_id, owned by the layerstore'
 - ``chunks`` is a shared memory map, one byte per chunk. It is set after the chunk's bytes were verified and written:
   whoever sees 1 may read the file. ``afs_fused`` maps the same file read-only. It is cleared only when the bytes turned
   out to be damaged on disk, so that readers wait for good ones; the bytes that come then are those that were there.
-- ``_filling`` maps a chunk to the fetch that is under way. A second demand for the chunk awaits the same one, so a chunk
-  is fetched once; a more urgent one makes its ticket more urgent (:mod:`afs.layerstore.scheduling`). It leaves the map when
-  it ends; failures are not remembered. One that no reader wanted, and that those who did have given up
-  while it was in the queue for a slot, is cancelled and leaves at once: whoever comes next starts another one.
-- ``_told`` has, by chunk, what is called when it comes, by the thread that wrote it: a reader on this node goes on while the
-  event loop does its accounts. ``_telling`` guards it and is held for dictionary operations only. A chunk is marked
-  before that thread takes the lock, and looked for with the lock held, so nobody is forgotten.
+- ``fillings`` are the fetches that are under way, a chunk once; ``arrivals`` tells who waits for them
+  (:mod:`afs.layerstore.filling`).
 - ``verified`` has a byte for every chunk whose bytes were compared with the table since this object was made: what was
   written, and what was read for a peer. It is not compared again for the next peer, which does so itself anyway.
 - Writes of different chunks touch different ranges, so they need no lock.
@@ -21,53 +16,35 @@ State and locks. One :class:`PartialLayer` per diff_id, owned by the layerstore'
   disk would cost every first run of an image more than that.
 - ``on_full`` is called when the disk took no more of a chunk: it makes room and returns, or raises to give the chunk up.
   The map needs no room later: its blocks are allocated when it is made, all zeros.
-- ``pin`` is held by every such fetch, for it goes on when those who waited for it are gone: the layer is not evicted, and
-  its descriptor not closed below a write.
+- ``pin`` is held by every fetch.
 - ``_users`` counts who else works on the files (:meth:`PartialLayer.using`). :meth:`PartialLayer.idle` waits for them and for
-  the tasks, and whoever closes the layer does so on return, without an await in between: its descriptor may be another
+  the fetches, and whoever closes the layer does so on return, without an await in between: its descriptor may be another
   file's right after.
 """
 
 import asyncio
 import contextlib
-import functools
 import hashlib
 import logging
 import mmap
 import os
-import threading
-import time
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self, TypeVar
+from typing import Self, TypeVar
 
 from afs.core.files import remove_tree
 from afs.layerstore.afslyr.layout import HEADER_SIZE, ChunkTable, Layout, metadata_chunks
 from afs.layerstore.afslyr.reader import layout_from_bytes, read_layer
 from afs.layerstore.errors import BadChunk, DiskFull
+from afs.layerstore.filling import Arrivals, Fetch, Fillings, Start
 from afs.layerstore.readahead import ReadAhead
-from afs.layerstore.scheduling import Priority, Slots, Ticket
+from afs.layerstore.scheduling import Priority, Slots
 from afs.layerstore.store import NO_SPACE, write_all
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# Fetches one chunk: (layer, index, its ticket) -> its bytes, verified, or None if it :meth:`~PartialLayer.put` them.
-Fetch = Callable[["PartialLayer", int, Ticket], Awaitable[bytes | memoryview | None]]
-
-
-class Started(Protocol):
-    """A chunk on its way without a task. ``done`` gets what a Fetch returns, when nobody works on the chunk any more."""
-
-    done: "asyncio.Future[bytes | memoryview | None]"
-
-    def cancel(self) -> None:
-        """Give it up; ``done`` is cancelled then."""
-
-
-# Starts what a Fetch does if it can be started at once, which most can; else None, and the Fetch is called.
-Start = Callable[["PartialLayer", int, Ticket], Started | None]
 # Called with the bytes wanted and the monotonic time since when: see the module.
 OnFull = Callable[["PartialLayer", int, float], Awaitable[None]]
 
@@ -91,37 +68,6 @@ class Description:
     footer: bytes
 
 
-class _Filling:
-    """A chunk that comes; ``waiting`` counts who waits for ``done``, and ``cancel`` ends it. The layer is pinned meanwhile."""
-
-    __slots__ = ("cancel", "done", "index", "pinned", "ticket", "waiting")
-
-    def __init__(self, index: int, ticket: Ticket, pinned: contextlib.ExitStack) -> None:
-        self.index = index
-        self.ticket = ticket
-        self.pinned = pinned
-        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.cancel: Callable[[], object] = lambda: None
-        self.waiting = 0
-
-
-class _Countdown:
-    """Calls *call* when *left* chunks have arrived, from any threads."""
-
-    def __init__(self, left: int, call: Callable[[], None]) -> None:
-        self._left = left
-        self._call = call
-        self._lock = threading.Lock()
-
-    def arrived(self) -> None:
-        """One more is here."""
-        with self._lock:
-            self._left -= 1
-            last = self._left == 0
-        if last:
-            self._call()
-
-
 class PartialLayer:
     """Made by :meth:`create` or :meth:`open`; both block and run in a thread."""
 
@@ -140,10 +86,9 @@ class PartialLayer:
                 raise
         finally:
             os.close(fd)
-        self._filling: dict[int, _Filling] = {}
+        self.fillings = Fillings(self, self._store)
+        self.arrivals = Arrivals(self.has)
         self.verified = bytearray(table.count)
-        self._told: dict[int, list[_Countdown]] = {}
-        self._telling = threading.Lock()
         self._users = 0
         self._unused = asyncio.Event()
         self.slots = Slots()  # the layerstore puts those of the node in place
@@ -229,9 +174,7 @@ class PartialLayer:
 
     def is_news(self, index: int) -> bool:
         """Whether nobody read chunk *index* or waits to: it is not here, and not demanded."""
-        return not self.has(index) and (
-            index not in self._filling or self._filling[index].ticket.priority is not Priority.DEMAND
-        )
+        return not self.has(index) and not self.fillings.is_demanded(index)
 
     def unmark(self, index: int) -> None:
         """Chunk *index* is damaged on disk: whoever reads it from now on waits until it is filled again."""
@@ -295,96 +238,11 @@ class PartialLayer:
         self, indices: Iterable[int], fetch: Fetch, priority: Priority = Priority.DEMAND, start: Start | None = None
     ) -> None:
         """Have all of *indices* on return; raises what *fetch* raised for the first that failed."""
-        wanted = [index for index in indices if not self.has(index)]
-        fillings = [self._filling_of(index, fetch, priority, start) for index in wanted]
-        for filling in fillings:
-            filling.waiting += 1
-        try:
-            # Shielded: a reader that gives up must not take the chunk away from the others.
-            if len(fillings) == 1:
-                await asyncio.shield(fillings[0].done)
-            else:
-                await asyncio.gather(*(asyncio.shield(filling.done) for filling in fillings))
-        finally:
-            for filling in fillings:
-                filling.waiting -= 1
-                self._drop_unwanted(filling)
-
-    def _filling_of(self, index: int, fetch: Fetch, priority: Priority, start: Start | None) -> _Filling:
-        if (known := self._filling.get(index)) is not None:
-            self.slots.promote(known.ticket, priority)
-            return known
-        pinned = contextlib.ExitStack()
-        pinned.enter_context(self.pin())
-        filling = self._filling[index] = _Filling(index, Ticket(priority), pinned)
-        started = start(self, index, filling.ticket) if start is not None else None
-        if started is None:
-            self._go_on(filling, self._fill_one(index, fetch, filling.ticket))
-        else:
-            filling.cancel = started.cancel
-            started.done.add_done_callback(functools.partial(self._came, filling))
-        return filling
-
-    def _go_on(self, filling: _Filling, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work, name=f"fill {self.diff_id[:19]} {filling.index}")
-        filling.cancel = task.cancel
-        task.add_done_callback(functools.partial(self._filled, filling))
-
-    def _drop_unwanted(self, filling: _Filling) -> None:
-        """Nobody may want what nobody waits for; a chunk that a reader wanted it will ask for again."""
-        ticket = filling.ticket
-        if not filling.waiting and ticket.priority is not Priority.DEMAND and self.slots.is_waiting(ticket):
-            filling.cancel()
-            del self._filling[filling.index]
-
-    def _came(self, filling: _Filling, came: "asyncio.Future[bytes | memoryview | None]") -> None:
-        if came.cancelled() or came.exception() is not None or (data := came.result()) is None:
-            self._filled(filling, came)
-        else:
-            self._go_on(filling, self._store(filling.index, data, time.monotonic()))
-
-    def _filled(
-        self, filling: _Filling, ended: "asyncio.Future[None] | asyncio.Future[bytes | memoryview | None]"
-    ) -> None:
-        filling.pinned.close()
-        if self._filling.get(filling.index) is filling:
-            del self._filling[filling.index]
-        if ended.cancelled():
-            filling.done.cancel()
-        elif (error := ended.exception()) is not None:
-            filling.done.set_exception(error)
-            filling.done.exception()  # retrieved: its readers may all have gone
-        else:
-            filling.done.set_result(None)
-
-    async def _fill_one(self, index: int, fetch: Fetch, ticket: Ticket) -> None:
-        if (data := await fetch(self, index, ticket)) is not None:
-            await self._store(index, data, time.monotonic())
+        await self.fillings.fill([index for index in indices if not self.has(index)], fetch, priority, start)
 
     async def _store(self, index: int, data: bytes | memoryview, since: float) -> None:
         while not await self._written(index, data):
             await self.on_full(self, len(data), since)
-
-    @contextlib.contextmanager
-    def telling(self, indices: Collection[int], call: Callable[[], None]) -> Iterator[None]:
-        """Call once when all of *indices*, one at least, are here: now, or in the thread that writes the last, in the block."""
-        countdown = _Countdown(len(indices), call)
-        with self._telling:
-            here = [index for index in indices if self.has(index)]
-            for index in indices:
-                if not self.has(index):
-                    self._told.setdefault(index, []).append(countdown)
-        for _ in here:
-            countdown.arrived()
-        try:
-            yield
-        finally:
-            with self._telling:
-                for index in indices:
-                    if countdown in (left := self._told.get(index, [])):
-                        left.remove(countdown)
-                        if not left:
-                            del self._told[index]
 
     @contextlib.contextmanager
     def using(self) -> Iterator[None]:
@@ -430,22 +288,17 @@ class PartialLayer:
         write_all(self._data, data, offset)
         self.verified[index] = 1
         self._chunks[index] = 1
-        with self._telling:
-            told = self._told.pop(index, [])
-        for countdown in told:
-            countdown.arrived()
+        self.arrivals.arrived(index)
 
     async def stop(self) -> None:
         """End what is being fetched; before closing at shutdown."""
-        for filling in self._filling.values():
-            filling.cancel()
+        self.fillings.cancel()
         await self.idle()
 
     async def idle(self) -> None:
         """Wait until nothing is being fetched and nobody uses the layer; before closing."""
-        while self._filling or self._users:
-            if self._filling:
-                await asyncio.wait([filling.done for filling in self._filling.values()])
+        while self.fillings or self._users:
+            await self.fillings.ended()
             if self._users:
                 self._unused.clear()
                 await self._unused.wait()

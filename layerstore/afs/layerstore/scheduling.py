@@ -126,3 +126,24 @@ class Slots:
 
     def _has_room(self, priority: int) -> bool:
         return all(sum(self._running[p:]) < self._limits[p] for p in range(priority + 1))
+
+
+@contextlib.asynccontextmanager
+async def slot_in_queue(slots: Slots, ticket: Ticket, peer: str, limit: asyncio.Timeout) -> AsyncIterator[None]:
+    """A slot to ask *peer* first; the queue takes no time of *limit* while no reader waits for the chunk."""
+    now = asyncio.get_running_loop().time
+    left = (limit.when() or now()) - now()
+
+    def go_on() -> None:
+        if limit.when() is None:
+            limit.reschedule(now() + left)
+
+    if ticket.priority is not Priority.DEMAND:
+        limit.reschedule(None)
+        ticket.on_demand = go_on
+    try:
+        async with slots.held(ticket, peer):
+            go_on()
+            yield
+    finally:
+        ticket.on_demand = lambda: None

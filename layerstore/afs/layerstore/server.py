@@ -18,11 +18,11 @@ from afs.layerstore.errors import DamagedLayer
 from afs.layerstore.images import Images
 from afs.layerstore.layers import Layers
 from afs.layerstore.manifests import Image, Layer
+from afs.layerstore.origins import Origin
 from afs.layerstore.partial import PartialLayer
 from afs.layerstore.peers import layer_message
 from afs.layerstore.room import CachedLayer, Room
 from afs.layerstore.store import CompleteLayer
-from afs.layerstore.supply import Origin
 from afs.layerstore.tracing import Tracing
 from afs.proto.v1 import layerstore_pb2 as pb
 from afs.proto.v1 import layerstore_pb2_grpc as pb_grpc

@@ -1,16 +1,13 @@
 """Where a layer's bytes come from: the peers that hold them, the layer's owner, or its source.
 
-State (one event loop): ``_providers``, ``_avoided`` and ``_origins`` are hints; any await may find them changed, and a wrong
-one costs one failed call. They go with the layer when it is evicted, as its statistics do. Discovery is asked again for the
+State (one event loop): ``_providers``, ``_avoided`` and ``_origins`` (:mod:`afs.layerstore.origins`) are hints; any await may
+find them changed, and a wrong one costs one failed call. They go with the layer when it is evicted, as its statistics do. Discovery is asked again for the
 providers of a layer that is being read when the last answer is ``_REFRESH_S`` old, or ``_SLOW_REFRESH_S`` while they are slow,
 beside the reading, and when none of them gave a chunk; ``_looking`` has these questions, one at a time for a layer.
 
 A layer that nobody has is pulled again beside the looking for somebody who has it, for its source may be away while a node
 comes back. ``_placing`` is single flight by origin, and by whether the pull is passed on to the owner: one who waits for the
 owner must not hold up one whom the owner told. Such a pull outlives its readers, as any pull does.
-
-``_origins`` has for each layer where it may be pulled from. An image can claim any diff_id, so a new one goes last, behind
-what may be better; one that proved right goes first, and one that failed last.
 """
 
 import asyncio
@@ -30,22 +27,22 @@ from afs.core.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from afs.core.images import ImageRef, Platform
 from afs.core.singleflight import SingleFlight
 from afs.discovery.client import Announcer, Peer
 from afs.layerstore.directfetch import DirectFetch
 from afs.layerstore.errors import LayerUnavailable
 from afs.layerstore.fetching import Begun, Fetcher, Known, Wanted
+from afs.layerstore.filling import Started
 from afs.layerstore.layerstats import LayerStats
-from afs.layerstore.manifests import Layer
-from afs.layerstore.partial import PartialLayer, Started
+from afs.layerstore.origins import Origin, Origins
+from afs.layerstore.partial import PartialLayer
 from afs.layerstore.peers import Peers
 from afs.layerstore.peerwatch import PeerWatch
 from afs.layerstore.placement import ranked
-from afs.layerstore.pull import OriginKey, Puller, origin_key
+from afs.layerstore.pull import OriginKey, Puller
 from afs.layerstore.repair import Copy, Repairs
 from afs.layerstore.room import Room
-from afs.layerstore.scheduling import Priority, Ticket
+from afs.layerstore.scheduling import Priority, Ticket, slot_in_queue
 from afs.layerstore.store import CompleteLayer, LayerStore
 
 log = logging.getLogger(__name__)
@@ -53,21 +50,6 @@ _REFRESH_S = 5.0
 _SLOW_REFRESH_S = 1.0
 _LOOK_S = 0.5  # between two looks for somebody who has the layer, while it is pulled
 _AVOID_S = 600.0  # a node that served wrong bytes even when told so; it may have been repaired since
-_MOST_ORIGINS = 16  # of one layer: any image can claim it
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Where a layer came from: enough to have it pulled again."""
-
-    ref: ImageRef
-    platform: Platform
-    layer: Layer
-
-    @property
-    def key(self) -> OriginKey:
-        """See :func:`afs.layerstore.pull.origin_key`."""
-        return origin_key(self.ref, self.layer)
 
 
 @dataclass(slots=True)
@@ -102,7 +84,7 @@ class Supply:
         self._read_deadline = read_deadline
         self._told = told
         self._providers: dict[str, Providers] = {}
-        self._origins: dict[str, dict[OriginKey, Origin]] = {}
+        self._origins = Origins()
         # Until when, by diff_id and id of a node that served a bad chunk.
         self._avoided: dict[str, dict[str, float]] = {}
         self._stats: dict[str, LayerStats] = {}
@@ -115,27 +97,11 @@ class Supply:
 
     def know(self, origin: Origin) -> None:
         """Where a layer may be pulled from."""
-        known = self._origins.setdefault(origin.layer.diff_id, {})
-        if len(known) < _MOST_ORIGINS or origin.key in known:
-            known[origin.key] = origin
-        else:  # the one that failed, or was told, last
-            del known[next(reversed(known))]
-            known[origin.key] = origin
+        self._origins.know(origin)
 
     def origin(self, diff_id: str) -> Origin | None:
         """Where the layer is best pulled from, if anybody told."""
-        return next(iter(self._origins.get(diff_id, {}).values()), None)
-
-    def _proved(self, origin: Origin) -> None:
-        """The layer came from there."""
-        known = self._origins.get(origin.layer.diff_id, {})
-        self._origins[origin.layer.diff_id] = {origin.key: origin, **known}
-
-    def _failed(self, origin: Origin) -> None:
-        """The layer did not come from there."""
-        known = self._origins.get(origin.layer.diff_id, {})
-        if origin.key in known:
-            known[origin.key] = known.pop(origin.key)
+        return next(iter(self._origins.of(diff_id)), None)
 
     def stats(self, diff_id: str) -> LayerStats:
         """What is counted for the layer."""
@@ -148,7 +114,8 @@ class Supply:
     def forget(self, diff_id: str) -> None:
         """The layer was evicted, or never came."""
         self.repairs.forget(diff_id)
-        for hints in (self._providers, self._origins, self._avoided, self._stats):
+        self._origins.forget(diff_id)
+        for hints in (self._providers, self._avoided, self._stats):
             hints.pop(diff_id, None)
 
     async def holders(self, diff_id: str) -> "Providers":
@@ -184,9 +151,9 @@ class Supply:
             try:
                 complete = await self._puller.pull(origin.ref, origin.layer)
             except AfsError:
-                self._failed(origin)
+                self._origins.failed(origin)
                 raise
-            self._proved(origin)
+            self._origins.proved(origin)
             self.stats(complete.diff_id).from_source += origin.layer.blob_size
         if not self.repairs.is_damaged(complete.diff_id):
             self._announcer.hold(complete.diff_id, complete.layout.file_size, complete=True)
@@ -207,7 +174,7 @@ class Supply:
         return None
 
     def _copy_of(self, diff_id: str) -> Copy | None:
-        return functools.partial(self._copy, diff_id) if diff_id in self._origins else None
+        return functools.partial(self._copy, diff_id) if self._origins.of(diff_id) else None
 
     @contextlib.asynccontextmanager
     async def _copy(self, diff_id: str) -> AsyncIterator[Path]:
@@ -217,20 +184,20 @@ class Supply:
 
     async def _enter_copy(self, diff_id: str, stack: contextlib.AsyncExitStack) -> Path:
         error: AfsError = LayerUnavailable(diff_id, "nobody said where it comes from")
-        for origin in list(self._origins.get(diff_id, {}).values()):
+        for origin in self._origins.of(diff_id):
             try:
                 path = await stack.enter_async_context(self._puller.copy(origin.ref, origin.layer))
             except AfsError as failure:
                 log.warning("layer %s cannot be pulled from %s: %s", diff_id, origin.ref, failure.line)
-                self._failed(origin)
+                self._origins.failed(origin)
                 error = failure
             else:
-                self._proved(origin)
+                self._origins.proved(origin)
                 return path
         raise error
 
     def start(self, partial: PartialLayer, index: int, ticket: Ticket) -> Started | None:
-        """See :data:`~afs.layerstore.partial.Start`: :meth:`fetch`, as long as the first node answers at once."""
+        """See :data:`~afs.layerstore.filling.Start`: :meth:`fetch`, as long as the first node answers at once."""
         diff_id, since = partial.diff_id, asyncio.get_running_loop().time()
         providers = self._providers.get(diff_id)
         if providers is None or not providers.peers or self._store.complete(diff_id) is not None:
@@ -240,37 +207,39 @@ class Supply:
         if not partial.slots.take(ticket, peer.endpoint):
             return None
         wanted = Wanted(partial, index, ticket, self.stats(diff_id))
-        begun = self._fetcher.begin(wanted, peer)
-        if begun is None:
-            partial.slots.give_back(ticket)
-            return None
+        with contextlib.ExitStack() as stack:
+            stack.callback(partial.slots.give_back, ticket)
+            begun = self._fetcher.begin(wanted, peer)
+            if begun is None:
+                return None
+            slot = stack.pop_all()
 
         def came() -> None:
-            partial.slots.give_back(ticket)
             self._fetcher.took(wanted, peer)
             self._note_came(partial, ticket)
 
-        return DirectFetch(
-            begun, self._fetcher.hedge_delay(peer), lambda begun: self._go_on(wanted, begun, since), came
-        )
+        async def go_on(begun: Begun) -> bytes | memoryview | None:
+            return await self._go_on(wanted, begun, since, slot)
 
-    async def _go_on(self, wanted: Wanted, begun: Begun, since: float) -> bytes | memoryview | None:
-        """Ask others beside or behind what was begun at *since*, which holds a slot."""
+        return DirectFetch(begun, self._fetcher.hedge_delay(peer), slot, go_on, came)
+
+    async def _go_on(
+        self, wanted: Wanted, begun: Begun, since: float, slot: contextlib.ExitStack
+    ) -> bytes | memoryview | None:
+        """Ask others beside or behind what was begun at *since*."""
         partial, index, ticket = wanted.partial, wanted.index, wanted.ticket
         cause = [f"layerstore {begun.peer.endpoint} does not answer"]
-        with contextlib.ExitStack() as slot:
-            slot.callback(partial.slots.give_back, ticket)
-            try:
-                async with asyncio.timeout_at(since + self._read_deadline) as limit:
-                    try:
-                        peers, complete = self._known_now(partial.diff_id)
-                        data: bytes | memoryview | None = await self._fetcher.fetch(wanted, peers, complete, begun)
-                    except LayerUnavailable as error:
-                        slot.close()
-                        cause[0] = error.cause
-                        data = await self._fetch(partial, index, ticket, limit, cause, asked=True)
-            except TimeoutError:
-                raise LayerUnavailable(partial.diff_id, cause[0]) from None
+        try:
+            async with asyncio.timeout_at(since + self._read_deadline) as limit:
+                try:
+                    peers, complete = self._known_now(partial.diff_id)
+                    data: bytes | memoryview | None = await self._fetcher.fetch(wanted, peers, complete, begun)
+                except LayerUnavailable as error:
+                    slot.close()  # looking for others may take long
+                    cause[0] = error.cause
+                    data = await self._fetch(partial, index, ticket, limit, cause, asked=True)
+        except TimeoutError:
+            raise LayerUnavailable(partial.diff_id, cause[0]) from None
         self._note_came(partial, ticket)
         return data
 
@@ -279,7 +248,7 @@ class Supply:
             self.stats(partial.diff_id).prefetched += 1
 
     async def fetch(self, partial: PartialLayer, index: int, ticket: Ticket) -> bytes | memoryview | None:
-        """See :data:`~afs.layerstore.partial.Fetch`: from whoever has the chunk; LayerUnavailable after the deadline."""
+        """See :data:`~afs.layerstore.filling.Fetch`: from whoever has the chunk; LayerUnavailable after the deadline."""
         cause = ["no node holds it"]
         try:
             async with asyncio.timeout(self._read_deadline) as limit:
@@ -319,7 +288,7 @@ class Supply:
                     cause[0] = "other chunks come first"
                 try:
                     # Only while others are asked: looking for them and pulling may take long, and needs no memory.
-                    async with _slot(partial, ticket, first, limit):
+                    async with slot_in_queue(partial.slots, ticket, first, limit):
                         if not round_:
                             cause[0] = f"layerstore {first} does not answer"
                         providers = self._providers.get(diff_id, providers)  # found out while it waited
@@ -416,26 +385,5 @@ class Supply:
             return await self.place(origin, local=local)
         except AfsError as error:
             log.warning("layer %s cannot be pulled again: %s", origin.layer.diff_id, error.line)
-            self._failed(origin)
+            self._origins.failed(origin)
             return None
-
-
-@contextlib.asynccontextmanager
-async def _slot(partial: PartialLayer, ticket: Ticket, peer: str, limit: asyncio.Timeout) -> AsyncIterator[None]:
-    """One of the node's slots, to ask *peer* first; the queue takes no time of *limit* while no reader waits for the chunk."""
-    now = asyncio.get_running_loop().time
-    left = (limit.when() or now()) - now()
-
-    def go_on() -> None:
-        if limit.when() is None:
-            limit.reschedule(now() + left)
-
-    if ticket.priority is not Priority.DEMAND:
-        limit.reschedule(None)
-        ticket.on_demand = go_on
-    try:
-        async with partial.slots.held(ticket, peer):
-            go_on()
-            yield
-    finally:
-        ticket.on_demand = lambda: None

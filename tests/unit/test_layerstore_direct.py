@@ -1,0 +1,234 @@
+"""Chunks that come without a task, from files that are kept open: what is the matter is noticed all the same."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from afs.core.errors import InvalidArgument
+from afs.layerstore import serving
+from afs.layerstore.chunkwire import Question
+from afs.layerstore.fetching import Fetcher
+from afs.layerstore.scheduling import Priority
+from tests.testbed.layernodes import Node, World, complete_of, open_partial, running_world
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+    from typing import Any
+
+    from afs.layerstore.partial import PartialLayer
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    """A cluster without nodes."""
+    async with running_world(tmp_path) as running:
+        yield running
+
+
+class Slow:
+    """Counts chunks that needed a task."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.chunks: list[int] = []
+        real = Fetcher.fetch
+
+        async def fetch(fetcher: Fetcher, wanted: Any, *arguments: Any) -> bytes | None:
+            self.chunks.append(wanted.index)
+            return await real(fetcher, wanted, *arguments)
+
+        monkeypatch.setattr(Fetcher, "fetch", fetch)
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Slow:
+    """See Slow."""
+    return Slow(monkeypatch)
+
+
+async def nodes(world: World, holders: int = 1) -> tuple[list[Node], Node, PartialLayer]:
+    """Nodes that have the layer, one that reads it and has asked each of them for a chunk, and what that has of it."""
+    having = [await world.node(f"n{number}") for number in range(1, holders + 1)]
+    for node in having:
+        await node.layers.open(world.origin, local=True)
+    reading = await world.node("reader")
+    partial = await open_partial(world, reading)
+    for node in having:
+        for other in having:
+            reading.layers._supply.watch._of(other.address).running = int(other is not node)
+        await reading.layers.fill(world.diff_id, partial.missing()[0], 1)
+    for node in having:
+        reading.layers._supply.watch._of(node.address).running = 0
+        node.service.chunks.clear()
+    return having, reading, partial
+
+
+def whole(world: World, node: Node, index: int) -> bytes | None:
+    """What a chunk is."""
+    return complete_of(node, world).read_chunk(index)
+
+
+async def test_most_chunks_need_no_task(world: World, slow: Slow) -> None:
+    (one,), two, partial = await nodes(world)
+    slow.chunks.clear()
+    missing = partial.missing()
+    for index in missing:
+        await two.layers.fill(world.diff_id, index, 1)
+        assert partial.read(index) == whole(world, one, index)
+    assert slow.chunks == []
+    assert one.service.chunks == missing
+    stats = two.layers.stats(world.diff_id)
+    assert stats.demanded == len(missing) + 1
+    assert stats.from_peers[one.address] == sum(
+        partial.table.chunk_range(index, partial.layout)[1] for index in range(partial.table.count)
+    )
+    assert partial.slots._running == [0, 0, 0]
+
+
+async def test_a_reader_is_told_by_the_thread_that_wrote_the_chunk(world: World) -> None:
+    import threading
+
+    _, two, partial = await nodes(world)
+    here: list[str] = []
+    index = partial.missing()[0]
+    await two.layers.fill(world.diff_id, index, 1, here=lambda: here.append(threading.current_thread().name))
+    (name,) = here
+    assert name.startswith("answers-")
+
+
+async def test_the_next_node_is_asked_when_the_first_fails(world: World, slow: Slow) -> None:
+    (one, two), three, partial = await nodes(world, 2)
+    slow.chunks.clear()
+    index = partial.missing()[0]
+    three.layers._supply.watch._of(two.address).running = 1  # so the other one is asked first
+    one.service.spoil = True
+    await three.layers.fill(world.diff_id, index, 1)
+    assert partial.read(index) == whole(world, two, index)
+    stats = three.layers.stats(world.diff_id)
+    assert stats.bad_chunks == 2, "once more, told that it was wrong"
+    assert slow.chunks == [index]
+    assert two.service.chunks == [index]
+    assert partial.slots._running == [0, 0, 0]
+
+
+async def test_a_second_node_is_asked_beside_one_that_is_slow(world: World, slow: Slow) -> None:
+    (one, two), three, partial = await nodes(world, 2)
+    slow.chunks.clear()
+    index = partial.missing()[0]
+    three.layers._supply.watch._of(two.address).running = 1
+    one.service.gate = asyncio.Event()
+    await three.layers.fill(world.diff_id, index, 1)
+    assert partial.read(index) == whole(world, two, index)
+    assert three.layers.stats(world.diff_id).hedges == 1
+    assert slow.chunks == [index]
+    one.service.gate.set()
+
+
+async def test_a_connection_that_was_closed_is_no_failure(world: World) -> None:
+    (one,), two, partial = await nodes(world)
+    for connection in two.peers._chunks._idle:
+        connection.socket.shutdown(2)
+    index = partial.missing()[0]
+    await two.layers.fill(world.diff_id, index, 1)
+    assert partial.read(index) == whole(world, one, index)
+    assert two.layers._supply.watch._of(one.address).strikes == 0
+    assert two.layers.stats(world.diff_id).failovers == 0
+
+
+async def test_the_end_of_a_node_waits_for_who_writes(world: World) -> None:
+    (one,), two, partial = await nodes(world)
+    index = partial.missing()[0]
+    one.service.gate = asyncio.Event()
+    filling = asyncio.create_task(two.layers.fill(world.diff_id, index, 1))
+    while not one.service.chunks:  # noqa: ASYNC110 - a list
+        await asyncio.sleep(0.001)
+    await partial.stop()
+    with pytest.raises(asyncio.CancelledError):
+        await filling
+    assert list(partial.fillings) == []
+    assert partial.slots._running == [0, 0, 0]
+    assert not partial.has(index)
+
+
+async def test_a_prefetch_that_a_reader_comes_to_want_is_hurried(world: World) -> None:
+    (one,), two, partial = await nodes(world)
+    index = partial.missing()[0]
+    one.service.gate = asyncio.Event()
+    prefetching = asyncio.create_task(two.layers.prefetch(world.diff_id, [index]))
+    while not one.service.chunks:  # noqa: ASYNC110 - a list
+        await asyncio.sleep(0.001)
+    filling = asyncio.create_task(two.layers.fill(world.diff_id, index, 1))
+    await asyncio.sleep(0)
+    assert partial.slots._running == [1, 0, 0]
+    one.service.gate.set()
+    await asyncio.gather(filling, prefetching)
+    assert two.layers.stats(world.diff_id).prefetched == 0
+    assert partial.slots._running == [0, 0, 0]
+
+
+# At the node that has it
+
+
+def found(node: Node, world: World, index: int, *, was_bad: bool = False) -> bytes | None:
+    """What a thread finds."""
+    range_ = node.layers.find_chunk(Question(world.diff_id, index, was_bad))
+    return None if range_ is None else os.pread(range_.file.fileno(), range_.length, range_.offset)
+
+
+async def test_what_was_asked_for_before_is_found_without_the_event_loop(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (one,), two, partial = await nodes(world)
+    for index in range(partial.table.count):
+        assert found(one, world, index) == whole(world, one, index)
+        assert found(one, world, index, was_bad=True) is None, "the event loop looks at the disk"
+    assert found(one, world, partial.table.count) is None, "the event loop says what is wrong"
+    with pytest.raises(InvalidArgument):
+        await one.layers.read_chunk(world.diff_id, partial.table.count)
+    assert found(two, world, 0) is None, "nobody asked that node yet"
+    monkeypatch.setattr(serving, "LEASE_S", -1.0)
+    await one.layers.read_chunk(world.diff_id, 0)
+    assert found(one, world, 0) is None, "the lease may be over"
+
+
+async def test_what_a_node_lacks_is_not_found(world: World) -> None:
+    _, two, partial = await nodes(world)
+    missing, here = partial.missing()[0], partial.metadata_chunks()[0]
+    await two.layers.read_chunk(world.diff_id, here)
+    assert found(two, world, here) == partial.read(here)
+    assert found(two, world, missing) is None
+    partial.is_forged = True
+    assert found(two, world, here) is None
+    partial.is_forged = False
+    assert found(two, world, here) is not None
+    await partial.fill(partial.missing(), two.layers._supply.fetch, Priority.DEMAND)
+    await two.layers.ensure(world.origin)  # complete: the map is closed
+    assert found(two, world, here) is None
+    await two.layers.read_chunk(world.diff_id, here)
+    assert found(two, world, here) == whole(world, two, here)
+
+
+async def test_what_is_damaged_is_not_found(world: World) -> None:
+    (one,), _, partial = await nodes(world)
+    index = partial.missing()[0]
+    layer = complete_of(one, world)
+    offset, _ = layer.table.chunk_range(index, layer.layout)
+    layer.path.chmod(0o600)
+    with layer.path.open("r+b") as file:
+        file.seek(offset)
+        file.write(b"damaged")
+    assert found(one, world, index) is None
+
+
+async def test_an_evicted_layer_is_closed(world: World) -> None:
+    (one,), _, _ = await nodes(world)
+    (opened,) = one.layers._serving._open.values()
+    fd, path = opened.fileno(), os.readlink(f"/proc/self/fd/{opened.fileno()}")
+    del opened
+    one.layers._detach(world.diff_id)
+    assert found(one, world, 0) is None
+    assert not os.path.exists(f"/proc/self/fd/{fd}") or os.readlink(f"/proc/self/fd/{fd}") != path
