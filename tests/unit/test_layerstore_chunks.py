@@ -462,8 +462,8 @@ async def test_a_connection_that_was_closed_while_it_was_idle(
     async with serving_chunks("127.0.0.1", 0, source.read) as port:
         await ask(client, ("127.0.0.1", port))
         (connection,) = client._idle
-        assert connection.socket is not None
-        await readable(connection.socket)
+        assert connection.sock is not None
+        await readable(connection.sock)
         assert await ask(client, ("127.0.0.1", port)) == CHUNKS[0]
     assert source.asked == [FIRST, FIRST], "each reached it once"
 

@@ -131,7 +131,7 @@ async def test_a_second_node_is_asked_beside_one_that_is_slow(world: World, slow
 async def test_a_connection_that_was_closed_is_no_failure(world: World) -> None:
     (one,), two, partial = await nodes(world)
     for connection in two.peers._chunks._idle:
-        connection.socket.shutdown(2)
+        connection.sock.shutdown(2)
     index = partial.missing()[0]
     await two.layers.fill(world.diff_id, index, 1)
     assert partial.read(index) == whole(world, one, index)

@@ -40,10 +40,10 @@ class Stale(Unavailable):
 class _Connection:
     """Not blocking; *room* for an answer is made with the first."""
 
-    __slots__ = ("address", "buffer", "exchange", "got", "hashed", "length", "name", "room", "sha256", "socket")
+    __slots__ = ("address", "buffer", "exchange", "got", "hashed", "length", "name", "room", "sha256", "sock")
 
     def __init__(self, opened: socket.socket, address: Address, room: int) -> None:
-        self.socket = opened
+        self.sock = opened
         self.address = address
         self.name = f"{address[0]}:{address[1]}"
         self.room = room
@@ -71,7 +71,7 @@ class _Connection:
         view = memoryview(self.buffer)
         while self.got < self.length or self.got < ANSWER_SIZE:
             try:
-                count = self.socket.recv_into(view[self.got : self.length or None])
+                count = self.sock.recv_into(view[self.got : self.length or None])
             except BlockingIOError:
                 self._hash(view)  # while the rest is on its way
                 return False
@@ -119,7 +119,7 @@ class Exchange(Generic[T]):
         if self.given_up is None:
             self.given_up = why
             with contextlib.suppress(OSError):  # the peer was quicker
-                self.connection.socket.shutdown(socket.SHUT_RDWR)
+                self.connection.sock.shutdown(socket.SHUT_RDWR)
 
     def cancel(self) -> None:
         """End it; ``done`` is cancelled when nobody works on the answer any more."""
@@ -152,7 +152,7 @@ class ChunkClient:
     def close(self) -> None:
         """Close all connections; nothing is being asked any more."""
         for connection in self._idle:
-            connection.socket.close()
+            connection.sock.close()
         self._idle.clear()
         if self._threads:
             os.eventfd_write(self._end, 1)
@@ -160,7 +160,7 @@ class ChunkClient:
                 thread.join()
             self._threads.clear()
             for connection in self._asking.values():  # at a shutdown that did not wait
-                connection.socket.close()
+                connection.sock.close()
                 if connection.exchange is not None:
                     connection.exchange.timer.cancel()
                     connection.exchange.done.cancel()
@@ -205,11 +205,11 @@ class ChunkClient:
         connection.begin(exchange)
         if not self._threads:
             self._start()
-        self._asking[connection.socket.fileno()] = connection
+        self._asking[connection.sock.fileno()] = connection
         # A question fits into any socket that has none under way. If the peer is gone, the event tells.
         with contextlib.suppress(OSError):
-            connection.socket.send(pack_question(question))
-        self._epoll.register(connection.socket, select.EPOLLIN | select.EPOLLONESHOT)
+            connection.sock.send(pack_question(question))
+        self._epoll.register(connection.sock, select.EPOLLIN | select.EPOLLONESHOT)
         return exchange
 
     async def _connect(self, address: Address, seconds: float) -> _Connection:
@@ -237,13 +237,13 @@ class ChunkClient:
         assert exchange is not None
         exchange.timer.cancel()
         if exchange.given_up is not None:
-            connection.socket.close()
+            connection.sock.close()
             if error is not None:
                 error = exchange.given_up
         elif connection.is_whole:
             self._keep(connection)
         else:
-            connection.socket.close()
+            connection.sock.close()
         if exchange.done.done():  # whoever waits is gone, and the event loop ends
             return
         if isinstance(error, asyncio.CancelledError):
@@ -259,7 +259,7 @@ class ChunkClient:
         while len(self._idle) > self._most:
             oldest = next(iter(self._idle))
             del self._idle[oldest]
-            oldest.socket.close()
+            oldest.sock.close()
 
     # In any thread
 

@@ -40,6 +40,7 @@ class File(Protocol):
 
     def fileno(self) -> int:
         """Its descriptor."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +92,10 @@ async def serving_chunks(host: str, port: int, read: Read, find: Find = find_not
 class _Connection:
     """Its question as far as it came, and what is to be sent: bytes, then a range of a file."""
 
-    __slots__ = ("got", "head", "host", "question", "range", "sent", "since", "socket")
+    __slots__ = ("got", "head", "host", "question", "range", "sent", "since", "sock")
 
     def __init__(self, opened: socket.socket, host: str) -> None:
-        self.socket = opened
+        self.sock = opened
         self.host = host
         self.question = bytearray(QUESTION_SIZE)
         self.got = 0
@@ -114,7 +115,7 @@ class _Connection:
     def receive(self) -> bool:
         """Whether the question is whole. Raises EOFError, OSError."""
         try:
-            count = self.socket.recv_into(memoryview(self.question)[self.got :])
+            count = self.sock.recv_into(memoryview(self.question)[self.got :])
         except BlockingIOError:
             return False
         if not count:
@@ -128,11 +129,11 @@ class _Connection:
         try:
             while self.sent < len(self.head):
                 more = socket.MSG_MORE if self.range is not None else 0
-                self._note(self.socket.send(memoryview(self.head)[self.sent :], more))
+                self._note(self.sock.send(memoryview(self.head)[self.sent :], more))
             if self.range is not None:
                 while (done := self.sent - len(self.head)) < self.range.length:
                     left = self.range.length - done
-                    count = os.sendfile(self.socket.fileno(), self.range.file.fileno(), self.range.offset + done, left)
+                    count = os.sendfile(self.sock.fileno(), self.range.file.fileno(), self.range.offset + done, left)
                     if not count:
                         raise EOFError
                     self._note(count)
@@ -171,7 +172,7 @@ class _Server:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for connection in self._connections.values():
-            connection.socket.close()
+            connection.sock.close()
         self._epoll.close()
         os.close(self._end)
 
@@ -206,7 +207,7 @@ class _Server:
                     SEND_S if connection.is_sending else IDLE_S
                 ):
                     with contextlib.suppress(OSError):  # closed just now
-                        connection.socket.shutdown(socket.SHUT_RDWR)
+                        connection.sock.shutdown(socket.SHUT_RDWR)
 
     def _start_reading(self, connection: _Connection, wanted: Question) -> None:
         task = asyncio.create_task(self._answer(connection, wanted), name=f"chunk for {connection.host}")
@@ -229,7 +230,7 @@ class _Server:
     # In any thread
 
     def _arm(self, connection: _Connection, event: int) -> None:
-        self._epoll.modify(connection.socket, event | select.EPOLLONESHOT)
+        self._epoll.modify(connection.sock, event | select.EPOLLONESHOT)
 
     def _serve(self) -> None:
         while True:
@@ -245,7 +246,7 @@ class _Server:
                     elif not isinstance(error, EOFError) or connection.is_sending:
                         log.info("chunks for %s: %s", connection.host, error)
                     del self._connections[fd]
-                    connection.socket.close()
+                    connection.sock.close()
 
     def _go_on(self, connection: _Connection) -> None:
         """After an event: send what is left, or receive a question and answer it."""

@@ -91,7 +91,7 @@ def main(
         client = FillClient(fill_socket, deadline)
         files = LayerFiles(client, faults)
         if store_pages:
-            files.pages = PageStore(pyfuse3.notify_store)
+            files.put_pages = PageStore(pyfuse3.notify_store).put
             client.told = files.store
         fusedloop.enable(selector.fileno(), lambda: files.pending > 0)
         loop = asyncio.get_running_loop()

@@ -41,7 +41,6 @@ from afs.layerstore.afslyr.tree import MAX_NAME
 from afs.layerstore.afslyr.xattrs import OPAQUE
 from afs.layerstore.fillwire import FillClient, FillError
 from afs.snapshotter.fusedlayer import ServedLayer
-from afs.snapshotter.fusedstore import PageStore
 
 log = logging.getLogger(__name__)
 OPTIONS = frozenset({"allow_other", "default_permissions", "subtype=afs", "ro"})
@@ -108,7 +107,7 @@ class LayerFiles(pyfuse3.Operations):
         self._slots: dict[str, int] = {}
         self._files: dict[int, _OpenFile] = {}
         self._last_slot = 0
-        self.pages: PageStore | None = None
+        self.put_pages: Callable[[Any], None] | None = None  # PageStore.put
         self.pending = 0  # requests that are being answered; they wait for somebody, or it would be none
 
     @property
@@ -132,16 +131,13 @@ class LayerFiles(pyfuse3.Operations):
     def store(self, diff_id: str, indices: list[int]) -> None:
         """Chunks came that nobody asked for: give the kernel their pages, as soon as it has the layer's file open."""
         layer = self._layers.get(self._slots.get(diff_id, 0))
-        if layer is not None and self.pages is not None:
+        if layer is not None:
             layer.ahead += indices
             self._store_ahead(layer, layer.slot << _SLOT_BITS | _FILE << _VIEW_BITS)
 
     def _store_ahead(self, layer: ServedLayer, inode: int) -> None:
-        if self.pages is not None and layer.ahead and inode in self._files:
-            batch = layer.batch(inode, layer.ahead)
-            layer.ahead = []
-            if batch is not None:
-                self.pages.put(batch)
+        if self.put_pages and inode in self._files and (batch := layer.take_ahead(inode)) is not None:
+            self.put_pages(batch)
 
     # Names
 

@@ -17,7 +17,7 @@ import logging
 import mmap
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from afs.core.digests import hex_of
 from afs.layerstore.afslyr.erofs import SUPERBLOCK_OFFSET
@@ -130,8 +130,9 @@ class ServedLayer:
         self.close()
         self.size, self._chunk_size, self._data, self._chunks = size, chunk_size, data, chunks
 
-    def batch(self, inode: int, indices: Iterable[int]) -> Batch | None:
-        """Those of these chunks that are here, to be stored for *inode*, the layer's file; None if none is."""
+    def take_ahead(self, inode: int) -> Batch | None:
+        """What came ahead and is here, to be stored for *inode*, the layer's file, once; None if nothing is."""
+        indices, self.ahead = self.ahead, []
         if self._data < 0 or self._chunks is None:
             return None
         ranges = [
