@@ -57,7 +57,8 @@ class FillSource:
         self.socket = directory / "fill.sock"
         self.layers: dict[str, SourceLayer] = {}
         self.opened: list[str] = []
-        self._writers: list[asyncio.StreamWriter] = []
+        self.watched = asyncio.Event()
+        self._watching: list[asyncio.StreamWriter] = []
 
     def add(self, tar: bytes, *, partial: bool = False) -> SourceLayer:
         """A layer made of a tar."""
@@ -82,7 +83,7 @@ class FillSource:
     async def serving(self) -> AsyncIterator[None]:
         """Answer while the block runs."""
         tasks: set[asyncio.Task[None]] = set()
-        writers = self._writers = []
+        writers: list[asyncio.StreamWriter] = []
 
         async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             writers.append(writer)
@@ -104,15 +105,25 @@ class FillSource:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    def drop_watchers(self) -> None:
+        """Close their connections."""
+        for writer in self._watching:
+            writer.close()
+        self._watching.clear()
+
     def tell(self, diff_id: str, chunks: list[int]) -> None:
         """Say that these came ahead of readers."""
-        for writer in self._writers:
-            writer.write(encode({"op": "ahead", "diff_id": diff_id, "chunks": chunks}))
+        for writer in self._watching:
+            writer.write(encode({"ahead": diff_id, "ranges": [(index * CHUNK, CHUNK) for index in chunks]}))
 
     async def _answer(self, question: dict[str, Any], writer: asyncio.StreamWriter) -> None:
-        layer = self.layers.get(question["diff_id"])
-        if layer is None:
-            answer: dict[str, Any] = {"error": "no such layer", "errno": 2}
+        layer = self.layers.get(question.get("diff_id", ""))
+        if question["op"] == "watch":
+            self._watching.append(writer)
+            self.watched.set()
+            answer: dict[str, Any] = {}
+        elif layer is None:
+            answer = {"error": "no such layer", "errno": 2}
         elif question["op"] == "open":
             self.opened.append(layer.diff_id)
             size = layer.whole.stat().st_size

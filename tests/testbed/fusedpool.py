@@ -23,21 +23,17 @@ if TYPE_CHECKING:
 _LIMIT_S = 60.0
 
 
-def make_pool(
-    directory: Path, source: FillSource, *, deadline: float = 30.0, count: int = 1, store_pages: bool = False
-) -> FusedWorkers:
+def make_pool(directory: Path, source: FillSource, *, deadline: float = 30.0, count: int = 1) -> FusedWorkers:
     """A pool that is not started."""
-    return FusedWorkers(
-        directory / "fuse", directory / "faults", source.socket, deadline, count, store_pages=store_pages
-    )
+    return FusedWorkers(directory / "fuse", directory / "faults", source.socket, deadline, count)
 
 
 @contextlib.asynccontextmanager
 async def running(
-    directory: Path, source: FillSource, *, deadline: float = 30.0, count: int = 1, store_pages: bool = False
+    directory: Path, source: FillSource, *, deadline: float = 30.0, count: int = 1
 ) -> AsyncIterator[FusedWorkers]:
     """A pool that runs while the block does; afterwards nothing of it may be left, mounted or not."""
-    pool = make_pool(directory, source, deadline=deadline, count=count, store_pages=store_pages)
+    pool = make_pool(directory, source, deadline=deadline, count=count)
     try:
         await pool.adopt()
         yield pool

@@ -57,7 +57,7 @@ async def layer_mounts(source: FillSource, forced: Backend | None, keep: int = 0
     """Layer mounts in the directory of a fill source, which answers meanwhile."""
     work = source.directory
     backends = Backends(trials(work), forced)
-    workers = FusedWorkers(work / "fuse", work / "faults", source.socket, 10.0, 1)
+    workers = FusedWorkers(work / "fuse", work / "faults", source.socket, 60.0, 1)
     mounts = LayerMounts(work / "l", workers, backends, keep)
     async with source.serving():
         try:

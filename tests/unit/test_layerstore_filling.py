@@ -1,4 +1,4 @@
-"""Who is told when chunks come: readers of this node by the thread that wrote them, afs_fused of what came ahead."""
+"""Who is told when chunks come: readers of this node by the thread that wrote them, the snapshotter of what came ahead."""
 
 from __future__ import annotations
 
@@ -69,60 +69,58 @@ def test_chunks_may_come_from_many_threads() -> None:
 
 
 class Told:
-    """What an afs_fused is told."""
+    """What a snapshotter is told."""
 
     def __init__(self) -> None:
-        self.heard: list[tuple[str, list[int]]] = []
+        self.heard: list[tuple[str, fillahead.Ranges]] = []
 
-    def tell(self, diff_id: str, indices: list[int]) -> None:
+    def tell(self, diff_id: str, ranges: fillahead.Ranges) -> None:
         """For `FilledAhead`."""
-        self.heard.append((diff_id, indices))
+        self.heard.append((diff_id, ranges))
 
 
-async def test_what_came_before_a_layer_was_opened_is_told_then() -> None:
+async def test_what_came_before_anybody_watched_is_told_then() -> None:
     ahead, told = FilledAhead(), Told()
-    ahead.came(A, 1)
-    ahead.came(B, 9)
-    ahead.came(A, 2)
-    ahead.opened(A, told.tell)
-    assert told.heard == [(A, [1, 2])]
-    ahead.opened(A, told.tell)
-    ahead.opened(B, told.tell)
-    assert told.heard == [(A, [1, 2]), (B, [9])], "once"
+    ahead.came(A, 0, 5)
+    ahead.came(B, 9, 1)
+    ahead.came(A, 5, 5)
+    ahead.watch(told.tell)
+    assert told.heard == [(A, [(0, 5), (5, 5)]), (B, [(9, 1)])]
+    ahead.watch(told.tell)
+    assert len(told.heard) == 2, "once"
 
 
 async def test_what_comes_in_a_row_is_told_together() -> None:
     ahead, told = FilledAhead(), Told()
-    ahead.opened(A, told.tell)
-    for index in range(5):
-        ahead.came(A, index)
+    ahead.watch(told.tell)
+    for index in range(3):
+        ahead.came(A, index, 1)
     assert told.heard == []
     while not told.heard:  # noqa: ASYNC110 - a timer of the event loop
         await asyncio.sleep(0.001)
-    assert told.heard == [(A, [0, 1, 2, 3, 4])]
+    assert told.heard == [(A, [(0, 1), (1, 1), (2, 1)])]
 
 
 async def test_nobody_is_told_who_is_gone() -> None:
-    ahead, told, other = FilledAhead(), Told(), Told()
-    tell = told.tell  # a bound method is another object each time, and equal
-    ahead.opened(A, tell)
-    ahead.opened(B, other.tell)
+    ahead, told = FilledAhead(), Told()
+    ahead.watch(told.tell)  # a bound method is another object each time, and equal
+    ahead.came(A, 0, 1)
     ahead.left(told.tell)
-    ahead.came(A, 1)
-    ahead.forget(A)
-    ahead.opened(A, tell)
+    ahead.left(told.tell)
+    ahead._tell()
     assert told.heard == []
-    ahead.forget(B)
-    ahead.came(B, 1)
-    assert other.heard == []
+    ahead.came(B, 0, 1)
+    ahead.forget(A)
+    ahead.watch(told.tell)
+    assert told.heard == [(B, [(0, 1)])]
 
 
-async def test_what_nobody_opens_is_bounded() -> None:
+async def test_what_nobody_watches_is_bounded() -> None:
     ahead, told = FilledAhead(), Told()
     for index in range(fillahead._MOST + 5):
-        ahead.came(A, index)
-    ahead.opened(A, told.tell)
-    assert [len(indices) for _, indices in told.heard] == [fillahead._MOST]
-    ahead.came(B, 1)
-    ahead.opened(B, told.tell)
-    assert told.heard[-1] == (B, [1]), "there is room again"
+        ahead.came(A, index, 1)
+    ahead.watch(told.tell)
+    assert [len(ranges) for _, ranges in told.heard] == [fillahead._MOST]
+    ahead.came(B, 1, 1)
+    ahead._tell()
+    assert told.heard[-1] == (B, [(1, 1)]), "there is room again"

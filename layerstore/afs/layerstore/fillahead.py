@@ -1,8 +1,8 @@
-"""Telling ``afs_fused`` which chunks came ahead of readers, for it to give them to the kernel before that asks.
+"""Telling the node's snapshotter what came ahead of readers, for it to have the kernel read that before anybody asks.
 
-State (one event loop): ``_told`` has the connection that opened a layer last, which is that of the worker which serves it.
-``_untold`` has what nobody was told yet, ``_MOST`` chunks at most: more is read as everything else is. It is told
-``_PAUSE_S`` after the first of it came, for ``afs_fused`` wakes up for each message, or when the layer is opened.
+State (one event loop): ``_watching`` are the connections that want to know, of which there is one. ``_untold`` has what nobody
+was told yet, ``_MOST`` ranges at most: more is read as everything else is. It is told ``_PAUSE_S`` after the first of it came,
+many at a time, or when somebody begins to watch.
 """
 
 import asyncio
@@ -10,47 +10,46 @@ from collections.abc import Callable
 
 _MOST = 16_384
 _PAUSE_S = 0.01
-# Tells one ``afs_fused`` of chunks of a layer.
-Tell = Callable[[str, list[int]], None]
+Ranges = list[tuple[int, int]]  # (offset, bytes) in a layer file
+# Tells a snapshotter of a layer.
+Tell = Callable[[str, Ranges], None]
 
 
 class FilledAhead:
     """See the module."""
 
     def __init__(self) -> None:
-        self._told: dict[str, Tell] = {}
-        self._untold: dict[str, list[int]] = {}
+        self._watching: list[Tell] = []
+        self._untold: dict[str, Ranges] = {}
         self._count = 0
 
-    def came(self, diff_id: str, index: int) -> None:
-        """A chunk is here that no reader has asked for yet."""
+    def came(self, diff_id: str, offset: int, length: int) -> None:
+        """A part of a layer is here that no reader has asked for yet."""
         if self._count >= _MOST:
             return
-        if not self._untold.get(diff_id) and diff_id in self._told:
-            asyncio.get_running_loop().call_later(_PAUSE_S, self._tell, diff_id)
-        self._untold.setdefault(diff_id, []).append(index)
+        if not self._count and self._watching:
+            asyncio.get_running_loop().call_later(_PAUSE_S, self._tell)
+        self._untold.setdefault(diff_id, []).append((offset, length))
         self._count += 1
 
-    def opened(self, diff_id: str, tell: Tell) -> None:
-        """Somebody reads the layer, and wants to know."""
-        self._told[diff_id] = tell
-        self._tell(diff_id)
-
-    def _tell(self, diff_id: str) -> None:
-        if (tell := self._told.get(diff_id)) is not None and (indices := self._forget_untold(diff_id)):
-            tell(diff_id, indices)
+    def watch(self, tell: Tell) -> None:
+        """Somebody wants to know."""
+        self._watching.append(tell)
+        self._tell()
 
     def left(self, tell: Tell) -> None:
         """That one is gone."""
-        for diff_id in [diff_id for diff_id, known in self._told.items() if known == tell]:
-            del self._told[diff_id]
+        if tell in self._watching:
+            self._watching.remove(tell)
 
     def forget(self, diff_id: str) -> None:
         """The layer is gone."""
-        self._told.pop(diff_id, None)
-        self._forget_untold(diff_id)
+        self._count -= len(self._untold.pop(diff_id, []))
 
-    def _forget_untold(self, diff_id: str) -> list[int]:
-        indices = self._untold.pop(diff_id, [])
-        self._count -= len(indices)
-        return indices
+    def _tell(self) -> None:
+        if not self._watching:
+            return
+        untold, self._untold, self._count = self._untold, {}, 0
+        for diff_id, ranges in untold.items():
+            for tell in self._watching:
+                tell(diff_id, ranges)

@@ -18,6 +18,7 @@ from typing import Any
 
 from afs.core.digests import check_digest
 from afs.core.errors import AfsError, InvalidArgument, status_of
+from afs.layerstore.fillahead import Ranges
 from afs.layerstore.fillwire import MAX_LINE, Lines, decode, encode
 from afs.layerstore.layers import Layers
 from afs.layerstore.partial import PartialLayer
@@ -106,17 +107,18 @@ class _Connection:
             log.exception("fill")
             answer.give({"error": f"{type(error).__name__}: {error}", "errno": errno.EIO})
 
-    def _tell(self, diff_id: str, indices: list[int]) -> None:
-        self.send(encode({"op": "ahead", "diff_id": diff_id, "chunks": indices}))
+    def _tell(self, diff_id: str, ranges: Ranges) -> None:
+        self.send(encode({"ahead": diff_id, "ranges": ranges}))
 
     async def _do(self, message: dict[str, Any], answer: "_Answer") -> dict[str, Any]:
+        if message.get("op") == "watch":
+            self._layers.ahead.watch(self._tell)
+            return {}
         diff_id = check_digest(str(message.get("diff_id")))
         match message.get("op"):
             case "open":
                 layer = self._layers.look_up(diff_id)  # mounted, or about to be: that is its lease
                 partial = isinstance(layer, PartialLayer)
-                if partial and message.get("tell"):
-                    self._loop.call_soon(self._layers.ahead.opened, diff_id, self._tell)
                 return {
                     "size": layer.layout.file_size,
                     "chunk_size": layer.layout.chunk_size,

@@ -5,8 +5,8 @@ One JSON object per line each way; ``id`` pairs answers with questions, which ma
 - ``{"id": 1, "op": "open", "diff_id": D}`` -> ``{"id": 1, "size": bytes, "chunk_size": bytes, "data": path, "chunks": path}``;
   ``chunks`` is "" when the layer is complete, else it is in the directory of ``data``.
 - ``{"id": 2, "op": "fill", "diff_id": D, "first": i, "count": n}`` -> ``{"id": 2}`` once the chunks are in ``data``.
-- With ``"tell": true`` in an ``open``, from then on, and without a question: ``{"op": "ahead", "diff_id": D, "chunks": [i, ...]}``,
-  chunks that came before anybody asked for them.
+- ``{"id": 3, "op": "watch"}`` -> ``{"id": 3}``, and from then on, without a question:
+  ``{"ahead": D, "ranges": [[offset, bytes], ...]}``, what came of a layer before anybody asked for it. The snapshotter watches.
 - Failures: ``{"id": 2, "error": message, "errno": number}``.
 
 No gRPC here: afs_fused has to be small and to outlive its peers.
@@ -15,7 +15,6 @@ No gRPC here: afs_fused has to be small and to outlive its peers.
 import asyncio
 import json
 import logging
-from collections.abc import Callable
 from typing import Any
 
 from typing_extensions import override
@@ -59,21 +58,12 @@ def decode(line: bytes) -> dict[str, Any]:
     return value
 
 
-# Called with a layer and chunks of it that are here now.
-Told = Callable[[str, list[int]], None]
-
-
-def _ignore(diff_id: str, indices: list[int]) -> None:
-    """Whoever did not ask to be told."""
-
-
 class _Answers(asyncio.Protocol):
     """One connection: gives answers to *waiting*, by id."""
 
-    def __init__(self, name: str, waiting: dict[int, asyncio.Future[dict[str, Any]]], told: Told) -> None:
+    def __init__(self, name: str, waiting: dict[int, asyncio.Future[dict[str, Any]]]) -> None:
         self._name = name
         self._waiting = waiting
-        self._told = told
         self._lines = Lines()
         self.transport: asyncio.Transport | None = None
 
@@ -87,9 +77,6 @@ class _Answers(asyncio.Protocol):
         try:
             for line in self._lines.of(data):
                 answer = decode(line)
-                if answer.get("op") == "ahead":
-                    self._told(str(answer["diff_id"]), [int(index) for index in answer["chunks"]])
-                    continue
                 future = self._waiting.get(int(answer["id"]))
                 if future is not None and not future.done():
                     future.set_result(answer)
@@ -115,12 +102,11 @@ class FillClient:
     """
 
     def __init__(self, path: str, deadline: float) -> None:
-        self.told: Told = _ignore
         self._path = path
         self._deadline = deadline
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._next = 0
-        self._answers = _Answers(path, self._waiting, _ignore)
+        self._answers = _Answers(path, self._waiting)
         self._connecting = asyncio.Lock()
 
     async def ask(self, **message: object) -> dict[str, Any]:
@@ -161,14 +147,11 @@ class FillClient:
             if self._answers.transport is None:
                 loop = asyncio.get_running_loop()
                 _, self._answers = await loop.create_unix_connection(
-                    lambda: _Answers(self._path, self._waiting, self._tell), self._path
+                    lambda: _Answers(self._path, self._waiting), self._path
                 )
             if self._answers.transport is None:
                 raise ConnectionResetError("connection lost")
             return self._answers.transport
-
-    def _tell(self, diff_id: str, indices: list[int]) -> None:
-        self.told(diff_id, indices)
 
     async def close(self) -> None:
         """Close the connection."""

@@ -268,7 +268,7 @@ class Layers:
     async def prefetch(self, diff_id: str, indices: Iterable[int], at_once: int = _READ_AHEADS) -> None:
         """Fetch what is missing of these chunks, in this order, as far as no reader is delayed. Errors are logged.
 
-        ``afs_fused`` is told of them. *at_once* are waited for; those that find no free slot cost twice the CPU.
+        The snapshotter is told of them. *at_once* are waited for; those that find no free slot cost twice the CPU.
         """
         partial = self._partials.get(diff_id)
         if partial is not None:
@@ -289,8 +289,8 @@ class Layers:
                     return
                 if 0 <= index < partial.table.count and not partial.has(index):
                     await self._fill_ahead(partial, index)
-                    if tell and self._partials.is_open(partial):
-                        self.ahead.came(partial.diff_id, index)
+                    if tell:
+                        self.ahead.came(partial.diff_id, *partial.table.chunk_range(index, partial.layout))
 
         await together(work, at_once)
 

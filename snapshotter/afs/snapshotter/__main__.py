@@ -47,10 +47,11 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
     from afs.core.rpc import serving
     from afs.proto.v1.mounts_pb2_grpc import add_MountsServicer_to_server
     from afs.snapshotter.attached import AttachedRoots
-    from afs.snapshotter.backends import Backend, parse_backend
+    from afs.snapshotter.backends import parse_backend
     from afs.snapshotter.fusedworkers import FusedWorkers
     from afs.snapshotter.layermounts import LayerMounts
     from afs.snapshotter.leases import report_mounts
+    from afs.snapshotter.pagesahead import PagesAhead
     from afs.snapshotter.probe import check_overlay, find_backends
     from afs.snapshotter.roots import Roots
     from afs.snapshotter.server import MountsService
@@ -64,16 +65,10 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         # The directory of mounts as well: whoever starts clears it of what a crash left.
         stack.enter_context(locked(config.root / "lock", "afs_snapshotter"))
         stack.enter_context(locked(run_dir / "snapshotter.lock", "afs_snapshotter"))
-        backends = await asyncio.to_thread(find_backends, config.layerstore_root, run_dir, forced)
-        lazy = backends.choices(lazy=True)
         workers = FusedWorkers(
-            run_dir / "fuse",
-            run_dir / "faults",
-            run_dir / "fill.sock",
-            config.read_deadline,
-            config.fuse_workers,
-            store_pages=bool(lazy) and lazy[0].backend is Backend.FILE,
+            run_dir / "fuse", run_dir / "faults", run_dir / "fill.sock", config.read_deadline, config.fuse_workers
         )
+        backends = await asyncio.to_thread(find_backends, config.layerstore_root, run_dir, forced)
         mounts = LayerMounts(run_dir / "l", workers, backends, config.keep_layers)
         roots = Roots(config.root / "roots", run_dir / "base", mounts, f"unix:{run_dir}/layerstore.sock")
         attached = AttachedRoots(config.root / "attached", roots, mounts, keep=config.keep_mounts)
@@ -88,6 +83,8 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         # Ended before the mounts are: what it said last holds for the layerstore's grace period.
         reporting = asyncio.create_task(report_mounts(f"unix:{run_dir}/layerstore.sock", mounts))
         stack.push_async_callback(_cancelled, reporting)
+        reading = asyncio.create_task(PagesAhead(run_dir / "fill.sock", mounts).run())
+        stack.push_async_callback(_cancelled, reading)
         service = MountsService(roots, attached, mounts, workers)
         await stack.enter_async_context(
             serving([f"unix:{run_dir}/mounts.sock"], lambda server: add_MountsServicer_to_server(service, server))

@@ -22,7 +22,6 @@ from afs.core.service import FORMAT, raise_file_limit
 from afs.layerstore.fillwire import FillClient
 from afs.snapshotter import fusedloop
 from afs.snapshotter.fusedfs import OPTIONS, LayerFiles
-from afs.snapshotter.fusedstore import PageStore
 from afs.snapshotter.fusedwire import MAX_BACKGROUND, PROTOCOL, serving
 
 # Requests that may wait at once, each in a task that has 1 MiB of address space and touches a page or two of it: buffered
@@ -63,9 +62,6 @@ async def _serve(files: LayerFiles, directory: Path, number: int, ready_fd: int)
 @click.option("--fill-socket", required=True, help="The layerstore's.")
 @click.option("--faults", required=True, help="Directory that gets a byte in a layer's file for each failed read.")
 @click.option("--deadline", default=40.0, help="Seconds that a read waits for the layerstore before EIO.")
-@click.option(
-    "--store-pages/--no-store-pages", default=False, help="Put what comes ahead of readers into the page cache."
-)
 @click.option("--lock-fd", type=int, required=True, help="The locked lock file, to keep open.")
 @click.option("--ready-fd", type=int, required=True, help="Gets one byte when the file system is mounted.")
 @click.option("--log-level", default="INFO")
@@ -75,7 +71,6 @@ def main(
     fill_socket: str,
     faults: str,
     deadline: float,
-    store_pages: bool,
     lock_fd: int,
     ready_fd: int,
     log_level: str,
@@ -90,9 +85,6 @@ def main(
     async def run() -> None:
         client = FillClient(fill_socket, deadline)
         files = LayerFiles(client, faults)
-        if store_pages:
-            files.put_pages = PageStore(pyfuse3.notify_store).put
-            client.told = files.store
         fusedloop.enable(selector.fileno(), lambda: files.pending > 0)
         loop = asyncio.get_running_loop()
         task = asyncio.ensure_future(_serve(files, directory, number, ready_fd))

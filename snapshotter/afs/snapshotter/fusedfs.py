@@ -107,7 +107,6 @@ class LayerFiles(pyfuse3.Operations):
         self._slots: dict[str, int] = {}
         self._files: dict[int, _OpenFile] = {}
         self._last_slot = 0
-        self.put_pages: Callable[[Any], None] | None = None  # PageStore.put
         self.pending = 0  # requests that are being answered; they wait for somebody, or it would be none
 
     @property
@@ -127,17 +126,6 @@ class LayerFiles(pyfuse3.Operations):
         slot = self._slots.get(diff_id)
         if slot is not None:
             self._layers[slot].release()
-
-    def store(self, diff_id: str, indices: list[int]) -> None:
-        """Chunks came that nobody asked for: give the kernel their pages, as soon as it has the layer's file open."""
-        layer = self._layers.get(self._slots.get(diff_id, 0))
-        if layer is not None:
-            layer.ahead += indices
-            self._store_ahead(layer, layer.slot << _SLOT_BITS | _FILE << _VIEW_BITS)
-
-    def _store_ahead(self, layer: ServedLayer, inode: int) -> None:
-        if self.put_pages and inode in self._files and (batch := layer.take_ahead(inode)) is not None:
-            self.put_pages(batch)
 
     # Names
 
@@ -269,7 +257,6 @@ class LayerFiles(pyfuse3.Operations):
             file = self._files.get(inode) or await _open_file(layer, inode)
             file = self._files.setdefault(inode, file)  # another open may have been quicker
             file.opens += 1
-            self._store_ahead(layer, inode)
         except BaseException:
             layer.drop()
             raise

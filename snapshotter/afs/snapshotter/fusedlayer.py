@@ -26,7 +26,6 @@ from afs.layerstore.afslyr.index import SUPERBLOCK_SIZE, IndexReader
 from afs.layerstore.afslyr.layout import HEADER_AREA, HEADER_SIZE
 from afs.layerstore.afslyr.reader import layout_from_bytes, pread_exact
 from afs.layerstore.fillwire import FillClient, FillError
-from afs.snapshotter.fusedstore import Batch
 from afs.snapshotter.fusedwire import ReadStats
 
 log = logging.getLogger(__name__)
@@ -45,7 +44,6 @@ class ServedLayer:
         self.slot = slot
         self.size = 0  # bytes of the layer file; known once it was open
         self.lookups = 0
-        self.ahead: list[int] = []  # chunks that came before anybody asked, for the page cache
         self.stats = ReadStats()
         self._client = client
         self._mark = os.path.join(faults, hex_of(diff_id))
@@ -122,25 +120,13 @@ class ServedLayer:
             await self._open_files()
 
     async def _open_files(self) -> None:
-        answer = await self._client.ask(op="open", diff_id=self.diff_id, tell=True)
+        answer = await self._client.ask(op="open", diff_id=self.diff_id)
         size, chunk_size = int(answer["size"]), int(answer["chunk_size"])
         if self.size not in (0, size):
             raise FillError(f"layer {self.diff_id} has another size than before", errno.EIO)
         data, chunks = _opened(answer["data"], answer["chunks"])
         self.close()
         self.size, self._chunk_size, self._data, self._chunks = size, chunk_size, data, chunks
-
-    def take_ahead(self, inode: int) -> Batch | None:
-        """What came ahead and is here, to be stored for *inode*, the layer's file, once; None if nothing is."""
-        indices, self.ahead = self.ahead, []
-        if self._data < 0 or self._chunks is None:
-            return None
-        ranges = [
-            (start := index * self._chunk_size, min(self._chunk_size, self.size - start))
-            for index in indices
-            if 0 <= index < len(self._chunks) and self._chunks[index]
-        ]
-        return Batch(inode, os.dup(self._data), ranges) if ranges else None
 
     # Contents
 

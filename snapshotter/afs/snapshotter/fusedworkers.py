@@ -50,21 +50,9 @@ class FusedWorkers:
     """Owns *directory* and *faults*, where workers mark failed reads. *count* workers share the mounts.
 
     *deadline* is how many seconds a read waits for the layerstore at *fill_socket*; workers that were adopted keep theirs.
-    *store_pages*: what comes ahead of readers goes into the page cache of the files, which is of no use to loop devices
-    (they read past it) and trees.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        faults: Path,
-        fill_socket: Path,
-        deadline: float,
-        count: int = 2,
-        *,
-        store_pages: bool = False,
-    ) -> None:
-        self._store_pages = store_pages
+    def __init__(self, directory: Path, faults: Path, fill_socket: Path, deadline: float, count: int = 2) -> None:
         self._directory = directory
         self._faults = faults
         self._fill_socket = fill_socket
@@ -211,7 +199,6 @@ class FusedWorkers:
             argv = [sys.executable, "-m", "afs.snapshotter.fused", f"--directory={self._directory}"]
             argv += [f"--number={number}", f"--lock-fd={lock}", f"--ready-fd={child_end}", f"--faults={self._faults}"]
             argv += [f"--fill-socket={self._fill_socket}", f"--deadline={self._deadline}"]
-            argv += ["--store-pages"] if self._store_pages else []
             # It outlives us: whoever waits for the end of our stdout must not wait for its.
             process = popen(argv, stdout=DEVNULL, pass_fds=[lock, child_end], new_session=True)
         except BaseException:

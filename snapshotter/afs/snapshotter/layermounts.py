@@ -20,7 +20,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from afs.core import syscalls
@@ -60,6 +60,7 @@ class LayerMounts:
         self._kept: Counter[str] = Counter()  # what roots need that outlive this process
         self._last_opened = time.time_ns()  # ascends over restarts
         self.changed = asyncio.Event()
+        self.on_mounted: Callable[[], None] = lambda: None  # called for each new mount
         self._next = 0
         self._going: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -232,6 +233,7 @@ class LayerMounts:
             layer.fallback = "; ".join(why)
             self._mounted[diff_id] = self._all[layer.path] = layer
             self.changed.set()
+            self.on_mounted()
             return layer
         raise FailedPrecondition(f"cannot mount layer {diff_id}: {'; '.join(why) or self._backends.refusal(lazy=lazy)}")
 
@@ -350,6 +352,10 @@ class LayerMounts:
         if layer.worker is None:
             return 0
         return self._fused.faults(layer.diff_id) + (not layer.worker.alive)
+
+    def find(self, diff_id: str) -> MountedLayer | None:
+        """The mount of a layer that new users get, as far as is known."""
+        return self._mounted.get(diff_id)
 
     def mounted(self) -> list[MountedLayer]:
         """All layer mounts, least recently used first."""
