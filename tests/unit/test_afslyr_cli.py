@@ -193,7 +193,8 @@ def test_a_full_device_is_told(layer: Path) -> None:
 def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     out = tmp_path / "out"
     out.write_bytes(b"mine")
-    command = [*COMMAND, "convert", "--force", "--quiet", "-", str(out)]
+    # Whoever runs the tests in the background of a shell, or with nohup, has them ignore some signals.
+    command = ["env", "--default-signal", *COMMAND, "convert", "--force", "--quiet", "-", str(out)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as child:
         assert child.stdin is not None
         assert child.stderr is not None
@@ -212,7 +213,9 @@ def test_an_interrupt_reaches_an_export_whose_reader_has_stopped(tmp_path: Path)
     layer = tmp_path / "layer"
     convert(io.BytesIO(tars.tar_of({"big": bytes(4 << 20)})).read, layer)
     with subprocess.Popen(
-        [*COMMAND, "export", "--quiet", layer, "-"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ["env", "--default-signal", *COMMAND, "export", "--quiet", layer, "-"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     ) as child:
         assert child.stdout is not None
         assert child.stderr is not None

@@ -257,9 +257,9 @@ async def test_prefetching_begins_before_the_metadata_is_here(world: World, monk
     begun, ready = asyncio.Event(), asyncio.Event()
     fill, prefetch = PartialLayer.fill, three.layers.prefetch
 
-    async def metadata_comes_later(layer: PartialLayer, *arguments: Any) -> None:
+    async def metadata_comes_later(layer: PartialLayer, *arguments: Any, **options: Any) -> None:
         await ready.wait()
-        await fill(layer, *arguments)
+        await fill(layer, *arguments, **options)
 
     async def told(diff_id: str, indices: Iterable[int], at_once: int = 1) -> None:
         begun.set()
