@@ -142,7 +142,12 @@ async def test_what_is_never_mounted_is_bounded(source: FillSource, monkeypatch:
         ahead = PagesAhead(source.socket, mounts)
         for name in "ab":
             ahead._told({"ahead": name, "ranges": [[0, 1], [1, 1]]})
-        assert ahead._ahead == {"b": [(0, 1), (1, 1)]}
+        assert list(ahead._ahead) == ["b"]
+        assert ahead._take("b") == [(0, 1), (1, 1)]
+        monkeypatch.setattr("afs.snapshotter.pagesahead._FRESH_S", 0.0)
+        ahead._told({"ahead": "c", "ranges": [[0, 1]]})
+        assert ahead._take("c") == [], "it may have been evicted since"
+        assert ahead._count == 0
 
 
 def test_a_file_that_is_gone_is_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

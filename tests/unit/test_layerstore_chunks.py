@@ -254,6 +254,28 @@ async def test_an_answer_that_is_longer_than_a_chunk_is_refused(client: ChunkCli
     assert not client._idle
 
 
+async def test_what_comes_behind_an_answer_is_no_part_of_it(client: ChunkClient) -> None:
+    """Else a whole chunk that is said to be one byte long would have the right digest."""
+    dumb = Dumb(pack_chunk(1) + CHUNKS[3])
+    async with dumb.serving() as address:
+        with pytest.raises(DataLoss, match="bytes came behind an answer"):
+            await ask(client, address)
+        await dumb.left.wait()
+    assert not client._idle
+
+
+async def test_connections_that_are_idle_for_long_are_closed(
+    client: ChunkClient, address: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("afs.layerstore.chunkclient._IDLE_S", 0.01)
+    await ask(client, address)
+    assert len(client._idle) == 1
+    while client._idle:  # noqa: ASYNC110 - a timer of the event loop
+        await asyncio.sleep(0.001)
+    assert client._aging is None
+    assert await ask(client, address) == CHUNKS[0]
+
+
 @pytest.mark.parametrize("answer", [b"", pack_chunk(SIZE)[:3], pack_chunk(SIZE) + b"some"])
 async def test_a_silent_peer_costs_the_timeout(client: ChunkClient, answer: bytes) -> None:
     dumb = Dumb(answer)
@@ -403,6 +425,33 @@ async def test_who_takes_no_bytes_is_let_go(
             while data := await asyncio.to_thread(sock.recv, 1 << 20):
                 got += len(data)
     assert got < shelf.longer, "only what was in the socket"
+
+
+async def test_a_chunk_that_cannot_be_read_any_more_is_looked_at(
+    client: ChunkClient, source: Source, shelf: Shelf
+) -> None:
+    """It was compared once, and is sent without being looked at; the disk may fail after that."""
+    async with serving_chunks("127.0.0.1", 0, source.read, shelf.find) as port:
+        os.truncate(shelf.file.name, SIZE)
+        with pytest.raises(Unavailable):
+            await ask(client, ("127.0.0.1", port), Question(DIFF_ID, 5))
+        await until(lambda: source.asked == [Question(DIFF_ID, 5, was_bad=True)])
+        assert await ask(client, ("127.0.0.1", port)) == CHUNKS[0]
+
+
+async def test_one_node_cannot_have_all_connections(
+    source: Source, address: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("afs.layerstore.chunkserver._MOST_OF_ONE", 1)
+    client = ChunkClient(SIZE)
+    source.gate.clear()
+    first = asyncio.create_task(ask(client, address))
+    await until(lambda: source.reading == 1)
+    with pytest.raises(Unavailable):
+        await ask(client, address)
+    source.gate.set()
+    assert await first == CHUNKS[0]
+    client.close()
 
 
 async def test_a_question_is_begun_only_on_a_connection_that_is_there(

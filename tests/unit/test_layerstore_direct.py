@@ -11,8 +11,8 @@ import pytest
 from afs.core.errors import InvalidArgument
 from afs.layerstore import serving
 from afs.layerstore.chunkwire import Question
-from afs.layerstore.fetching import Fetcher
-from afs.layerstore.scheduling import Priority
+from afs.layerstore.fetching import Fetcher, Wanted
+from afs.layerstore.scheduling import Priority, Ticket
 from tests.testbed.layernodes import Node, World, complete_of, open_partial, running_world
 
 if TYPE_CHECKING:
@@ -133,6 +133,15 @@ async def test_a_connection_that_was_closed_is_no_failure(world: World) -> None:
     for connection in two.peers._chunks._idle:
         connection.sock.shutdown(2)
     index = partial.missing()[0]
+    seen = two.layers._supply.watch._of(one.address)
+    seen.strikes, known = 1, (seen.mean, seen.deviation)
+    began = two.layers._supply._fetcher.begin(
+        Wanted(partial, index, Ticket(Priority.DEMAND), two.layers.stats(world.diff_id)), one.announcer.me
+    )
+    assert began is not None
+    await asyncio.wait([began.exchange.done])
+    assert (seen.strikes, seen.mean, seen.deviation, seen.running) == (1, *known, 0), "it says nothing of the node"
+    seen.strikes = 0
     await two.layers.fill(world.diff_id, index, 1)
     assert partial.read(index) == whole(world, one, index)
     assert two.layers._supply.watch._of(one.address).strikes == 0
@@ -208,6 +217,7 @@ async def test_what_a_node_lacks_is_not_found(world: World) -> None:
     await partial.fill(partial.missing(), two.layers._supply.fetch, Priority.DEMAND)
     await two.layers.ensure(world.origin)  # complete: the map is closed
     assert found(two, world, here) is None
+    assert not two.layers._serving._open, "what was open of the partial layer is not kept"
     await two.layers.read_chunk(world.diff_id, here)
     assert found(two, world, here) == whole(world, two, here)
 

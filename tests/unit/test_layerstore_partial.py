@@ -20,7 +20,7 @@ from afs.layerstore.afslyr.convert import convert
 from afs.layerstore.afslyr.errors import CorruptLayer
 from afs.layerstore.afslyr.layout import FOOTER_SIZE, HEADER_AREA, ChunkTable, Layout
 from afs.layerstore.afslyr.reader import read_layer
-from afs.layerstore.errors import DiskFull
+from afs.layerstore.errors import BadChunk, DiskFull
 from afs.layerstore.partial import Description, PartialLayer
 from afs.layerstore.scheduling import Ticket
 from tests.testbed import tars
@@ -307,3 +307,21 @@ TestPartialMachine = PartialMachine.TestCase
 TestPartialMachine.settings = settings(
     derandomize=True, deadline=None, database=None, max_examples=15, stateful_step_count=12
 )
+
+
+def test_a_chunk_of_another_length_is_refused_whatever_its_digest(whole: Whole, directory: Path) -> None:
+    layer = whole.create(directory)
+    with pytest.raises(BadChunk):
+        layer.put(1, whole.chunk(1)[:5], whole.table.digest(1))
+    assert not layer.has(1)
+    layer.close()
+
+
+def test_who_serves_a_partial_layer_cannot_write_it(whole: Whole, directory: Path) -> None:
+    """Nor keep others from sealing the file once it is complete."""
+    layer = whole.create(directory)
+    fd = layer.open_data()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.pwrite(fd, b"x", 0)
+    os.close(fd)
+    layer.close()

@@ -1,7 +1,8 @@
-"""Several tasks that share one piece of work."""
+"""Several tasks that share one piece of work, and waiting for what must not be left."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
+from typing import Any
 
 
 async def together(work: Callable[[], Awaitable[None]], count: int) -> None:
@@ -17,3 +18,18 @@ async def together(work: Callable[[], Awaitable[None]], count: int) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
+
+
+async def ended(futures: Collection["asyncio.Future[Any]"]) -> None:
+    """Wait until all *futures* are done, however often the waiter is cancelled meanwhile; raises CancelledError then.
+
+    For what somebody works on in a thread, which cannot be cancelled.
+    """
+    cancelled: asyncio.CancelledError | None = None
+    while left := [future for future in futures if not future.done()]:
+        try:
+            await asyncio.wait(left)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled

@@ -14,23 +14,30 @@ more on a new one.
 
 import asyncio
 import contextlib
+import fcntl
 import hashlib
+import logging
 import os
 import select
 import socket
+import struct
+import termios
 import threading
 import time
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from afs.core.errors import DeadlineExceeded, Unavailable
+from afs.core.errors import DataLoss, DeadlineExceeded, Unavailable
+from afs.core.together import ended
 from afs.layerstore.chunkwire import ANSWER_SIZE, Question, pack_question, parse_answer, parse_error
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 Address = tuple[str, int]
 # What is done with a chunk and its sha256, in a thread. The bytes are those of the connection: they change with its next answer.
 Take = Callable[[memoryview, bytes], T]
-_THREADS = 4  # they wait for what is done with chunks only
+_IDLE_S = 60.0  # the other side waits for longer
+_THREADS = 16  # they wait for what is done with chunks only: for a disk that takes no more, say
 
 
 class Stale(Unavailable):
@@ -80,6 +87,8 @@ class _Connection:
             self.got += count
             if not self.length and self.got >= ANSWER_SIZE:
                 self.length = ANSWER_SIZE + self._said()[0]
+                if self.got > self.length:  # what is hashed must be what is taken
+                    raise DataLoss(f"{self.got - self.length} bytes came behind an answer")
         self._hash(view)
         return True
 
@@ -109,10 +118,17 @@ class Exchange(Generic[T]):
         self.take = take
         self.seconds = seconds
         self.given_up: BaseException | None = None
+        self._extended = False
         self.timer = loop.call_later(seconds, self._expire)
 
     def _expire(self) -> None:
         name = self.connection.name
+        if not self._extended and _has_unread(
+            self.connection.sock
+        ):  # the peer answers, it is our threads that are busy
+            self._extended = True
+            self.timer = asyncio.get_running_loop().call_later(self.seconds, self._expire)
+            return
         self._give_up(DeadlineExceeded(f"layerstore {name} did not answer within {self.seconds:.1f} s"))
 
     def _give_up(self, why: BaseException) -> None:
@@ -126,13 +142,22 @@ class Exchange(Generic[T]):
         self._give_up(asyncio.CancelledError())
 
 
+def _has_unread(sock: socket.socket) -> bool:
+    try:
+        (count,) = struct.unpack("i", fcntl.ioctl(sock, termios.FIONREAD, bytes(4)))
+    except OSError:
+        return False
+    return bool(count)
+
+
 class ChunkClient:
     """For chunks of at most *chunk_size* bytes; *most* idle connections are kept."""
 
     def __init__(self, chunk_size: int, most: int = 256) -> None:
         self._room = ANSWER_SIZE + max(chunk_size, 4096)
         self._most = most
-        self._idle: dict[_Connection, None] = {}
+        self._idle: dict[_Connection, float] = {}  # since when, in the loop's time
+        self._aging: asyncio.TimerHandle | None = None
         self._asking: dict[int, _Connection] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._threads: list[threading.Thread] = []
@@ -140,9 +165,12 @@ class ChunkClient:
     def _start(self) -> None:
         """With the first question: a node may have none."""
         self._loop = asyncio.get_running_loop()
-        self._epoll = select.epoll()
-        self._end = os.eventfd(0, os.EFD_CLOEXEC)
-        self._epoll.register(self._end, select.EPOLLIN)  # never read, so every thread sees it
+        with contextlib.ExitStack() as stack:
+            self._epoll = stack.enter_context(select.epoll())
+            self._end = os.eventfd(0, os.EFD_CLOEXEC)
+            stack.callback(os.close, self._end)
+            self._epoll.register(self._end, select.EPOLLIN)  # never read, so every thread sees it
+            stack.pop_all()
         self._threads = [
             threading.Thread(target=self._serve, name=f"answers-{number}", daemon=True) for number in range(_THREADS)
         ]
@@ -154,6 +182,8 @@ class ChunkClient:
         for connection in self._idle:
             connection.sock.close()
         self._idle.clear()
+        if self._aging is not None:
+            self._aging.cancel()
         if self._threads:
             os.eventfd_write(self._end, 1)
             for thread in self._threads:
@@ -175,7 +205,11 @@ class ChunkClient:
         for connection in reversed(self._idle):
             if connection.address == address:
                 del self._idle[connection]
-                return self._begin_on(connection, question, timeout, take)
+                try:
+                    return self._begin_on(connection, question, timeout, take)
+                except OSError as error:  # no descriptors or memory just now
+                    log.warning("cannot ask layerstore %s: %s", connection.name, error)
+                    return None
         return None
 
     async def ask(self, address: Address, question: Question, timeout: float, take: Take[T]) -> T:
@@ -190,7 +224,11 @@ class ChunkClient:
         except TimeoutError:
             name = f"{address[0]}:{address[1]}"
             raise DeadlineExceeded(f"layerstore {name} did not answer within {timeout:.1f} s") from None
-        return await wait_for(self._begin_on(connection, question, max(end - time.monotonic(), 0.0), take, timeout))
+        try:
+            exchange = self._begin_on(connection, question, max(end - time.monotonic(), 0.0), take, timeout)
+        except OSError as error:
+            raise Unavailable(f"cannot ask layerstore {connection.name}: {error}") from None
+        return await wait_for(exchange)
 
     def _begin_on(
         self,
@@ -200,16 +238,23 @@ class ChunkClient:
         take: Take[T],
         said: float | None = None,
     ) -> Exchange[T]:
-        exchange = Exchange(connection, take, seconds)
+        """Raises OSError, and then the connection is closed."""
+        exchange, fd = Exchange(connection, take, seconds), connection.sock.fileno()
         exchange.seconds = said or seconds
-        connection.begin(exchange)
-        if not self._threads:
-            self._start()
-        self._asking[connection.sock.fileno()] = connection
-        # A question fits into any socket that has none under way. If the peer is gone, the event tells.
-        with contextlib.suppress(OSError):
-            connection.sock.send(pack_question(question))
-        self._epoll.register(connection.sock, select.EPOLLIN | select.EPOLLONESHOT)
+        try:
+            if not self._threads:
+                self._start()
+            connection.begin(exchange)
+            self._asking[fd] = connection
+            # A question fits into any socket that has none under way. If the peer is gone, the event tells.
+            with contextlib.suppress(OSError):
+                connection.sock.send(pack_question(question))
+            self._epoll.register(fd, select.EPOLLIN | select.EPOLLONESHOT)
+        except OSError:
+            exchange.timer.cancel()
+            self._asking.pop(fd, None)
+            connection.sock.close()
+            raise
         return exchange
 
     async def _connect(self, address: Address, seconds: float) -> _Connection:
@@ -255,11 +300,23 @@ class ChunkClient:
             exchange.done.set_result(result)
 
     def _keep(self, connection: _Connection) -> None:
-        self._idle[connection] = None
+        self._idle[connection] = asyncio.get_running_loop().time()
         while len(self._idle) > self._most:
-            oldest = next(iter(self._idle))
-            del self._idle[oldest]
-            oldest.sock.close()
+            self._close_oldest()
+        if self._aging is None:
+            self._aging = asyncio.get_running_loop().call_later(_IDLE_S, self._age)
+
+    def _close_oldest(self) -> None:
+        oldest = next(iter(self._idle))
+        del self._idle[oldest]
+        oldest.sock.close()
+
+    def _age(self) -> None:
+        """Close what has been idle for long: each has room for an answer."""
+        loop = asyncio.get_running_loop()
+        while self._idle and loop.time() - next(iter(self._idle.values())) >= _IDLE_S:
+            self._close_oldest()
+        self._aging = loop.call_later(_IDLE_S, self._age) if self._idle else None
 
     # In any thread
 
@@ -298,5 +355,5 @@ async def wait_for(exchange: Exchange[T]) -> T:
     except asyncio.CancelledError:
         if not exchange.done.done():
             exchange.cancel()
-            await asyncio.wait([exchange.done])
+            await ended([exchange.done])
         raise

@@ -8,12 +8,14 @@ from one to the other and back. The event loop has what these threads cannot do:
 State: ``_connections`` has all connections by descriptor. A connection is armed for one event (``EPOLLONESHOT``) and belongs to
 the thread that gets it, or to the event loop while that reads the answer, until it is armed again. Dictionaries change by
 single operations, which the interpreter does not interrupt. Nobody but the owner closes a connection; the event loop shuts
-down those that were silent for ``IDLE_S`` or took no bytes for ``SEND_S``, which is an event to their owner. Threads wait
+down those whose question is not whole after ``IDLE_S`` or that have not taken an answer after ``SEND_S``, which is an event to their
+owner. Threads wait
 for disks only: what a peer does not take at once is sent when it can.
 """
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import select
@@ -21,7 +23,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from afs.core.errors import AfsError, FailedPrecondition, InvalidArgument, status_of
@@ -32,6 +34,8 @@ IDLE_S = 300.0
 SEND_S = 60.0
 _MOST = 1024  # connections
 _THREADS = 8  # reads of the disk at a time
+_MOST_OF_ONE = 256  # of them, by address: a layerstore has 64 questions under way at most
+_OF_THE_DISK = (errno.EIO, errno.EBADMSG, errno.EUCLEAN)
 _SWEEPS = 4  # looks for silent connections in the shorter of the two times
 
 
@@ -89,6 +93,10 @@ async def serving_chunks(host: str, port: int, read: Read, find: Find = find_not
             await server.close()
 
 
+class _Unreadable(Exception):
+    """The chunk cannot be read any more, though it was before."""
+
+
 class _Connection:
     """Its question as far as it came, and what is to be sent: bytes, then a range of a file."""
 
@@ -111,6 +119,7 @@ class _Connection:
     def answer(self, head: bytes, range_: Range | None) -> None:
         """What is to be sent from now on."""
         self.head, self.range, self.sent, self.got = head, range_, 0, 0
+        self.since = time.monotonic()
 
     def receive(self) -> bool:
         """Whether the question is whole. Raises EOFError, OSError."""
@@ -120,31 +129,36 @@ class _Connection:
             return False
         if not count:
             raise EOFError
+        if not self.got:
+            self.since = time.monotonic()
         self.got += count
-        self.since = time.monotonic()
         return self.got == QUESTION_SIZE
 
     def send(self) -> bool:
-        """Whether all is sent. Raises EOFError if the file is shorter than it was, OSError."""
+        """Whether all is sent. Raises _Unreadable, OSError."""
         try:
             while self.sent < len(self.head):
                 more = socket.MSG_MORE if self.range is not None else 0
-                self._note(self.sock.send(memoryview(self.head)[self.sent :], more))
+                self.sent += self.sock.send(memoryview(self.head)[self.sent :], more)
             if self.range is not None:
                 while (done := self.sent - len(self.head)) < self.range.length:
-                    left = self.range.length - done
-                    count = os.sendfile(self.sock.fileno(), self.range.file.fileno(), self.range.offset + done, left)
-                    if not count:
-                        raise EOFError
-                    self._note(count)
+                    self.sent += self._send_file(self.range, done)
         except BlockingIOError:
             return False
-        self.head, self.range = b"", None
+        self.head, self.range, self.since = b"", None, time.monotonic()
         return True
 
-    def _note(self, count: int) -> None:
-        self.sent += count
-        self.since = time.monotonic()
+    def _send_file(self, range_: Range, done: int) -> int:
+        try:
+            left = range_.length - done
+            count = os.sendfile(self.sock.fileno(), range_.file.fileno(), range_.offset + done, left)
+        except OSError as error:
+            if error.errno in _OF_THE_DISK:
+                raise _Unreadable(error.strerror) from error
+            raise
+        if not count:
+            raise _Unreadable("the file is shorter than it was")
+        return count
 
 
 class _Server:
@@ -187,14 +201,20 @@ class _Server:
                 log.error("cannot accept a connection for chunks: %s", error)
                 await asyncio.sleep(0.1)
                 continue
-            if len(self._connections) >= _MOST:
-                log.warning("%d connections for chunks: refusing %s", _MOST, host)
+            of_host = sum(connection.host == host for connection in list(self._connections.values()))
+            if len(self._connections) >= _MOST or of_host >= _MOST_OF_ONE:
+                log.warning("%d connections for chunks: refusing %s", len(self._connections), host)
                 opened.close()
                 continue
-            opened.setblocking(False)
-            opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._connections[opened.fileno()] = _Connection(opened, host)
-            self._epoll.register(opened, select.EPOLLIN | select.EPOLLONESHOT)
+            try:
+                opened.setblocking(False)
+                opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self._connections[opened.fileno()] = _Connection(opened, host)
+                self._epoll.register(opened, select.EPOLLIN | select.EPOLLONESHOT)
+            except OSError as error:  # the kernel has no room for another one
+                log.error("cannot serve a connection for chunks: %s", error)
+                self._connections.pop(opened.fileno(), None)
+                opened.close()
 
     async def sweep(self) -> None:
         """Let go who is silent or takes nothing; they connect again when they want something."""
@@ -213,6 +233,17 @@ class _Server:
         task = asyncio.create_task(self._answer(connection, wanted), name=f"chunk for {connection.host}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _start_looking(self, wanted: Question) -> None:
+        task = asyncio.create_task(self._look(wanted), name=f"chunk {wanted.index} of {wanted.diff_id[:19]}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _look(self, wanted: Question) -> None:
+        try:
+            await self._read(wanted)
+        except AfsError as error:
+            log.info("chunks: %s", error.line)
 
     async def _answer(self, connection: _Connection, wanted: Question) -> None:
         try:
@@ -241,7 +272,12 @@ class _Server:
                 try:
                     self._go_on(connection)
                 except Exception as error:
-                    if not isinstance(error, (OSError, EOFError, InvalidArgument)):  # a mistake of ours
+                    if isinstance(error, _Unreadable):
+                        # As if its bytes had been wrong: it is looked at once more, and repaired.
+                        wanted = replace(parse_question(bytes(connection.question)), was_bad=True)
+                        log.error("chunk %d of layer %s: %s", wanted.index, wanted.diff_id, error)
+                        self._loop.call_soon_threadsafe(self._start_looking, wanted)
+                    elif not isinstance(error, (OSError, EOFError, InvalidArgument)):  # a mistake of ours
                         log.exception("chunks for %s", connection.host)
                     elif not isinstance(error, EOFError) or connection.is_sending:
                         log.info("chunks for %s: %s", connection.host, error)

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from afs.core.errors import AfsError, NotFound
+from afs.core.together import ended
 from afs.discovery.client import Peer
 from afs.layerstore.chunkclient import Exchange, Stale, Take, wait_for
 from afs.layerstore.errors import BadChunk, LayerUnavailable
@@ -58,8 +59,8 @@ class Begun:
     def _note(self, done: "asyncio.Future[bytes | None]") -> None:
         """What is learned of the node from that."""
         error = asyncio.CancelledError() if done.cancelled() else done.exception()
-        if isinstance(error, Stale):  # says nothing
-            error = None
+        if isinstance(error, Stale):  # says nothing of the node, as if it had been given up at once
+            error = asyncio.CancelledError()
         with contextlib.suppress(BaseException):
             self._asking.__exit__(None if error is None else type(error), error, None)
 
@@ -151,8 +152,7 @@ class Fetcher:
         finally:
             for task in running:
                 task.cancel()
-            if running:
-                await asyncio.wait(running)
+            await ended(running)
         raise LayerUnavailable(wanted.partial.diff_id, cause)
 
     async def _some_done(self, wanted: Wanted, running: Collection[_Attempt], first: Peer, patience: float) -> bool:

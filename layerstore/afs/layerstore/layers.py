@@ -74,6 +74,7 @@ class Layers:
             store, room, puller, announcer, self._supply, self._partials, self._describing, completing or Completing()
         )
         self._serving = Serving(self.repairs, self._refill, self._in_background)
+        self._partials.on_dropped = self._serving.forget
         self._background: set[asyncio.Task[None]] = set()
         self.ahead = FilledAhead()
         # Told once of every chunk that a reader wanted and that was not here.
@@ -289,7 +290,7 @@ class Layers:
                     return
                 if 0 <= index < partial.table.count and not partial.has(index):
                     await self._fill_ahead(partial, index)
-                    if tell:
+                    if tell and self._partials.is_open(partial) and partial.has(index):
                         self.ahead.came(partial.diff_id, *partial.table.chunk_range(index, partial.layout))
 
         await together(work, at_once)

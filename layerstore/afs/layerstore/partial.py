@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Self, TypeVar
 
 from afs.core.files import remove_tree
+from afs.core.together import ended
 from afs.layerstore.afslyr.layout import HEADER_SIZE, ChunkTable, Layout, metadata_chunks
 from afs.layerstore.afslyr.reader import layout_from_bytes, read_layer
 from afs.layerstore.errors import BadChunk, DiskFull
@@ -158,8 +159,8 @@ class PartialLayer:
         return layer
 
     def open_data(self) -> int:
-        """One more descriptor of the file, for who reads it in a thread."""
-        return os.dup(self._data)
+        """One more descriptor of the file, for who reads it in a thread; read-only, or the file could not be sealed later."""
+        return os.open(f"/proc/self/fd/{self._data}", os.O_RDONLY | os.O_CLOEXEC)
 
     def close(self) -> None:
         """Close the files, once; the layer stays on disk."""
@@ -259,7 +260,8 @@ class PartialLayer:
 
         *digest*: its sha256, if that is known.
         """
-        if (digest or hashlib.sha256(data).digest()) != self.table.digest(index):
+        length = self.table.chunk_range(index, self.layout)[1]
+        if len(data) != length or (digest or hashlib.sha256(data).digest()) != self.table.digest(index):
             raise BadChunk(self.diff_id, index)
         try:
             self._write(index, data)
@@ -310,7 +312,7 @@ async def _unbroken(work: Callable[[int, bytes | memoryview], T], index: int, da
     try:
         return await asyncio.shield(working)
     except asyncio.CancelledError:
-        await asyncio.wait([working])
+        await ended([working])
         raise
 
 

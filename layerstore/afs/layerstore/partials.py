@@ -34,6 +34,7 @@ class Partials:
         self._read_deadline = read_deadline
         self._slots = Slots()
         self._partials: dict[str, PartialLayer] = {}
+        self.on_dropped: Callable[[str], None] = lambda diff_id: None
         self.on_taken_in: Callable[[str], None] = lambda diff_id: None
 
     def get(self, diff_id: str) -> PartialLayer | None:
@@ -80,6 +81,7 @@ class Partials:
             return  # somebody else has dropped it
         del self._partials[partial.diff_id]
         partial.close()
+        self.on_dropped(partial.diff_id)
         self._store.drop_partial(partial.diff_id)
         self._room.note(partial.diff_id)
 

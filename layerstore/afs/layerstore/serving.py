@@ -102,7 +102,10 @@ class Serving:
         now = time.monotonic()
         for diff_id in [diff_id for diff_id, opened in self._open.items() if now >= opened.until]:
             del self._open[diff_id]
-        self._open[layer.diff_id] = _OpenLayer(layer, verified, now + LEASE_S / 2)
+        try:
+            self._open[layer.diff_id] = _OpenLayer(layer, verified, now + LEASE_S / 2)
+        except OSError as error:  # no descriptors just now: the event loop goes on answering
+            log.warning("layer %s is not kept open: %s", layer.diff_id, error)
 
     async def read_chunk(self, layer: CompleteLayer | PartialLayer, index: int, *, was_bad: bool) -> bytes:
         """A chunk. NotFound if it is not here; DamagedLayer if it is damaged, and then it is being repaired.

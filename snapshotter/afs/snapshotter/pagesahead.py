@@ -17,6 +17,7 @@ thread at a time reads, for :meth:`PagesAhead.run`, which takes entries away bef
 import asyncio
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,17 @@ from afs.snapshotter.layermounts import LayerMounts
 
 log = logging.getLogger(__name__)
 _MOST = 16_384
+_FRESH_S = 60.0  # an image whose trace is prefetched is mounted soon, or not at all
 _PAUSE_S = 1.0  # before the layerstore is asked again
 Ranges = list[tuple[int, int]]  # (offset, bytes)
+
+
+class _Ahead:
+    """Of one layer; ``since`` is when the first of it was told."""
+
+    def __init__(self) -> None:
+        self.ranges: Ranges = []
+        self.since = time.monotonic()
 
 
 class PagesAhead:
@@ -36,7 +46,7 @@ class PagesAhead:
     def __init__(self, socket: Path, mounts: LayerMounts) -> None:
         self._socket = socket
         self._mounts = mounts
-        self._ahead: dict[str, Ranges] = {}
+        self._ahead: dict[str, _Ahead] = {}
         self._count = 0
         self.taken = 0  # layers that were looked at, since the start
         self._look = asyncio.Event()
@@ -66,16 +76,17 @@ class PagesAhead:
         if (diff_id := message.get("ahead")) is None:
             return
         ranges = [(int(offset), int(length)) for offset, length in message["ranges"]]
-        self._ahead.setdefault(str(diff_id), []).extend(ranges)
+        self._ahead.setdefault(str(diff_id), _Ahead()).ranges.extend(ranges)
         self._count += len(ranges)
         while self._count > _MOST:  # the oldest, which perhaps will never be mounted
             self._take(next(iter(self._ahead)))
         self._look.set()
 
     def _take(self, diff_id: str) -> Ranges:
-        ranges = self._ahead.pop(diff_id)
-        self._count -= len(ranges)
-        return ranges
+        """What is to be read of a layer; nothing of it if that was said too long ago, for it may be here no more."""
+        ahead = self._ahead.pop(diff_id)
+        self._count -= len(ahead.ranges)
+        return ahead.ranges if time.monotonic() - ahead.since < _FRESH_S else []
 
     async def _read(self) -> None:
         while True:
