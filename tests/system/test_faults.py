@@ -254,6 +254,7 @@ def test_corrupt_peer_never_gives_wrong_bytes(busybox_image: BusyboxImage, tmp_p
         assert "served a bad chunk" not in running.log("node2-layerstore")
 
 
+@pytest.mark.slow
 def test_fuse_readers_see_no_hole_when_the_layer_was_pulled_meanwhile(
     busybox_image: BusyboxImage, tmp_path: Path
 ) -> None:

@@ -81,6 +81,7 @@ async def test_another_holder_takes_over(net: NetworkCluster, rng: random.Random
         await net.all_right(readers)
 
 
+@pytest.mark.slow
 async def test_another_holder_takes_over_from_a_slow_one(net: NetworkCluster, rng: random.Random) -> None:
     first, second, _ = net.nodes
     image = await net.image(rng, first)
@@ -92,7 +93,7 @@ async def test_another_holder_takes_over_from_a_slow_one(net: NetworkCluster, rn
             await net.all_right(readers)
 
 
-@pytest.mark.parametrize("how", END[:-1])
+@pytest.mark.parametrize("how", [END[0], pytest.param(END[1], marks=pytest.mark.slow), *END[2:-1]])
 async def test_the_registry_takes_over(net: NetworkCluster, rng: random.Random, how: str) -> None:
     first = net.nodes[0]
     image = await net.image(rng, first)

@@ -59,8 +59,9 @@ class PeerWatch:
     def order(self, peers: Sequence[Peer], complete: Collection[str], chunk: int = 0) -> list[Peer]:
         """*peers* in the order in which to ask: whoever answers, is idle, has all of the layer (*complete*: those ids).
 
-        One that has a part may not have the chunk: it counts as if it had ``_PART`` more to do. Equal ones go in an order that depends on this node and the *chunk*: a hundred nodes that start an image at the
-        same time do not all ask the same holder first.
+        One that has a part may not have the chunk: it counts as if it had ``_PART`` more to do. Equal ones go in an order that
+        depends on this node and the *chunk*: a hundred nodes that start an image at the same time do not all ask the same
+        holder first.
         """
 
         if len(peers) == 1:
