@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from afs.snapshotter.layermounts import LayerMounts
+    from afs.snapshotter.pagesahead import Ranges
     from tests.testbed.fillsource import SourceLayer
 
 pytestmark = pytest.mark.root
@@ -123,14 +124,20 @@ async def test_nothing_is_read_ahead_that_nobody_reads_from_there(
     monkeypatch.setattr("afs.snapshotter.pagesahead.read_ahead", lambda path, ranges: read.append(path))
     layer, kind = a_layer(source, rng), kind_of(name, tmp_path)
     async with layer_mounts(source, kind.backend) as mounts:
-        ahead = PagesAhead(source.socket, mounts)
+        ahead, taken = PagesAhead(source.socket, mounts), asyncio.Event()
+        take = ahead._take
+
+        def noted(diff_id: str) -> Ranges:
+            taken.set()
+            return take(diff_id)
+
+        monkeypatch.setattr(ahead, "_take", noted)
         async with mounts.using(layer.diff_id, ""):
             task = asyncio.create_task(ahead.run())
             await source.watched.wait()
             layer.fill(3, 1)
             source.tell(layer.diff_id, [3])
-            while not ahead.taken:  # noqa: ASYNC110
-                await asyncio.sleep(0.001)
+            await taken.wait()
             task.cancel()
             await asyncio.wait([task])
     assert read == []

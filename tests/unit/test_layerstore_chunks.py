@@ -439,21 +439,6 @@ async def test_a_chunk_that_cannot_be_read_any_more_is_looked_at(
         assert await ask(client, ("127.0.0.1", port)) == CHUNKS[0]
 
 
-async def test_one_node_cannot_have_all_connections(
-    source: Source, address: tuple[str, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("afs.layerstore.chunkserver._MOST_OF_ONE", 1)
-    client = ChunkClient(SIZE)
-    source.gate.clear()
-    first = asyncio.create_task(ask(client, address))
-    await until(lambda: source.reading == 1)
-    with pytest.raises(Unavailable):
-        await ask(client, address)
-    source.gate.set()
-    assert await first == CHUNKS[0]
-    client.close()
-
-
 async def test_a_question_is_begun_only_on_a_connection_that_is_there(
     client: ChunkClient, address: tuple[str, int], source: Source
 ) -> None:
@@ -543,10 +528,11 @@ async def test_the_end_of_a_server_ends_what_it_reads(client: ChunkClient, sourc
         await asking
 
 
+@pytest.mark.parametrize("limit", ["_MOST", "_MOST_OF_ONE"])
 async def test_more_connections_than_it_takes(
-    source: Source, address: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+    source: Source, address: tuple[str, int], monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
-    monkeypatch.setattr("afs.layerstore.chunkserver._MOST", 1)
+    monkeypatch.setattr(f"afs.layerstore.chunkserver.{limit}", 1)
     client = ChunkClient(SIZE)
     source.gate.clear()
     first = asyncio.create_task(ask(client, address))

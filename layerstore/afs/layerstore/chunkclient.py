@@ -109,27 +109,28 @@ class _Connection:
 
 
 class Exchange(Generic[T]):
-    """A question on its way. ``done`` gets what :meth:`ChunkClient.ask` returns or raises, or Stale; cancel it here only."""
+    """A question on its way. ``done`` gets what :meth:`ChunkClient.ask` returns or raises, or Stale; cancel it here only.
 
-    def __init__(self, connection: _Connection, take: Take[T], seconds: float) -> None:
+    *left* is what is left of *timeout*, both in seconds.
+    """
+
+    def __init__(self, connection: _Connection, take: Take[T], left: float, timeout: float) -> None:
         loop = asyncio.get_running_loop()
         self.done: asyncio.Future[T] = loop.create_future()
         self.connection = connection
         self.take = take
-        self.seconds = seconds
+        self._timeout = timeout
         self.given_up: BaseException | None = None
         self._extended = False
-        self.timer = loop.call_later(seconds, self._expire)
+        self.timer = loop.call_later(left, self._expire)
 
     def _expire(self) -> None:
-        name = self.connection.name
-        if not self._extended and _has_unread(
-            self.connection.sock
-        ):  # the peer answers, it is our threads that are busy
+        # If there is something to receive, the peer answers, and it is our threads that are busy.
+        if not self._extended and _has_unread(self.connection.sock):
             self._extended = True
-            self.timer = asyncio.get_running_loop().call_later(self.seconds, self._expire)
-            return
-        self._give_up(DeadlineExceeded(f"layerstore {name} did not answer within {self.seconds:.1f} s"))
+            self.timer = asyncio.get_running_loop().call_later(self._timeout, self._expire)
+        else:
+            self._give_up(_too_late(self.connection.name, self._timeout))
 
     def _give_up(self, why: BaseException) -> None:
         if self.given_up is None:
@@ -140,6 +141,10 @@ class Exchange(Generic[T]):
     def cancel(self) -> None:
         """End it; ``done`` is cancelled when nobody works on the answer any more."""
         self._give_up(asyncio.CancelledError())
+
+
+def _too_late(name: str, timeout: float) -> DeadlineExceeded:
+    return DeadlineExceeded(f"layerstore {name} did not answer within {timeout:.1f} s")
 
 
 def _has_unread(sock: socket.socket) -> bool:
@@ -206,7 +211,7 @@ class ChunkClient:
             if connection.address == address:
                 del self._idle[connection]
                 try:
-                    return self._begin_on(connection, question, timeout, take)
+                    return self._begin_on(connection, question, take, timeout, timeout)
                 except OSError as error:  # no descriptors or memory just now
                     log.warning("cannot ask layerstore %s: %s", connection.name, error)
                     return None
@@ -218,29 +223,21 @@ class ChunkClient:
         if (exchange := self.begin(address, question, timeout, take)) is not None:
             with contextlib.suppress(Stale):
                 return await wait_for(exchange)
-        left = end - time.monotonic()
         try:
-            connection = await self._connect(address, left)
+            connection = await self._connect(address, end - time.monotonic())
         except TimeoutError:
-            name = f"{address[0]}:{address[1]}"
-            raise DeadlineExceeded(f"layerstore {name} did not answer within {timeout:.1f} s") from None
+            raise _too_late(f"{address[0]}:{address[1]}", timeout) from None
         try:
-            exchange = self._begin_on(connection, question, max(end - time.monotonic(), 0.0), take, timeout)
+            exchange = self._begin_on(connection, question, take, max(end - time.monotonic(), 0.0), timeout)
         except OSError as error:
             raise Unavailable(f"cannot ask layerstore {connection.name}: {error}") from None
         return await wait_for(exchange)
 
     def _begin_on(
-        self,
-        connection: _Connection,
-        question: Question,
-        seconds: float,
-        take: Take[T],
-        said: float | None = None,
+        self, connection: _Connection, question: Question, take: Take[T], left: float, timeout: float
     ) -> Exchange[T]:
         """Raises OSError, and then the connection is closed."""
-        exchange, fd = Exchange(connection, take, seconds), connection.sock.fileno()
-        exchange.seconds = said or seconds
+        exchange, fd = Exchange(connection, take, left, timeout), connection.sock.fileno()
         try:
             if not self._threads:
                 self._start()

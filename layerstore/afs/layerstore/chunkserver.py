@@ -8,21 +8,21 @@ from one to the other and back. The event loop has what these threads cannot do:
 State: ``_connections`` has all connections by descriptor. A connection is armed for one event (``EPOLLONESHOT``) and belongs to
 the thread that gets it, or to the event loop while that reads the answer, until it is armed again. Dictionaries change by
 single operations, which the interpreter does not interrupt. Nobody but the owner closes a connection; the event loop shuts
-down those whose question is not whole after ``IDLE_S`` or that have not taken an answer after ``SEND_S``, which is an event to their
-owner. Threads wait
-for disks only: what a peer does not take at once is sent when it can.
+down those whose question is not whole after ``IDLE_S`` or that have not taken an answer after ``SEND_S``, which is an event to
+their owner. Threads wait for disks only: what a peer does not take at once is sent when it can.
 """
 
 import asyncio
 import contextlib
 import errno
+import functools
 import logging
 import os
 import select
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -229,13 +229,8 @@ class _Server:
                     with contextlib.suppress(OSError):  # closed just now
                         connection.sock.shutdown(socket.SHUT_RDWR)
 
-    def _start_reading(self, connection: _Connection, wanted: Question) -> None:
-        task = asyncio.create_task(self._answer(connection, wanted), name=f"chunk for {connection.host}")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    def _start_looking(self, wanted: Question) -> None:
-        task = asyncio.create_task(self._look(wanted), name=f"chunk {wanted.index} of {wanted.diff_id[:19]}")
+    def _start(self, work: Callable[[], Coroutine[None, None, None]]) -> None:
+        task = asyncio.create_task(work(), name="chunk")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -276,7 +271,7 @@ class _Server:
                         # As if its bytes had been wrong: it is looked at once more, and repaired.
                         wanted = replace(parse_question(bytes(connection.question)), was_bad=True)
                         log.error("chunk %d of layer %s: %s", wanted.index, wanted.diff_id, error)
-                        self._loop.call_soon_threadsafe(self._start_looking, wanted)
+                        self._loop.call_soon_threadsafe(self._start, functools.partial(self._look, wanted))
                     elif not isinstance(error, (OSError, EOFError, InvalidArgument)):  # a mistake of ours
                         log.exception("chunks for %s", connection.host)
                     elif not isinstance(error, EOFError) or connection.is_sending:
@@ -293,7 +288,7 @@ class _Server:
             wanted = parse_question(bytes(connection.question))
             found = self._find(wanted)
             if found is None:
-                self._loop.call_soon_threadsafe(self._start_reading, connection, wanted)
+                self._loop.call_soon_threadsafe(self._start, functools.partial(self._answer, connection, wanted))
                 return
             connection.answer(pack_chunk(found.length), found)
         self._arm(connection, select.EPOLLIN if connection.send() else select.EPOLLOUT)

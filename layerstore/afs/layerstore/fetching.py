@@ -45,24 +45,20 @@ class Wanted:
 
 
 class Begun:
-    """A chunk that :meth:`Fetcher.begin` asked *peer* for."""
+    """A chunk that :meth:`Fetcher.begin` asked *peer* for; *end* is told how that ended."""
 
     def __init__(
-        self, peer: Peer, exchange: Exchange[bytes | None], asking: contextlib.AbstractContextManager[None]
+        self, peer: Peer, exchange: Exchange[bytes | None], end: Callable[[BaseException | None], None]
     ) -> None:
         self.peer = peer
         self.exchange = exchange
-        self._asking = asking
-        self._asking.__enter__()
+        self._end = end
         exchange.done.add_done_callback(self._note)
 
     def _note(self, done: "asyncio.Future[bytes | None]") -> None:
-        """What is learned of the node from that."""
         error = asyncio.CancelledError() if done.cancelled() else done.exception()
-        if isinstance(error, Stale):  # says nothing of the node, as if it had been given up at once
-            error = asyncio.CancelledError()
-        with contextlib.suppress(BaseException):
-            self._asking.__exit__(None if error is None else type(error), error, None)
+        # A connection that was closed while nothing was asked says nothing of the node, as if it had been given up at once.
+        self._end(asyncio.CancelledError() if isinstance(error, Stale) else error)
 
 
 class Fetcher:
@@ -98,7 +94,7 @@ class Fetcher:
             _taker(wanted),
             timeout=self._watch.timeout(peer.endpoint, wanted.round),
         )
-        return None if exchange is None else Begun(peer, exchange, self._watch.asking(peer.endpoint))
+        return None if exchange is None else Begun(peer, exchange, self._watch.begin(peer.endpoint))
 
     def took(self, wanted: Wanted, peer: Peer) -> None:
         """The chunk came from *peer*."""

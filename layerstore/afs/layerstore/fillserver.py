@@ -118,12 +118,11 @@ class _Connection:
         match message.get("op"):
             case "open":
                 layer = self._layers.look_up(diff_id)  # mounted, or about to be: that is its lease
-                partial = isinstance(layer, PartialLayer)
                 return {
                     "size": layer.layout.file_size,
                     "chunk_size": layer.layout.chunk_size,
                     "data": str(layer.data_path if isinstance(layer, PartialLayer) else layer.path),
-                    "chunks": str(layer.map_path) if isinstance(layer, PartialLayer) and partial else "",
+                    "chunks": str(layer.map_path) if isinstance(layer, PartialLayer) else "",
                 }
             case "fill":
                 first, count = message.get("first"), message.get("count")

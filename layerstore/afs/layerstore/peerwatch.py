@@ -92,25 +92,33 @@ class PeerWatch:
     @contextlib.contextmanager
     def asking(self, endpoint: str) -> Iterator[None]:
         """One request for a chunk; errors that say that nobody is there count against the node."""
-        seen, started = self._of(endpoint), self._now()
-        seen.running += 1
+        end = self.begin(endpoint)
         try:
             yield
-        except (Unavailable, DeadlineExceeded):
-            self._took_at_least(seen, self._now() - started)
-            self._strike(seen)
+        except BaseException as error:
+            end(error)
             raise
-        except AfsError:  # it says no, but it is there
-            seen.strikes, seen.shunned_until = 0, 0.0
-            raise
-        except BaseException:  # another one was quicker, or nobody wants it any more
-            self._took_at_least(seen, self._now() - started)
-            raise
-        else:
-            seen.strikes, seen.shunned_until = 0, 0.0
-            self._took(seen, self._now() - started)
-        finally:
+        end(None)
+
+    def begin(self, endpoint: str) -> Callable[[BaseException | None], None]:
+        """:meth:`asking` begins; what is given is called at the end, with the error if there was one."""
+        seen, started = self._of(endpoint), self._now()
+        seen.running += 1
+
+        def end(error: BaseException | None) -> None:
             seen.running -= 1
+            if isinstance(error, Unavailable | DeadlineExceeded):
+                self._took_at_least(seen, self._now() - started)
+                self._strike(seen)
+            elif isinstance(error, AfsError):  # it says no, but it is there
+                seen.strikes, seen.shunned_until = 0, 0.0
+            elif error is not None:  # another one was quicker, or nobody wants it any more
+                self._took_at_least(seen, self._now() - started)
+            else:
+                seen.strikes, seen.shunned_until = 0, 0.0
+                self._took(seen, self._now() - started)
+
+        return end
 
     def _took_at_least(self, seen: _Seen, seconds: float) -> None:
         if seconds > seen.mean:

@@ -48,7 +48,6 @@ class PagesAhead:
         self._mounts = mounts
         self._ahead: dict[str, _Ahead] = {}
         self._count = 0
-        self.taken = 0  # layers that were looked at, since the start
         self._look = asyncio.Event()
         mounts.on_mounted = self._look.set
 
@@ -68,7 +67,12 @@ class PagesAhead:
                         self._told(decode(line))
                 finally:
                     writer.close()
-            except (OSError, ValueError) as error:  # it starts anew, or is not there yet; reads go on without this
+            except (
+                OSError,
+                ValueError,
+                TypeError,
+                KeyError,
+            ) as error:  # it starts anew, or is not there yet; reads go on without this
                 log.debug("layerstore at %s: %s", self._socket, error)
             await asyncio.sleep(_PAUSE_S)
 
@@ -99,7 +103,6 @@ class PagesAhead:
                 ranges = self._take(diff_id)
                 if layer.worker is not None and layer.backend is Backend.FILE:
                     await asyncio.to_thread(read_ahead, layer.worker.file(diff_id), ranges)
-                self.taken += 1
 
 
 def read_ahead(path: Path, ranges: Ranges) -> None:
