@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
+from afs.core.digests import hex_of
 from afs.core.images import Platform, parse_image
 from afs.core.rpc import serving
 from afs.discovery.client import Announcer, Peer
 from afs.discovery.directory import Directory
 from afs.discovery.server import DiscoveryService
+from afs.layerstore.afslyr.convert import convert
 from afs.layerstore.afslyr.reader import verify_layer
 from afs.layerstore.chunkserver import serving_chunks
 from afs.layerstore.images import Images
@@ -39,6 +42,7 @@ from afs.proto.v1.layerstore_pb2_grpc import (
 )
 from tests.testbed import oci, tars
 from tests.testbed.faults import FaultServer
+from tests.testbed.forged import Forged
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -170,6 +174,20 @@ class World:
     def reads(self) -> int:
         """How often the registry served the layer."""
         return self.server.count(f"blobs/{self.origin.layer.blob_digest}")
+
+    def forge(self, name: str) -> bytes:
+        """Have node *name*, before it starts, hold the first layer with other file modes; what it should be.
+
+        Its table is right for its own chunks, and its tar is right too.
+        """
+        path = self.tmp_path / name / "layers" / f"{hex_of(self.diff_id)}.afslyr"
+        path.parent.mkdir(parents=True)
+        convert(io.BytesIO(TAR).read, path)
+        good = path.read_bytes()
+        forged = Forged(path)
+        forged.data[forged.layout.meta_offset + 4] ^= 0o002  # the root is writable by all
+        os.close(forged.seal())
+        return good
 
     async def node(
         self,

@@ -4,8 +4,6 @@ import asyncio
 import contextlib
 import dataclasses
 import errno
-import io
-import os
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,7 +13,6 @@ import pytest
 
 from afs.core.digests import hex_of
 from afs.core.errors import DataLoss, NotFound, ResourceExhausted, Unavailable
-from afs.layerstore.afslyr.convert import convert
 from afs.layerstore.afslyr.layout import ChunkTable
 from afs.layerstore.errors import LayerUnavailable
 from afs.layerstore.fillserver import serving_fills
@@ -27,8 +24,7 @@ from afs.layerstore.scrub import Scrubber
 from afs.layerstore.store import CompleteLayer, LayerStore
 from tests.testbed import mounts
 from tests.testbed.faults import Fault
-from tests.testbed.forged import Forged
-from tests.testbed.layernodes import OTHER, TAR, World, complete_of, open_partial, running_world
+from tests.testbed.layernodes import OTHER, World, complete_of, open_partial, running_world
 
 
 @pytest.fixture
@@ -271,16 +267,10 @@ async def test_ensure_pulls_when_the_peer_lies(world: World) -> None:
 
 
 async def test_a_forged_index_is_found_out_when_the_layer_is_complete(
-    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A peer's table is right for its own chunks, and its tar is right too; only the file modes are not."""
-    path = tmp_path / "n1" / "layers" / f"{hex_of(world.diff_id)}.afslyr"
-    path.parent.mkdir(parents=True)
-    convert(io.BytesIO(TAR).read, path)
-    good = path.read_bytes()
-    forged = Forged(path)
-    forged.data[forged.layout.meta_offset + 4] ^= 0o002  # the root is writable by all
-    os.close(forged.seal())
+    good = world.forge("n1")
     one, two = await world.node("n1"), await world.node("n2")
     complete, pulled = await two.layers.ensure(world.origin)
     assert len(one.service.chunks) == complete.table.count

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import io
 import os
 import threading
 from collections import Counter
@@ -17,7 +16,6 @@ from afs.core.digests import hex_of
 from afs.core.errors import AfsError, NotFound
 from afs.core.rpc import channel
 from afs.layerstore import describing, origins, peerwatch, readahead, supply
-from afs.layerstore.afslyr.convert import convert
 from afs.layerstore.afslyr.layout import CHUNK_SIZE
 from afs.layerstore.chunkserver import serving_chunks
 from afs.layerstore.completion import Completing, Mode
@@ -30,8 +28,7 @@ from afs.layerstore.scheduling import Priority, Ticket
 from afs.proto.v1 import layerstore_pb2 as pb
 from afs.proto.v1.layerstore_pb2_grpc import LayerstoreNodeStub
 from tests.testbed.faults import Fault
-from tests.testbed.forged import Forged
-from tests.testbed.layernodes import LAYER_SIZE, TAR, Node, World, complete_of, open_partial, running_world
+from tests.testbed.layernodes import LAYER_SIZE, Node, World, complete_of, open_partial, running_world
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Collection
@@ -536,14 +533,8 @@ async def test_what_the_disk_damaged_comes_again_before_it_is_complete(world: Wo
     assert two.store.complete(world.diff_id) is not None
 
 
-async def test_a_forged_layer_is_pulled_once_its_readers_wanted_all_of_it(world: World, tmp_path: Path) -> None:
-    path = tmp_path / "n1" / "layers" / f"{hex_of(world.diff_id)}.afslyr"
-    path.parent.mkdir(parents=True)
-    convert(io.BytesIO(TAR).read, path)
-    good = path.read_bytes()
-    forged = Forged(path)
-    forged.data[forged.layout.meta_offset + 4] ^= 0o002  # the root is writable by all
-    os.close(forged.seal())
+async def test_a_forged_layer_is_pulled_once_its_readers_wanted_all_of_it(world: World) -> None:
+    good = world.forge("n1")
     _, two = await world.node("n1"), await world.node("n2")
     partial = await open_partial(world, two)
     await two.layers.fill(world.diff_id, 0, partial.table.count)
@@ -555,13 +546,7 @@ async def test_a_forged_layer_is_pulled_once_its_readers_wanted_all_of_it(world:
 
 async def test_a_layer_known_to_be_made_up_is_never_opened_again(world: World) -> None:
     """Its source does not answer when that shows; readers go on with what they have, others get an error or the right one."""
-    path = world.tmp_path / "n1/layers" / f"{world.diff_id[7:]}.afslyr"
-    path.parent.mkdir(parents=True)
-    convert(io.BytesIO(TAR).read, path)
-    good = path.read_bytes()
-    forged = Forged(path)
-    forged.data[forged.layout.meta_offset + 4] ^= 0o002  # the root is writable by all
-    os.close(forged.seal())
+    good = world.forge("n1")
     one, two = await world.node("n1"), await world.node("n2")
     partial = await open_partial(world, two)
     world.server.add(Fault("", status=404))
