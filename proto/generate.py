@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parent
 
 
 def generate(out: pathlib.Path) -> None:
-    protos = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("afs/proto/v1/*.proto"))
+    protos = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("afs/proto/*/*.proto"))
     include = pathlib.Path(protoc.__file__).parent / "_proto"
     # protoc finds its plugins on PATH, and they are installed beside this interpreter.
     os.environ["PATH"] = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"

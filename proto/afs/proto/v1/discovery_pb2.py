@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x61\x66s/proto/v1/discovery.proto\x12\x06\x61\x66s.v1\"B\n\tHeldLayer\x12\x0f\n\x07\x64iff_id\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\"4\n\tHeldTrace\x12\x17\n\x0fmanifest_digest\x18\x01 \x01(\t\x12\x0e\n\x06\x63hunks\x18\x02 \x01(\r\"\xc5\x02\n\x10HeartbeatRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x03 \x01(\x04\x12\x13\n\x0bincarnation\x18\x04 \x01(\x04\x12\x10\n\x08sequence\x18\x05 \x01(\x04\x12\x0c\n\x04\x66ull\x18\x06 \x01(\x08\x12!\n\x06layers\x18\x07 \x03(\x0b\x32\x11.afs.v1.HeldLayer\x12\x16\n\x0eremoved_layers\x18\x08 \x03(\t\x12\x0e\n\x06images\x18\t \x03(\t\x12\x16\n\x0eremoved_images\x18\n \x03(\t\x12\x0f\n\x07leaving\x18\x0b \x01(\x08\x12!\n\x06traces\x18\x0c \x03(\x0b\x32\x11.afs.v1.HeldTrace\x12\x16\n\x0eremoved_traces\x18\r \x03(\t\x12\x12\n\nchunk_port\x18\x0e \x01(\r\"U\n\x11HeartbeatResponse\x12\x0e\n\x06resend\x18\x01 \x01(\x08\x12\x1b\n\x05nodes\x18\x02 \x03(\x0b\x32\x0c.afs.v1.Node\x12\x13\n\x0binterval_ms\x18\x03 \x01(\r\"\xc3\x01\n\x04Node\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x03 \x01(\x04\x12\x16\n\x0elast_seen_unix\x18\x04 \x01(\x03\x12!\n\x06layers\x18\x05 \x03(\x0b\x32\x11.afs.v1.HeldLayer\x12\x0e\n\x06images\x18\x06 \x03(\t\x12!\n\x06traces\x18\x07 \x03(\x0b\x32\x11.afs.v1.HeldTrace\x12\x12\n\nchunk_port\x18\x08 \x01(\r\",\n\x10ListNodesRequest\x12\x18\n\x10include_contents\x18\x01 \x01(\x08\"0\n\x11ListNodesResponse\x12\x1b\n\x05nodes\x18\x01 \x03(\x0b\x32\x0c.afs.v1.Node\"A\n\rLocateRequest\x12\x10\n\x08\x64iff_ids\x18\x01 \x03(\t\x12\x0e\n\x06images\x18\x02 \x03(\t\x12\x0e\n\x06traces\x18\x03 \x03(\t\"Q\n\x06Holder\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\x12\x12\n\nchunk_port\x18\x04 \x01(\r\"*\n\x07Holders\x12\x1f\n\x07holders\x18\x01 \x03(\x0b\x32\x0e.afs.v1.Holder\"\xec\x02\n\x0eLocateResponse\x12\x32\n\x06layers\x18\x01 \x03(\x0b\x32\".afs.v1.LocateResponse.LayersEntry\x12\x32\n\x06images\x18\x02 \x03(\x0b\x32\".afs.v1.LocateResponse.ImagesEntry\x12\x32\n\x06traces\x18\x03 \x03(\x0b\x32\".afs.v1.LocateResponse.TracesEntry\x1a>\n\x0bLayersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1e\n\x05value\x18\x02 \x01(\x0b\x32\x0f.afs.v1.Holders:\x02\x38\x01\x1a>\n\x0bImagesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1e\n\x05value\x18\x02 \x01(\x0b\x32\x0f.afs.v1.Holders:\x02\x38\x01\x1a>\n\x0bTracesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1e\n\x05value\x18\x02 \x01(\x0b\x32\x0f.afs.v1.Holders:\x02\x38\x01\x32\xc8\x01\n\tDiscovery\x12@\n\tHeartbeat\x12\x18.afs.v1.HeartbeatRequest\x1a\x19.afs.v1.HeartbeatResponse\x12@\n\tListNodes\x12\x18.afs.v1.ListNodesRequest\x1a\x19.afs.v1.ListNodesResponse\x12\x37\n\x06Locate\x12\x15.afs.v1.LocateRequest\x1a\x16.afs.v1.LocateResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x61\x66s/proto/v1/discovery.proto\x12\x06\x61\x66s.v1\"B\n\tHeldLayer\x12\x0f\n\x07\x64iff_id\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\"4\n\tHeldTrace\x12\x17\n\x0fmanifest_digest\x18\x01 \x01(\t\x12\x0e\n\x06\x63hunks\x18\x02 \x01(\r\"\xed\x02\n\x10HeartbeatRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x03 \x01(\x04\x12\x13\n\x0bincarnation\x18\x04 \x01(\x04\x12\x10\n\x08sequence\x18\x05 \x01(\x04\x12\x0c\n\x04\x66ull\x18\x06 \x01(\x08\x12!\n\x06layers\x18\x07 \x03(\x0b\x32\x11.afs.v1.HeldLayer\x12\x16\n\x0eremoved_layers\x18\x08 \x03(\t\x12\x0e\n\x06images\x18\t \x03(\t\x12\x16\n\x0eremoved_images\x18\n \x03(\t\x12\x0f\n\x07leaving\x18\x0b \x01(\x08\x12!\n\x06traces\x18\x0c \x03(\x0b\x32\x11.afs.v1.HeldTrace\x12\x16\n\x0eremoved_traces\x18\r \x03(\t\x12\x12\n\nchunk_port\x18\x0e \x01(\r\x12\x0e\n\x06\x63hains\x18\x0f \x03(\x06\x12\x16\n\x0eremoved_chains\x18\x10 \x03(\x06\"U\n\x11HeartbeatResponse\x12\x0e\n\x06resend\x18\x01 \x01(\x08\x12\x1b\n\x05nodes\x18\x02 \x03(\x0b\x32\x0c.afs.v1.Node\x12\x13\n\x0binterval_ms\x18\x03 \x01(\r\"\xc3\x01\n\x04Node\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x03 \x01(\x04\x12\x16\n\x0elast_seen_unix\x18\x04 \x01(\x03\x12!\n\x06layers\x18\x05 \x03(\x0b\x32\x11.afs.v1.HeldLayer\x12\x0e\n\x06images\x18\x06 \x03(\t\x12!\n\x06traces\x18\x07 \x03(\x0b\x32\x11.afs.v1.HeldTrace\x12\x12\n\nchunk_port\x18\x08 \x01(\r\",\n\x10ListNodesRequest\x12\x18\n\x10include_contents\x18\x01 \x01(\x08\"0\n\x11ListNodesResponse\x12\x1b\n\x05nodes\x18\x01 \x03(\x0b\x32\x0c.afs.v1.Node\"Q\n\rLocateRequest\x12\x10\n\x08\x64iff_ids\x18\x01 \x03(\t\x12\x0e\n\x06images\x18\x02 \x03(\t\x12\x0e\n\x06traces\x18\x03 \x03(\t\x12\x0e\n\x06\x63hains\x18\x04 \x03(\x06\"Q\n\x06Holder\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\x12\x12\n\nchunk_port\x18\x04 \x01(\r\"*\n\x07Holders\x12\x1f\n\x07holders\x18\x01 \x03(\x0b\x32\x0e.afs.v1.Holder\"\xe0\x03\n\x0eLocateResponse\x12\x32\n\x06layers\x18\x01 \x03(\x0b\x32\".afs.v1.LocateResponse.LayersEntry\x12\x32\n\x06images\x18\x02 \x03(\x0b\x32\".afs.v1.LocateResponse.ImagesEntry\x12\x32\n\x06traces\x18\x03 \x03(\x0b\x32\".afs.v1.LocateResponse.TracesEntry\x12\x32\n\x06\x63hains\x18\x04 \x03(\x0b\x32\".afs.v1.LocateResponse.ChainsEntry\x1a>\n\x0bLayersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1e\n\x05value\x18\x02 \x01(\x0b\x32\x0f.afs.v1.Holders:\x02\x38\x01\x1a>\n\x0bImagesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1e\n\x05value\x18\x02 \x01(\x0b\x32\x0f.afs.v1.Holders:\x02\x38\x01\x1a>\n\x0bTracesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1e\n\x05value\x18\x02 \x01(\x0b\x32\x0f.afs.v1.Holders:\x02\x38\x01\x1a>\n\x0b\x43hainsEntry\x12\x0b\n\x03key\x18\x01 \x01(\x06\x12\x1e\n\x05value\x18\x02 \x01(\x0b\x32\x0f.afs.v1.Holders:\x02\x38\x01\x32\xc8\x01\n\tDiscovery\x12@\n\tHeartbeat\x12\x18.afs.v1.HeartbeatRequest\x1a\x19.afs.v1.HeartbeatResponse\x12@\n\tListNodes\x12\x18.afs.v1.ListNodesRequest\x1a\x19.afs.v1.ListNodesResponse\x12\x37\n\x06Locate\x12\x15.afs.v1.LocateRequest\x1a\x16.afs.v1.LocateResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,34 +37,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LOCATERESPONSE_IMAGESENTRY']._serialized_options = b'8\001'
   _globals['_LOCATERESPONSE_TRACESENTRY']._loaded_options = None
   _globals['_LOCATERESPONSE_TRACESENTRY']._serialized_options = b'8\001'
+  _globals['_LOCATERESPONSE_CHAINSENTRY']._loaded_options = None
+  _globals['_LOCATERESPONSE_CHAINSENTRY']._serialized_options = b'8\001'
   _globals['_HELDLAYER']._serialized_start=40
   _globals['_HELDLAYER']._serialized_end=106
   _globals['_HELDTRACE']._serialized_start=108
   _globals['_HELDTRACE']._serialized_end=160
   _globals['_HEARTBEATREQUEST']._serialized_start=163
-  _globals['_HEARTBEATREQUEST']._serialized_end=488
-  _globals['_HEARTBEATRESPONSE']._serialized_start=490
-  _globals['_HEARTBEATRESPONSE']._serialized_end=575
-  _globals['_NODE']._serialized_start=578
-  _globals['_NODE']._serialized_end=773
-  _globals['_LISTNODESREQUEST']._serialized_start=775
-  _globals['_LISTNODESREQUEST']._serialized_end=819
-  _globals['_LISTNODESRESPONSE']._serialized_start=821
-  _globals['_LISTNODESRESPONSE']._serialized_end=869
-  _globals['_LOCATEREQUEST']._serialized_start=871
-  _globals['_LOCATEREQUEST']._serialized_end=936
-  _globals['_HOLDER']._serialized_start=938
-  _globals['_HOLDER']._serialized_end=1019
-  _globals['_HOLDERS']._serialized_start=1021
-  _globals['_HOLDERS']._serialized_end=1063
-  _globals['_LOCATERESPONSE']._serialized_start=1066
-  _globals['_LOCATERESPONSE']._serialized_end=1430
-  _globals['_LOCATERESPONSE_LAYERSENTRY']._serialized_start=1240
-  _globals['_LOCATERESPONSE_LAYERSENTRY']._serialized_end=1302
-  _globals['_LOCATERESPONSE_IMAGESENTRY']._serialized_start=1304
-  _globals['_LOCATERESPONSE_IMAGESENTRY']._serialized_end=1366
-  _globals['_LOCATERESPONSE_TRACESENTRY']._serialized_start=1368
-  _globals['_LOCATERESPONSE_TRACESENTRY']._serialized_end=1430
-  _globals['_DISCOVERY']._serialized_start=1433
-  _globals['_DISCOVERY']._serialized_end=1633
+  _globals['_HEARTBEATREQUEST']._serialized_end=528
+  _globals['_HEARTBEATRESPONSE']._serialized_start=530
+  _globals['_HEARTBEATRESPONSE']._serialized_end=615
+  _globals['_NODE']._serialized_start=618
+  _globals['_NODE']._serialized_end=813
+  _globals['_LISTNODESREQUEST']._serialized_start=815
+  _globals['_LISTNODESREQUEST']._serialized_end=859
+  _globals['_LISTNODESRESPONSE']._serialized_start=861
+  _globals['_LISTNODESRESPONSE']._serialized_end=909
+  _globals['_LOCATEREQUEST']._serialized_start=911
+  _globals['_LOCATEREQUEST']._serialized_end=992
+  _globals['_HOLDER']._serialized_start=994
+  _globals['_HOLDER']._serialized_end=1075
+  _globals['_HOLDERS']._serialized_start=1077
+  _globals['_HOLDERS']._serialized_end=1119
+  _globals['_LOCATERESPONSE']._serialized_start=1122
+  _globals['_LOCATERESPONSE']._serialized_end=1602
+  _globals['_LOCATERESPONSE_LAYERSENTRY']._serialized_start=1348
+  _globals['_LOCATERESPONSE_LAYERSENTRY']._serialized_end=1410
+  _globals['_LOCATERESPONSE_IMAGESENTRY']._serialized_start=1412
+  _globals['_LOCATERESPONSE_IMAGESENTRY']._serialized_end=1474
+  _globals['_LOCATERESPONSE_TRACESENTRY']._serialized_start=1476
+  _globals['_LOCATERESPONSE_TRACESENTRY']._serialized_end=1538
+  _globals['_LOCATERESPONSE_CHAINSENTRY']._serialized_start=1540
+  _globals['_LOCATERESPONSE_CHAINSENTRY']._serialized_end=1602
+  _globals['_DISCOVERY']._serialized_start=1605
+  _globals['_DISCOVERY']._serialized_end=1805
 # @@protoc_insertion_point(module_scope)

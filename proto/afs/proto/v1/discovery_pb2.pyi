@@ -88,6 +88,8 @@ class HeartbeatRequest(_message.Message):
     TRACES_FIELD_NUMBER: _builtins.int
     REMOVED_TRACES_FIELD_NUMBER: _builtins.int
     CHUNK_PORT_FIELD_NUMBER: _builtins.int
+    CHAINS_FIELD_NUMBER: _builtins.int
+    REMOVED_CHAINS_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     endpoint: _builtins.str
     """host:port of the layerstore's server to peers"""
@@ -120,6 +122,12 @@ class HeartbeatRequest(_message.Message):
     def removed_traces(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """manifest digests"""
 
+    @_builtins.property
+    def chains(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Chain ids of the images' layers: the first 8 bytes of each, big-endian. A holder is asked whether it means the same one."""
+
+    @_builtins.property
+    def removed_chains(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
         self,
         *,
@@ -137,10 +145,12 @@ class HeartbeatRequest(_message.Message):
         traces: _abc.Iterable[Global___HeldTrace] | None = ...,
         removed_traces: _abc.Iterable[_builtins.str] | None = ...,
         chunk_port: _builtins.int = ...,
+        chains: _abc.Iterable[_builtins.int] | None = ...,
+        removed_chains: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "chunk_port", b"chunk_port", "endpoint", b"endpoint", "full", b"full", "images", b"images", "incarnation", b"incarnation", "layers", b"layers", "leaving", b"leaving", "node_id", b"node_id", "removed_images", b"removed_images", "removed_layers", b"removed_layers", "removed_traces", b"removed_traces", "sequence", b"sequence", "traces", b"traces"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "chains", b"chains", "chunk_port", b"chunk_port", "endpoint", b"endpoint", "full", b"full", "images", b"images", "incarnation", b"incarnation", "layers", b"layers", "leaving", b"leaving", "node_id", b"node_id", "removed_chains", b"removed_chains", "removed_images", b"removed_images", "removed_layers", b"removed_layers", "removed_traces", b"removed_traces", "sequence", b"sequence", "traces", b"traces"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -265,6 +275,7 @@ class LocateRequest(_message.Message):
     DIFF_IDS_FIELD_NUMBER: _builtins.int
     IMAGES_FIELD_NUMBER: _builtins.int
     TRACES_FIELD_NUMBER: _builtins.int
+    CHAINS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def diff_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -273,16 +284,19 @@ class LocateRequest(_message.Message):
     def traces(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """manifest digests"""
 
+    @_builtins.property
+    def chains(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
         self,
         *,
         diff_ids: _abc.Iterable[_builtins.str] | None = ...,
         images: _abc.Iterable[_builtins.str] | None = ...,
         traces: _abc.Iterable[_builtins.str] | None = ...,
+        chains: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["diff_ids", b"diff_ids", "images", b"images", "traces", b"traces"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chains", b"chains", "diff_ids", b"diff_ids", "images", b"images", "traces", b"traces"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -403,9 +417,31 @@ class LocateResponse(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class ChainsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        @_builtins.property
+        def value(self) -> Global___Holders: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: Global___Holders | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     LAYERS_FIELD_NUMBER: _builtins.int
     IMAGES_FIELD_NUMBER: _builtins.int
     TRACES_FIELD_NUMBER: _builtins.int
+    CHAINS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def layers(self) -> _containers.MessageMap[_builtins.str, Global___Holders]:
         """only those that somebody holds"""
@@ -416,16 +452,19 @@ class LocateResponse(_message.Message):
     def traces(self) -> _containers.MessageMap[_builtins.str, Global___Holders]:
         """those with the most chunks first"""
 
+    @_builtins.property
+    def chains(self) -> _containers.MessageMap[_builtins.int, Global___Holders]: ...
     def __init__(
         self,
         *,
         layers: _abc.Mapping[_builtins.str, Global___Holders] | None = ...,
         images: _abc.Mapping[_builtins.str, Global___Holders] | None = ...,
         traces: _abc.Mapping[_builtins.str, Global___Holders] | None = ...,
+        chains: _abc.Mapping[_builtins.int, Global___Holders] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["images", b"images", "layers", b"layers", "traces", b"traces"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chains", b"chains", "images", b"images", "layers", b"layers", "traces", b"traces"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -24,13 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x61\x66s/proto/v1/layerstore.proto\x12\x06\x61\x66s.v1\"Z\n\tImageName\x12\r\n\x05image\x18\x01 \x01(\t\x12\x0b\n\x03tag\x18\x02 \x01(\t\x12\n\n\x02os\x18\x03 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x04 \x01(\t\x12\x0f\n\x07variant\x18\x05 \x01(\t\"J\n\x13ResolveImageRequest\x12\x1f\n\x04name\x18\x01 \x01(\x0b\x32\x11.afs.v1.ImageName\x12\x12\n\nonly_known\x18\x02 \x01(\x08\"\x99\x01\n\x05Image\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x17\n\x0fmanifest_digest\x18\x02 \x01(\t\x12\x10\n\x08manifest\x18\x03 \x01(\x0c\x12\x0e\n\x06\x63onfig\x18\x04 \x01(\x0c\x12\"\n\x06layers\x18\x05 \x03(\x0b\x32\x12.afs.v1.ImageLayer\x12\x15\n\rresolved_unix\x18\x06 \x01(\x03\x12\r\n\x05index\x18\x07 \x01(\x0c\"Y\n\nImageLayer\x12\x0f\n\x07\x64iff_id\x18\x01 \x01(\t\x12\x13\n\x0b\x62lob_digest\x18\x02 \x01(\t\x12\x11\n\tblob_size\x18\x03 \x01(\x04\x12\x12\n\nmedia_type\x18\x04 \x01(\t\"X\n\x12\x45nsureLayerRequest\x12\x1f\n\x04name\x18\x01 \x01(\x0b\x32\x11.afs.v1.ImageName\x12!\n\x05layer\x18\x02 \x01(\x0b\x32\x12.afs.v1.ImageLayer\"9\n\x13\x45nsureLayerResponse\x12\x12\n\nsize_bytes\x18\x01 \x01(\x04\x12\x0e\n\x06pulled\x18\x02 \x01(\x08\"\'\n\x14\x44\x65scribeLayerRequest\x12\x0f\n\x07\x64iff_id\x18\x01 \x01(\t\"w\n\x15\x44\x65scribeLayerResponse\x12\x12\n\nsize_bytes\x18\x01 \x01(\x04\x12\x0e\n\x06header\x18\x02 \x01(\x0c\x12\r\n\x05table\x18\x03 \x01(\x0c\x12\x0e\n\x06\x66ooter\x18\x04 \x01(\x0c\x12\r\n\x05index\x18\x06 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x07 \x01(\x0c\"+\n\x10ReadTraceRequest\x12\x17\n\x0fmanifest_digest\x18\x01 \x01(\t\"\"\n\x11ReadTraceResponse\x12\r\n\x05trace\x18\x01 \x01(\x0c\"^\n\x10OpenImageRequest\x12\x1f\n\x04name\x18\x01 \x01(\x0b\x32\x11.afs.v1.ImageName\x12\x19\n\x11\x66orce_local_fetch\x18\x02 \x01(\x08\x12\x0e\n\x06number\x18\x03 \x01(\x04\"U\n\x11OpenImageResponse\x12\x1c\n\x05image\x18\x01 \x01(\x0b\x32\r.afs.v1.Image\x12\"\n\x06layers\x18\x02 \x03(\x0b\x32\x12.afs.v1.LocalLayer\"?\n\nLocalLayer\x12\x0f\n\x07\x64iff_id\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0c\n\x04path\x18\x03 \x01(\t\"_\n\x0bLeaseUpdate\x12\x0e\n\x06in_use\x18\x01 \x03(\t\x12\x0c\n\x04idle\x18\x02 \x03(\t\x12\x13\n\x0blast_opened\x18\x03 \x01(\x04\x12\x0f\n\x07opening\x18\x04 \x03(\x04\x12\x0c\n\x04kept\x18\x05 \x03(\t\"\x1f\n\x0cLeaseRequest\x12\x0f\n\x07release\x18\x01 \x03(\t\"\x14\n\x12\x43\x61\x63heStatusRequest\"\x9c\x02\n\x13\x43\x61\x63heStatusResponse\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x01 \x01(\x04\x12\x12\n\nused_bytes\x18\x02 \x01(\x04\x12\x16\n\x0ereserved_bytes\x18\x03 \x01(\x04\x12\x14\n\x0cleased_bytes\x18\x04 \x01(\x04\x12\x12\n\nfree_bytes\x18\x05 \x01(\x04\x12\x16\n\x0e\x65victed_layers\x18\x06 \x01(\x04\x12\x16\n\x0e\x64\x61maged_layers\x18\x07 \x01(\r\x12\x1d\n\x15snapshotter_connected\x18\x08 \x01(\x08\x12#\n\x06layers\x18\t \x03(\x0b\x32\x13.afs.v1.CachedLayer\x12#\n\x06traces\x18\n \x01(\x0b\x32\x13.afs.v1.TraceStatus\"\xb8\x01\n\x0bTraceStatus\x12\x0f\n\x07\x65nabled\x18\x01 \x01(\x08\x12\x0c\n\x04kept\x18\x02 \x01(\r\x12\x10\n\x08recorded\x18\x03 \x01(\x04\x12\x0c\n\x04used\x18\x04 \x01(\x04\x12\x12\n\nfrom_peers\x18\x05 \x01(\x04\x12\x0f\n\x07refused\x18\x06 \x01(\x04\x12\x19\n\x11prefetched_chunks\x18\x07 \x01(\x04\x12\x17\n\x0f\x64\x65manded_chunks\x18\x08 \x01(\x04\x12\x11\n\trecording\x18\t \x01(\r\"\x90\x03\n\x0b\x43\x61\x63hedLayer\x12\x0f\n\x07\x64iff_id\x18\x01 \x01(\t\x12\x12\n\nused_bytes\x18\x02 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\x12\x0e\n\x06leased\x18\x04 \x01(\x08\x12\x15\n\rlast_use_unix\x18\x05 \x01(\x03\x12\x0e\n\x06\x63hunks\x18\x06 \x01(\r\x12\x13\n\x0b\x63hunks_here\x18\x07 \x01(\r\x12\x41\n\x10\x62ytes_from_peers\x18\x08 \x03(\x0b\x32\'.afs.v1.CachedLayer.BytesFromPeersEntry\x12\x19\n\x11\x62ytes_from_source\x18\t \x01(\x04\x12\x17\n\x0f\x64\x65manded_chunks\x18\n \x01(\x04\x12\x19\n\x11prefetched_chunks\x18\x0b \x01(\x04\x12\x0e\n\x06hedges\x18\x0c \x01(\x04\x12\x11\n\tfailovers\x18\r \x01(\x04\x12\x12\n\nbad_chunks\x18\x0e \x01(\x04\x1a\x35\n\x13\x42ytesFromPeersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x32\xa6\x02\n\x0eLayerstorePeer\x12:\n\x0cResolveImage\x12\x1b.afs.v1.ResolveImageRequest\x1a\r.afs.v1.Image\x12\x46\n\x0b\x45nsureLayer\x12\x1a.afs.v1.EnsureLayerRequest\x1a\x1b.afs.v1.EnsureLayerResponse\x12N\n\rDescribeLayer\x12\x1c.afs.v1.DescribeLayerRequest\x1a\x1d.afs.v1.DescribeLayerResponse0\x01\x12@\n\tReadTrace\x12\x18.afs.v1.ReadTraceRequest\x1a\x19.afs.v1.ReadTraceResponse2\xd3\x01\n\x0eLayerstoreNode\x12@\n\tOpenImage\x12\x18.afs.v1.OpenImageRequest\x1a\x19.afs.v1.OpenImageResponse\x12\x37\n\x06Leases\x12\x13.afs.v1.LeaseUpdate\x1a\x14.afs.v1.LeaseRequest(\x01\x30\x01\x12\x46\n\x0b\x43\x61\x63heStatus\x12\x1a.afs.v1.CacheStatusRequest\x1a\x1b.afs.v1.CacheStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x61\x66s/proto/v1/layerstore.proto\x12\x06\x61\x66s.v1\"Z\n\tImageName\x12\r\n\x05image\x18\x01 \x01(\t\x12\x0b\n\x03tag\x18\x02 \x01(\t\x12\n\n\x02os\x18\x03 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x04 \x01(\t\x12\x0f\n\x07variant\x18\x05 \x01(\t\"J\n\x13ResolveImageRequest\x12\x1f\n\x04name\x18\x01 \x01(\x0b\x32\x11.afs.v1.ImageName\x12\x12\n\nonly_known\x18\x02 \x01(\x08\"\x99\x01\n\x05Image\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x17\n\x0fmanifest_digest\x18\x02 \x01(\t\x12\x10\n\x08manifest\x18\x03 \x01(\x0c\x12\x0e\n\x06\x63onfig\x18\x04 \x01(\x0c\x12\"\n\x06layers\x18\x05 \x03(\x0b\x32\x12.afs.v1.ImageLayer\x12\x15\n\rresolved_unix\x18\x06 \x01(\x03\x12\r\n\x05index\x18\x07 \x01(\x0c\"Y\n\nImageLayer\x12\x0f\n\x07\x64iff_id\x18\x01 \x01(\t\x12\x13\n\x0b\x62lob_digest\x18\x02 \x01(\t\x12\x11\n\tblob_size\x18\x03 \x01(\x04\x12\x12\n\nmedia_type\x18\x04 \x01(\t\"X\n\x12\x45nsureLayerRequest\x12\x1f\n\x04name\x18\x01 \x01(\x0b\x32\x11.afs.v1.ImageName\x12!\n\x05layer\x18\x02 \x01(\x0b\x32\x12.afs.v1.ImageLayer\"9\n\x13\x45nsureLayerResponse\x12\x12\n\nsize_bytes\x18\x01 \x01(\x04\x12\x0e\n\x06pulled\x18\x02 \x01(\x08\"\'\n\x14\x44\x65scribeLayerRequest\x12\x0f\n\x07\x64iff_id\x18\x01 \x01(\t\"w\n\x15\x44\x65scribeLayerResponse\x12\x12\n\nsize_bytes\x18\x01 \x01(\x04\x12\x0e\n\x06header\x18\x02 \x01(\x0c\x12\r\n\x05table\x18\x03 \x01(\x0c\x12\x0e\n\x06\x66ooter\x18\x04 \x01(\x0c\x12\r\n\x05index\x18\x06 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x07 \x01(\x0c\"+\n\x10ReadTraceRequest\x12\x17\n\x0fmanifest_digest\x18\x01 \x01(\t\"\"\n\x11ReadTraceResponse\x12\r\n\x05trace\x18\x01 \x01(\x0c\"^\n\x10OpenImageRequest\x12\x1f\n\x04name\x18\x01 \x01(\x0b\x32\x11.afs.v1.ImageName\x12\x19\n\x11\x66orce_local_fetch\x18\x02 \x01(\x08\x12\x0e\n\x06number\x18\x03 \x01(\x04\"k\n\x0bWantedLayer\x12\x10\n\x08\x63hain_id\x18\x01 \x01(\t\x12\x17\n\x0fparent_chain_id\x18\x02 \x01(\t\x12\x0f\n\x07\x64iff_id\x18\x03 \x01(\t\x12 \n\x05names\x18\x04 \x03(\x0b\x32\x11.afs.v1.ImageName\"\x97\x01\n\x12SupplyLayerRequest\x12\"\n\x05layer\x18\x01 \x01(\x0b\x32\x13.afs.v1.WantedLayer\x12\x33\n\x07missing\x18\x02 \x01(\x0e\x32\".afs.v1.SupplyLayerRequest.Missing\"(\n\x07Missing\x12\x08\n\x04\x46\x41IL\x10\x00\x12\x08\n\x04PULL\x10\x01\x12\t\n\x05\x42\x45GIN\x10\x02\"M\n\x13SupplyLayerResponse\x12\"\n\x05layer\x18\x01 \x01(\x0b\x32\x13.afs.v1.WantedLayer\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"H\n\x11OpenLayersRequest\x12#\n\x06layers\x18\x01 \x03(\x0b\x32\x13.afs.v1.WantedLayer\x12\x0e\n\x06number\x18\x02 \x01(\x04\"8\n\x12OpenLayersResponse\x12\"\n\x06layers\x18\x01 \x03(\x0b\x32\x12.afs.v1.LocalLayer\"%\n\x11LayerUsageRequest\x12\x10\n\x08\x64iff_ids\x18\x01 \x03(\t\"\x85\x01\n\x12LayerUsageResponse\x12=\n\nused_bytes\x18\x01 \x03(\x0b\x32).afs.v1.LayerUsageResponse.UsedBytesEntry\x1a\x30\n\x0eUsedBytesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"$\n\x10\x46indImageRequest\x12\x10\n\x08\x63hain_id\x18\x01 \x01(\t\"R\n\x11\x46indImageResponse\x12\x1f\n\x04name\x18\x01 \x01(\x0b\x32\x11.afs.v1.ImageName\x12\x1c\n\x05image\x18\x02 \x01(\x0b\x32\r.afs.v1.Image\"U\n\x11OpenImageResponse\x12\x1c\n\x05image\x18\x01 \x01(\x0b\x32\r.afs.v1.Image\x12\"\n\x06layers\x18\x02 \x03(\x0b\x32\x12.afs.v1.LocalLayer\"?\n\nLocalLayer\x12\x0f\n\x07\x64iff_id\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0c\n\x04path\x18\x03 \x01(\t\"_\n\x0bLeaseUpdate\x12\x0e\n\x06in_use\x18\x01 \x03(\t\x12\x0c\n\x04idle\x18\x02 \x03(\t\x12\x13\n\x0blast_opened\x18\x03 \x01(\x04\x12\x0f\n\x07opening\x18\x04 \x03(\x04\x12\x0c\n\x04kept\x18\x05 \x03(\t\"\x1f\n\x0cLeaseRequest\x12\x0f\n\x07release\x18\x01 \x03(\t\"\x14\n\x12\x43\x61\x63heStatusRequest\"\x9c\x02\n\x13\x43\x61\x63heStatusResponse\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x01 \x01(\x04\x12\x12\n\nused_bytes\x18\x02 \x01(\x04\x12\x16\n\x0ereserved_bytes\x18\x03 \x01(\x04\x12\x14\n\x0cleased_bytes\x18\x04 \x01(\x04\x12\x12\n\nfree_bytes\x18\x05 \x01(\x04\x12\x16\n\x0e\x65victed_layers\x18\x06 \x01(\x04\x12\x16\n\x0e\x64\x61maged_layers\x18\x07 \x01(\r\x12\x1d\n\x15snapshotter_connected\x18\x08 \x01(\x08\x12#\n\x06layers\x18\t \x03(\x0b\x32\x13.afs.v1.CachedLayer\x12#\n\x06traces\x18\n \x01(\x0b\x32\x13.afs.v1.TraceStatus\"\xb8\x01\n\x0bTraceStatus\x12\x0f\n\x07\x65nabled\x18\x01 \x01(\x08\x12\x0c\n\x04kept\x18\x02 \x01(\r\x12\x10\n\x08recorded\x18\x03 \x01(\x04\x12\x0c\n\x04used\x18\x04 \x01(\x04\x12\x12\n\nfrom_peers\x18\x05 \x01(\x04\x12\x0f\n\x07refused\x18\x06 \x01(\x04\x12\x19\n\x11prefetched_chunks\x18\x07 \x01(\x04\x12\x17\n\x0f\x64\x65manded_chunks\x18\x08 \x01(\x04\x12\x11\n\trecording\x18\t \x01(\r\"\x90\x03\n\x0b\x43\x61\x63hedLayer\x12\x0f\n\x07\x64iff_id\x18\x01 \x01(\t\x12\x12\n\nused_bytes\x18\x02 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\x12\x0e\n\x06leased\x18\x04 \x01(\x08\x12\x15\n\rlast_use_unix\x18\x05 \x01(\x03\x12\x0e\n\x06\x63hunks\x18\x06 \x01(\r\x12\x13\n\x0b\x63hunks_here\x18\x07 \x01(\r\x12\x41\n\x10\x62ytes_from_peers\x18\x08 \x03(\x0b\x32\'.afs.v1.CachedLayer.BytesFromPeersEntry\x12\x19\n\x11\x62ytes_from_source\x18\t \x01(\x04\x12\x17\n\x0f\x64\x65manded_chunks\x18\n \x01(\x04\x12\x19\n\x11prefetched_chunks\x18\x0b \x01(\x04\x12\x0e\n\x06hedges\x18\x0c \x01(\x04\x12\x11\n\tfailovers\x18\r \x01(\x04\x12\x12\n\nbad_chunks\x18\x0e \x01(\x04\x1a\x35\n\x13\x42ytesFromPeersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x32\xe8\x02\n\x0eLayerstorePeer\x12:\n\x0cResolveImage\x12\x1b.afs.v1.ResolveImageRequest\x1a\r.afs.v1.Image\x12\x46\n\x0b\x45nsureLayer\x12\x1a.afs.v1.EnsureLayerRequest\x1a\x1b.afs.v1.EnsureLayerResponse\x12N\n\rDescribeLayer\x12\x1c.afs.v1.DescribeLayerRequest\x1a\x1d.afs.v1.DescribeLayerResponse0\x01\x12@\n\tReadTrace\x12\x18.afs.v1.ReadTraceRequest\x1a\x19.afs.v1.ReadTraceResponse\x12@\n\tFindImage\x12\x18.afs.v1.FindImageRequest\x1a\x19.afs.v1.FindImageResponse2\xa5\x03\n\x0eLayerstoreNode\x12@\n\tOpenImage\x12\x18.afs.v1.OpenImageRequest\x1a\x19.afs.v1.OpenImageResponse\x12\x46\n\x0bSupplyLayer\x12\x1a.afs.v1.SupplyLayerRequest\x1a\x1b.afs.v1.SupplyLayerResponse\x12\x43\n\nOpenLayers\x12\x19.afs.v1.OpenLayersRequest\x1a\x1a.afs.v1.OpenLayersResponse\x12\x43\n\nLayerUsage\x12\x19.afs.v1.LayerUsageRequest\x1a\x1a.afs.v1.LayerUsageResponse\x12\x37\n\x06Leases\x12\x13.afs.v1.LeaseUpdate\x1a\x14.afs.v1.LeaseRequest(\x01\x30\x01\x12\x46\n\x0b\x43\x61\x63heStatus\x12\x1a.afs.v1.CacheStatusRequest\x1a\x1b.afs.v1.CacheStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'afs.proto.v1.layerstore_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_LAYERUSAGERESPONSE_USEDBYTESENTRY']._loaded_options = None
+  _globals['_LAYERUSAGERESPONSE_USEDBYTESENTRY']._serialized_options = b'8\001'
   _globals['_CACHEDLAYER_BYTESFROMPEERSENTRY']._loaded_options = None
   _globals['_CACHEDLAYER_BYTESFROMPEERSENTRY']._serialized_options = b'8\001'
   _globals['_IMAGENAME']._serialized_start=41
@@ -55,26 +57,48 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_READTRACERESPONSE']._serialized_end=846
   _globals['_OPENIMAGEREQUEST']._serialized_start=848
   _globals['_OPENIMAGEREQUEST']._serialized_end=942
-  _globals['_OPENIMAGERESPONSE']._serialized_start=944
-  _globals['_OPENIMAGERESPONSE']._serialized_end=1029
-  _globals['_LOCALLAYER']._serialized_start=1031
-  _globals['_LOCALLAYER']._serialized_end=1094
-  _globals['_LEASEUPDATE']._serialized_start=1096
-  _globals['_LEASEUPDATE']._serialized_end=1191
-  _globals['_LEASEREQUEST']._serialized_start=1193
-  _globals['_LEASEREQUEST']._serialized_end=1224
-  _globals['_CACHESTATUSREQUEST']._serialized_start=1226
-  _globals['_CACHESTATUSREQUEST']._serialized_end=1246
-  _globals['_CACHESTATUSRESPONSE']._serialized_start=1249
-  _globals['_CACHESTATUSRESPONSE']._serialized_end=1533
-  _globals['_TRACESTATUS']._serialized_start=1536
-  _globals['_TRACESTATUS']._serialized_end=1720
-  _globals['_CACHEDLAYER']._serialized_start=1723
-  _globals['_CACHEDLAYER']._serialized_end=2123
-  _globals['_CACHEDLAYER_BYTESFROMPEERSENTRY']._serialized_start=2070
-  _globals['_CACHEDLAYER_BYTESFROMPEERSENTRY']._serialized_end=2123
-  _globals['_LAYERSTOREPEER']._serialized_start=2126
-  _globals['_LAYERSTOREPEER']._serialized_end=2420
-  _globals['_LAYERSTORENODE']._serialized_start=2423
-  _globals['_LAYERSTORENODE']._serialized_end=2634
+  _globals['_WANTEDLAYER']._serialized_start=944
+  _globals['_WANTEDLAYER']._serialized_end=1051
+  _globals['_SUPPLYLAYERREQUEST']._serialized_start=1054
+  _globals['_SUPPLYLAYERREQUEST']._serialized_end=1205
+  _globals['_SUPPLYLAYERREQUEST_MISSING']._serialized_start=1165
+  _globals['_SUPPLYLAYERREQUEST_MISSING']._serialized_end=1205
+  _globals['_SUPPLYLAYERRESPONSE']._serialized_start=1207
+  _globals['_SUPPLYLAYERRESPONSE']._serialized_end=1284
+  _globals['_OPENLAYERSREQUEST']._serialized_start=1286
+  _globals['_OPENLAYERSREQUEST']._serialized_end=1358
+  _globals['_OPENLAYERSRESPONSE']._serialized_start=1360
+  _globals['_OPENLAYERSRESPONSE']._serialized_end=1416
+  _globals['_LAYERUSAGEREQUEST']._serialized_start=1418
+  _globals['_LAYERUSAGEREQUEST']._serialized_end=1455
+  _globals['_LAYERUSAGERESPONSE']._serialized_start=1458
+  _globals['_LAYERUSAGERESPONSE']._serialized_end=1591
+  _globals['_LAYERUSAGERESPONSE_USEDBYTESENTRY']._serialized_start=1543
+  _globals['_LAYERUSAGERESPONSE_USEDBYTESENTRY']._serialized_end=1591
+  _globals['_FINDIMAGEREQUEST']._serialized_start=1593
+  _globals['_FINDIMAGEREQUEST']._serialized_end=1629
+  _globals['_FINDIMAGERESPONSE']._serialized_start=1631
+  _globals['_FINDIMAGERESPONSE']._serialized_end=1713
+  _globals['_OPENIMAGERESPONSE']._serialized_start=1715
+  _globals['_OPENIMAGERESPONSE']._serialized_end=1800
+  _globals['_LOCALLAYER']._serialized_start=1802
+  _globals['_LOCALLAYER']._serialized_end=1865
+  _globals['_LEASEUPDATE']._serialized_start=1867
+  _globals['_LEASEUPDATE']._serialized_end=1962
+  _globals['_LEASEREQUEST']._serialized_start=1964
+  _globals['_LEASEREQUEST']._serialized_end=1995
+  _globals['_CACHESTATUSREQUEST']._serialized_start=1997
+  _globals['_CACHESTATUSREQUEST']._serialized_end=2017
+  _globals['_CACHESTATUSRESPONSE']._serialized_start=2020
+  _globals['_CACHESTATUSRESPONSE']._serialized_end=2304
+  _globals['_TRACESTATUS']._serialized_start=2307
+  _globals['_TRACESTATUS']._serialized_end=2491
+  _globals['_CACHEDLAYER']._serialized_start=2494
+  _globals['_CACHEDLAYER']._serialized_end=2894
+  _globals['_CACHEDLAYER_BYTESFROMPEERSENTRY']._serialized_start=2841
+  _globals['_CACHEDLAYER_BYTESFROMPEERSENTRY']._serialized_end=2894
+  _globals['_LAYERSTOREPEER']._serialized_start=2897
+  _globals['_LAYERSTOREPEER']._serialized_end=3257
+  _globals['_LAYERSTORENODE']._serialized_start=3260
+  _globals['_LAYERSTORENODE']._serialized_end=3681
 # @@protoc_insertion_point(module_scope)

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -317,6 +318,266 @@ class OpenImageRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___OpenImageRequest: _TypeAlias = OpenImageRequest  # noqa: Y015
+
+@_typing.final
+class WantedLayer(_message.Message):
+    """A layer by its place in an image: the chain id is sha256 over those below it and the diff_id (OCI image spec, config.md)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHAIN_ID_FIELD_NUMBER: _builtins.int
+    PARENT_CHAIN_ID_FIELD_NUMBER: _builtins.int
+    DIFF_ID_FIELD_NUMBER: _builtins.int
+    NAMES_FIELD_NUMBER: _builtins.int
+    chain_id: _builtins.str
+    parent_chain_id: _builtins.str
+    """empty for the bottom layer"""
+    diff_id: _builtins.str
+    """empty if it is not known"""
+    @_builtins.property
+    def names(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImageName]:
+        """of images that may have it, the surest first"""
+
+    def __init__(
+        self,
+        *,
+        chain_id: _builtins.str = ...,
+        parent_chain_id: _builtins.str = ...,
+        diff_id: _builtins.str = ...,
+        names: _abc.Iterable[Global___ImageName] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain_id", b"chain_id", "diff_id", b"diff_id", "names", b"names", "parent_chain_id", b"parent_chain_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WantedLayer: _TypeAlias = WantedLayer  # noqa: Y015
+
+@_typing.final
+class SupplyLayerRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Missing:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _MissingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[SupplyLayerRequest._Missing.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        FAIL: SupplyLayerRequest._Missing.ValueType  # 0
+        """NOT_FOUND"""
+        PULL: SupplyLayerRequest._Missing.ValueType  # 1
+        """the owners pull the layers of the image, and this call waits for its own"""
+        BEGIN: SupplyLayerRequest._Missing.ValueType  # 2
+        """the same, but NOT_FOUND at once"""
+
+    class Missing(_Missing, metaclass=_MissingEnumTypeWrapper):
+        """What happens if no node has the layer, but a name leads to an image that does."""
+
+    FAIL: SupplyLayerRequest.Missing.ValueType  # 0
+    """NOT_FOUND"""
+    PULL: SupplyLayerRequest.Missing.ValueType  # 1
+    """the owners pull the layers of the image, and this call waits for its own"""
+    BEGIN: SupplyLayerRequest.Missing.ValueType  # 2
+    """the same, but NOT_FOUND at once"""
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    MISSING_FIELD_NUMBER: _builtins.int
+    missing: Global___SupplyLayerRequest.Missing.ValueType
+    @_builtins.property
+    def layer(self) -> Global___WantedLayer: ...
+    def __init__(
+        self,
+        *,
+        layer: Global___WantedLayer | None = ...,
+        missing: Global___SupplyLayerRequest.Missing.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "missing", b"missing"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SupplyLayerRequest: _TypeAlias = SupplyLayerRequest  # noqa: Y015
+
+@_typing.final
+class SupplyLayerResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    size_bytes: _builtins.int
+    """of the .afslyr file"""
+    @_builtins.property
+    def layer(self) -> Global___WantedLayer:
+        """with its diff_id, and the name of the image that it was found in first"""
+
+    def __init__(
+        self,
+        *,
+        layer: Global___WantedLayer | None = ...,
+        size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SupplyLayerResponse: _TypeAlias = SupplyLayerResponse  # noqa: Y015
+
+@_typing.final
+class OpenLayersRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYERS_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """as in OpenImageRequest"""
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WantedLayer]:
+        """with diff_ids"""
+
+    def __init__(
+        self,
+        *,
+        layers: _abc.Iterable[Global___WantedLayer] | None = ...,
+        number: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "number", b"number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenLayersRequest: _TypeAlias = OpenLayersRequest  # noqa: Y015
+
+@_typing.final
+class OpenLayersResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LocalLayer]:
+        """in the order of the request"""
+
+    def __init__(
+        self,
+        *,
+        layers: _abc.Iterable[Global___LocalLayer] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenLayersResponse: _TypeAlias = OpenLayersResponse  # noqa: Y015
+
+@_typing.final
+class LayerUsageRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIFF_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def diff_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        diff_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["diff_ids", b"diff_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LayerUsageRequest: _TypeAlias = LayerUsageRequest  # noqa: Y015
+
+@_typing.final
+class LayerUsageResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class UsedBytesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    USED_BYTES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def used_bytes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """allocated now; those that are not here are left out"""
+
+    def __init__(
+        self,
+        *,
+        used_bytes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["used_bytes", b"used_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LayerUsageResponse: _TypeAlias = LayerUsageResponse  # noqa: Y015
+
+@_typing.final
+class FindImageRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHAIN_ID_FIELD_NUMBER: _builtins.int
+    chain_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        chain_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain_id", b"chain_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindImageRequest: _TypeAlias = FindImageRequest  # noqa: Y015
+
+@_typing.final
+class FindImageResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def name(self) -> Global___ImageName: ...
+    @_builtins.property
+    def image(self) -> Global___Image: ...
+    def __init__(
+        self,
+        *,
+        name: Global___ImageName | None = ...,
+        image: Global___Image | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "name", b"name"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindImageResponse: _TypeAlias = FindImageResponse  # noqa: Y015
 
 @_typing.final
 class OpenImageResponse(_message.Message):

@@ -55,6 +55,11 @@ class LayerstorePeerStub:
                 request_serializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.ReadTraceRequest.SerializeToString,
                 response_deserializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.ReadTraceResponse.FromString,
                 _registered_method=True)
+        self.FindImage = channel.unary_unary(
+                '/afs.v1.LayerstorePeer/FindImage',
+                request_serializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.FindImageRequest.SerializeToString,
+                response_deserializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.FindImageResponse.FromString,
+                _registered_method=True)
 
 
 class LayerstorePeerServicer:
@@ -91,6 +96,13 @@ class LayerstorePeerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FindImage(self, request, context):
+        """An image known here that has a chain of layers, NOT_FOUND if there is none. The registry is not asked.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_LayerstorePeerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -113,6 +125,11 @@ def add_LayerstorePeerServicer_to_server(servicer, server):
                     servicer.ReadTrace,
                     request_deserializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.ReadTraceRequest.FromString,
                     response_serializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.ReadTraceResponse.SerializeToString,
+            ),
+            'FindImage': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindImage,
+                    request_deserializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.FindImageRequest.FromString,
+                    response_serializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.FindImageResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -234,6 +251,33 @@ class LayerstorePeer:
             metadata,
             _registered_method=True)
 
+    @staticmethod
+    def FindImage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/afs.v1.LayerstorePeer/FindImage',
+            afs_dot_proto_dot_v1_dot_layerstore__pb2.FindImageRequest.SerializeToString,
+            afs_dot_proto_dot_v1_dot_layerstore__pb2.FindImageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
 
 class LayerstoreNodeStub:
     """For the node's own snapshotter.
@@ -249,6 +293,21 @@ class LayerstoreNodeStub:
                 '/afs.v1.LayerstoreNode/OpenImage',
                 request_serializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.OpenImageRequest.SerializeToString,
                 response_deserializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.OpenImageResponse.FromString,
+                _registered_method=True)
+        self.SupplyLayer = channel.unary_unary(
+                '/afs.v1.LayerstoreNode/SupplyLayer',
+                request_serializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.SupplyLayerRequest.SerializeToString,
+                response_deserializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.SupplyLayerResponse.FromString,
+                _registered_method=True)
+        self.OpenLayers = channel.unary_unary(
+                '/afs.v1.LayerstoreNode/OpenLayers',
+                request_serializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.OpenLayersRequest.SerializeToString,
+                response_deserializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.OpenLayersResponse.FromString,
+                _registered_method=True)
+        self.LayerUsage = channel.unary_unary(
+                '/afs.v1.LayerstoreNode/LayerUsage',
+                request_serializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.LayerUsageRequest.SerializeToString,
+                response_deserializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.LayerUsageResponse.FromString,
                 _registered_method=True)
         self.Leases = channel.stream_stream(
                 '/afs.v1.LayerstoreNode/Leases',
@@ -269,6 +328,28 @@ class LayerstoreNodeServicer:
     def OpenImage(self, request, context):
         """Resolve an image and make every layer mountable: complete in a local file, or partial with somebody to read from.
         The layers stay here for a minute, or until the snapshotter tells on Leases that they are mounted.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SupplyLayer(self, request, context):
+        """Find a layer by its chain id and make it mountable here, as OpenImage does, but for nobody: it may be evicted again.
+        NOT_FOUND if the cluster does not have it, or nothing tells what it is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def OpenLayers(self, request, context):
+        """OpenImage for layers that SupplyLayer found, bottom first; what went meanwhile is pulled again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LayerUsage(self, request, context):
+        """What layers take of this node's disk.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -296,6 +377,21 @@ def add_LayerstoreNodeServicer_to_server(servicer, server):
                     servicer.OpenImage,
                     request_deserializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.OpenImageRequest.FromString,
                     response_serializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.OpenImageResponse.SerializeToString,
+            ),
+            'SupplyLayer': grpc.unary_unary_rpc_method_handler(
+                    servicer.SupplyLayer,
+                    request_deserializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.SupplyLayerRequest.FromString,
+                    response_serializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.SupplyLayerResponse.SerializeToString,
+            ),
+            'OpenLayers': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenLayers,
+                    request_deserializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.OpenLayersRequest.FromString,
+                    response_serializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.OpenLayersResponse.SerializeToString,
+            ),
+            'LayerUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.LayerUsage,
+                    request_deserializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.LayerUsageRequest.FromString,
+                    response_serializer=afs_dot_proto_dot_v1_dot_layerstore__pb2.LayerUsageResponse.SerializeToString,
             ),
             'Leases': grpc.stream_stream_rpc_method_handler(
                     servicer.Leases,
@@ -336,6 +432,87 @@ class LayerstoreNode:
             '/afs.v1.LayerstoreNode/OpenImage',
             afs_dot_proto_dot_v1_dot_layerstore__pb2.OpenImageRequest.SerializeToString,
             afs_dot_proto_dot_v1_dot_layerstore__pb2.OpenImageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SupplyLayer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/afs.v1.LayerstoreNode/SupplyLayer',
+            afs_dot_proto_dot_v1_dot_layerstore__pb2.SupplyLayerRequest.SerializeToString,
+            afs_dot_proto_dot_v1_dot_layerstore__pb2.SupplyLayerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenLayers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/afs.v1.LayerstoreNode/OpenLayers',
+            afs_dot_proto_dot_v1_dot_layerstore__pb2.OpenLayersRequest.SerializeToString,
+            afs_dot_proto_dot_v1_dot_layerstore__pb2.OpenLayersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LayerUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/afs.v1.LayerstoreNode/LayerUsage',
+            afs_dot_proto_dot_v1_dot_layerstore__pb2.LayerUsageRequest.SerializeToString,
+            afs_dot_proto_dot_v1_dot_layerstore__pb2.LayerUsageResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -44,6 +44,8 @@ class LayerstorePeerStub:
     """
     ReadTrace: _grpc.UnaryUnaryMultiCallable[_layerstore_pb2.ReadTraceRequest, _layerstore_pb2.ReadTraceResponse]
     """The start trace of an image, NOT_FOUND if this node has none."""
+    FindImage: _grpc.UnaryUnaryMultiCallable[_layerstore_pb2.FindImageRequest, _layerstore_pb2.FindImageResponse]
+    """An image known here that has a chain of layers, NOT_FOUND if there is none. The registry is not asked."""
 
 @_typing.type_check_only
 class LayerstorePeerAsyncStub(LayerstorePeerStub):
@@ -61,6 +63,8 @@ class LayerstorePeerAsyncStub(LayerstorePeerStub):
     """
     ReadTrace: _aio.UnaryUnaryMultiCallable[_layerstore_pb2.ReadTraceRequest, _layerstore_pb2.ReadTraceResponse]  # type: ignore[assignment]
     """The start trace of an image, NOT_FOUND if this node has none."""
+    FindImage: _aio.UnaryUnaryMultiCallable[_layerstore_pb2.FindImageRequest, _layerstore_pb2.FindImageResponse]  # type: ignore[assignment]
+    """An image known here that has a chain of layers, NOT_FOUND if there is none. The registry is not asked."""
 
 class LayerstorePeerServicer(metaclass=_abc_1.ABCMeta):
     """Between layerstores, and for afs_proxy. Single chunks are not asked for with gRPC: layerstore/afs/layerstore/chunkwire.py."""
@@ -100,6 +104,14 @@ class LayerstorePeerServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_layerstore_pb2.ReadTraceResponse, _abc.Awaitable[_layerstore_pb2.ReadTraceResponse]]:
         """The start trace of an image, NOT_FOUND if this node has none."""
 
+    @_abc_1.abstractmethod
+    def FindImage(
+        self,
+        request: _layerstore_pb2.FindImageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_layerstore_pb2.FindImageResponse, _abc.Awaitable[_layerstore_pb2.FindImageResponse]]:
+        """An image known here that has a chain of layers, NOT_FOUND if there is none. The registry is not asked."""
+
 def add_LayerstorePeerServicer_to_server(servicer: LayerstorePeerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class LayerstoreNodeStub:
@@ -113,6 +125,14 @@ class LayerstoreNodeStub:
     """Resolve an image and make every layer mountable: complete in a local file, or partial with somebody to read from.
     The layers stay here for a minute, or until the snapshotter tells on Leases that they are mounted.
     """
+    SupplyLayer: _grpc.UnaryUnaryMultiCallable[_layerstore_pb2.SupplyLayerRequest, _layerstore_pb2.SupplyLayerResponse]
+    """Find a layer by its chain id and make it mountable here, as OpenImage does, but for nobody: it may be evicted again.
+    NOT_FOUND if the cluster does not have it, or nothing tells what it is.
+    """
+    OpenLayers: _grpc.UnaryUnaryMultiCallable[_layerstore_pb2.OpenLayersRequest, _layerstore_pb2.OpenLayersResponse]
+    """OpenImage for layers that SupplyLayer found, bottom first; what went meanwhile is pulled again."""
+    LayerUsage: _grpc.UnaryUnaryMultiCallable[_layerstore_pb2.LayerUsageRequest, _layerstore_pb2.LayerUsageResponse]
+    """What layers take of this node's disk."""
     Leases: _grpc.StreamStreamMultiCallable[_layerstore_pb2.LeaseUpdate, _layerstore_pb2.LeaseRequest]
     """Which layers are mounted, as long as the stream lives and for a grace period after it: they are not evicted. The
     newest stream speaks for the node. The layerstore may ask for idle mounts to go; the answer is the next update.
@@ -129,6 +149,14 @@ class LayerstoreNodeAsyncStub(LayerstoreNodeStub):
     """Resolve an image and make every layer mountable: complete in a local file, or partial with somebody to read from.
     The layers stay here for a minute, or until the snapshotter tells on Leases that they are mounted.
     """
+    SupplyLayer: _aio.UnaryUnaryMultiCallable[_layerstore_pb2.SupplyLayerRequest, _layerstore_pb2.SupplyLayerResponse]  # type: ignore[assignment]
+    """Find a layer by its chain id and make it mountable here, as OpenImage does, but for nobody: it may be evicted again.
+    NOT_FOUND if the cluster does not have it, or nothing tells what it is.
+    """
+    OpenLayers: _aio.UnaryUnaryMultiCallable[_layerstore_pb2.OpenLayersRequest, _layerstore_pb2.OpenLayersResponse]  # type: ignore[assignment]
+    """OpenImage for layers that SupplyLayer found, bottom first; what went meanwhile is pulled again."""
+    LayerUsage: _aio.UnaryUnaryMultiCallable[_layerstore_pb2.LayerUsageRequest, _layerstore_pb2.LayerUsageResponse]  # type: ignore[assignment]
+    """What layers take of this node's disk."""
     Leases: _aio.StreamStreamMultiCallable[_layerstore_pb2.LeaseUpdate, _layerstore_pb2.LeaseRequest]  # type: ignore[assignment]
     """Which layers are mounted, as long as the stream lives and for a grace period after it: they are not evicted. The
     newest stream speaks for the node. The layerstore may ask for idle mounts to go; the answer is the next update.
@@ -148,6 +176,32 @@ class LayerstoreNodeServicer(metaclass=_abc_1.ABCMeta):
         """Resolve an image and make every layer mountable: complete in a local file, or partial with somebody to read from.
         The layers stay here for a minute, or until the snapshotter tells on Leases that they are mounted.
         """
+
+    @_abc_1.abstractmethod
+    def SupplyLayer(
+        self,
+        request: _layerstore_pb2.SupplyLayerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_layerstore_pb2.SupplyLayerResponse, _abc.Awaitable[_layerstore_pb2.SupplyLayerResponse]]:
+        """Find a layer by its chain id and make it mountable here, as OpenImage does, but for nobody: it may be evicted again.
+        NOT_FOUND if the cluster does not have it, or nothing tells what it is.
+        """
+
+    @_abc_1.abstractmethod
+    def OpenLayers(
+        self,
+        request: _layerstore_pb2.OpenLayersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_layerstore_pb2.OpenLayersResponse, _abc.Awaitable[_layerstore_pb2.OpenLayersResponse]]:
+        """OpenImage for layers that SupplyLayer found, bottom first; what went meanwhile is pulled again."""
+
+    @_abc_1.abstractmethod
+    def LayerUsage(
+        self,
+        request: _layerstore_pb2.LayerUsageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_layerstore_pb2.LayerUsageResponse, _abc.Awaitable[_layerstore_pb2.LayerUsageResponse]]:
+        """What layers take of this node's disk."""
 
     @_abc_1.abstractmethod
     def Leases(

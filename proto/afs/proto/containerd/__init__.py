@@ -1,0 +1,1 @@
+"""containerd's own API, as far as AFS serves it."""
