@@ -22,6 +22,7 @@ from afs.snapshotter.attached import AttachedRoots
 from afs.snapshotter.backends import Backend, Backends, Trial
 from afs.snapshotter.fusedworkers import FusedWorkers
 from afs.snapshotter.layermounts import LayerMounts
+from afs.snapshotter.opening import Opener
 from afs.snapshotter.rootmount import RootRequest
 from afs.snapshotter.roots import Roots
 from tests.testbed import tars
@@ -44,11 +45,11 @@ def make_layer(directory: Path, tar: bytes = TAR) -> None:
     convert(io.BytesIO(tar).read, directory / "layers" / f"{sha256_digest(tar).partition(':')[2]}.afslyr")
 
 
-class LocalRoots(Roots):
-    """The real ones, over layers that need no layerstore."""
+class LocalOpener(Opener):
+    """Opens a layer that needs no layerstore."""
 
     def __init__(self, directory: Path, mounts: LayerMounts) -> None:
-        super().__init__(directory / "roots", directory / "base", mounts, f"unix:{directory}/none")
+        super().__init__(mounts, f"unix:{directory}/none")
         (self._file,) = (directory / "layers").iterdir()
         self._layers = mounts
 
@@ -67,8 +68,9 @@ class Snapshotter:
         self.workers = FusedWorkers(directory / "fuse", directory / "faults", directory / "fill.sock", 1.0, 0)
         backends = Backends((Trial(Backend.FILE, lazy=False),))
         self.mounts = LayerMounts(directory / "l", self.workers, backends, 0)
-        self.roots = LocalRoots(directory, self.mounts)
-        self.attached = AttachedRoots(directory / "attached", self.roots, self.mounts, keep=keep)
+        self.roots = Roots(directory / "roots", directory / "base", self.mounts)
+        self.opener = LocalOpener(directory, self.mounts)
+        self.attached = AttachedRoots(directory / "attached", self.opener, self.roots, self.mounts, keep=keep)
 
     async def attach(self, target: Path, **wanted: Any) -> None:
         """Attach the image."""
@@ -85,7 +87,8 @@ async def snapshotter(directory: Path, *, keep: bool = False) -> AsyncIterator[S
     await running.attached.adopt()
     await running.mounts.drop_unclaimed()
     try:
-        yield running
+        async with running.opener:
+            yield running
     finally:
         await running.attached.close()
         await running.roots.close(keep_base=bool(running.attached.records()))
@@ -253,7 +256,7 @@ async def test_a_place_has_one_root(directory: Path) -> None:
         results = await asyncio.gather(*(running.attach(at) for _ in range(3)), return_exceptions=True)
         assert [type(result) for result in results if result] == [AlreadyExists, AlreadyExists], results
         async with contextlib.AsyncExitStack() as stack:
-            _, layers = await running.roots.open_image(stack, NAME, force_local=False)
+            _, layers = await running.opener.open_image(stack, NAME, force_local=False)
             with pytest.raises(AlreadyExists, match=f"^a root is mounted at {at} already$"):
                 await running.roots.mount_root(stack, layers, RootRequest(target=str(at)))
             await running.roots.mount_root(stack, layers, RootRequest(target=str(other)))
@@ -330,7 +333,7 @@ async def test_what_a_killed_one_held_leaves_no_work_directory(directory: Path) 
     running.roots.prepare()
     await running.mounts.adopt()
     stack = contextlib.AsyncExitStack()
-    _, layers = await running.roots.open_image(stack, NAME, force_local=False)
+    _, layers = await running.opener.open_image(stack, NAME, force_local=False)
     wanted = RootRequest(target=str(directory / "at"), upper_dir=str(directory / "uppers"))
     await running.roots.mount_root(stack, layers, wanted)
     assert len(list((directory / "uppers").iterdir())) == 2
@@ -456,7 +459,7 @@ async def test_setuid_programs_of_an_image_are_so_on_demand(directory: Path, sui
         await running.attach(at, suid=suid)
         assert bool(os.statvfs(at).f_flag & os.ST_NOSUID) != suid
         async with contextlib.AsyncExitStack() as stack:
-            _, layers = await running.roots.open_image(stack, NAME, force_local=False)
+            _, layers = await running.opener.open_image(stack, NAME, force_local=False)
             held = await running.roots.mount_root(stack, layers, RootRequest())
             assert not os.statvfs(held.path).f_flag & os.ST_NOSUID, "a container needs them"
         assert (directory / "l").stat().st_mode & 0o777 == 0o700
@@ -469,7 +472,7 @@ async def test_a_layer_that_somebody_unmounted(directory: Path, how: str) -> Non
     async with snapshotter(directory) as running:
         await running.attach(directory / "other")
         async with contextlib.AsyncExitStack() as stack:
-            _, layers = await running.roots.open_image(stack, NAME, force_local=False)
+            _, layers = await running.opener.open_image(stack, NAME, force_local=False)
             (old,) = layers
             if how == "covered":
                 syscalls.mount("tmpfs", str(old.path), "tmpfs")
@@ -493,7 +496,7 @@ async def test_what_a_killed_one_held_is_detached(directory: Path) -> None:
     running.roots.prepare()
     await running.mounts.adopt()
     stack = contextlib.AsyncExitStack()
-    _, layers = await running.roots.open_image(stack, NAME, force_local=False)
+    _, layers = await running.opener.open_image(stack, NAME, force_local=False)
     await running.roots.mount_root(stack, layers, RootRequest(target=str(at), proc_dev=True))
     with (at / "a").open("rb") as file:
         async with snapshotter(directory) as successor:

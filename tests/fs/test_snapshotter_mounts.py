@@ -162,7 +162,7 @@ async def test_a_cancelled_release_still_unmounts(tmp_path: Path, layers: dict[s
 class Layerstore(pb_grpc.LayerstoreNodeServicer):
     """Takes reports, and asks for what a test says; nothing else is called."""
 
-    OpenImage = CacheStatus = None  # type: ignore[assignment]
+    OpenImage = CacheStatus = SupplyLayer = OpenLayers = LayerUsage = None  # type: ignore[assignment]
 
     def __init__(self) -> None:
         self.updates: asyncio.Queue[pb.LeaseUpdate] = asyncio.Queue()
@@ -266,7 +266,7 @@ async def test_a_partial_layer_that_the_disk_cannot_read_is_an_error_to_the_read
 @contextlib.asynccontextmanager
 async def making_roots(tmp_path: Path, mounts: LayerMounts) -> AsyncIterator[Roots]:
     """Roots, prepared."""
-    roots = Roots(tmp_path / "r", tmp_path / "base", mounts, f"unix:{tmp_path}/none")
+    roots = Roots(tmp_path / "r", tmp_path / "base", mounts)
     roots.prepare()
     try:
         yield roots

@@ -70,7 +70,7 @@ async def layer_mounts(source: FillSource, forced: Backend | None, keep: int = 0
 @contextlib.asynccontextmanager
 async def roots_over(mounts: LayerMounts, work: Path) -> AsyncIterator[Roots]:
     """Roots below `work`."""
-    roots = Roots(work / "r", work / "base", mounts, f"unix:{work}/none")
+    roots = Roots(work / "r", work / "base", mounts)
     roots.prepare()
     try:
         yield roots

@@ -53,7 +53,7 @@ async def merged(work: Path, layers: Sequence[tuple[str, Path]]) -> AsyncIterato
     fused = FusedWorkers(work / "f", work / "faults", work / "fill.sock", 1.0)
     backends = find_backends(work, work, None)
     layer_mounts = LayerMounts(work / "l", fused, backends, 0)
-    roots = Roots(work / "r", work / "base", layer_mounts, f"unix:{work}/none")
+    roots = Roots(work / "r", work / "base", layer_mounts)
     roots.prepare()
     try:
         async with contextlib.AsyncExitStack() as stack:

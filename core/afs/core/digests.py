@@ -34,9 +34,14 @@ def hex_of(digest: str) -> str:
     return check_digest(digest).removeprefix("sha256:")
 
 
+def chained(parent: str, diff_id: str) -> str:
+    """The chain id of a layer on the one with chain id *parent*, "" for none (OCI image spec, config.md, "Layer ChainID")."""
+    return sha256_digest(f"{parent} {check_digest(diff_id)}".encode()) if parent else check_digest(diff_id)
+
+
 def chain_ids(diff_ids: Iterable[str]) -> list[str]:
-    """The chain id of every layer, bottom first (OCI image spec, config.md, "Layer ChainID")."""
+    """The chain id of every layer, bottom first."""
     chain: list[str] = []
     for diff_id in diff_ids:
-        chain.append(check_digest(diff_id) if not chain else sha256_digest(f"{chain[-1]} {diff_id}".encode()))
+        chain.append(chained(chain[-1] if chain else "", diff_id))
     return chain

@@ -67,3 +67,8 @@ def unmount_below(directory: str | Path) -> int:
     for target in reversed(targets):
         unmount(target)
     return len(targets)
+
+
+def boot_id() -> str:
+    """Differs from boot to boot (random(4)); no mount outlives one."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

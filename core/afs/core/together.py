@@ -1,8 +1,10 @@
 """Several tasks that share one piece of work, and waiting for what must not be left."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection
-from typing import Any
+from collections.abc import Awaitable, Callable, Collection, Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 async def together(work: Callable[[], Awaitable[None]], count: int) -> None:
@@ -33,3 +35,30 @@ async def ended(futures: Collection["asyncio.Future[Any]"]) -> None:
             cancelled = error
     if cancelled is not None:
         raise cancelled
+
+
+class Unstopped:
+    """Work that goes on to its end if whoever waits for it is cancelled. Its errors are the waiter's, if there is one."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await *work*."""
+        return await asyncio.shield(self.begin(work))
+
+    def begin(self, work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
+        """Begin *work*, for which nobody need wait."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: "asyncio.Task[Any]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # retrieved: nobody may wait for it any more
+
+    async def close(self) -> None:
+        """Wait for all of it."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)

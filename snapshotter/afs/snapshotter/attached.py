@@ -9,7 +9,7 @@ it takes down and removes; or, for a root that was unmounted by hand or that an 
 
 State (one event loop): ``_attached`` has what is mounted, by target. An entry leaves it before the first await of its
 removal, and only :meth:`AttachedRoots.detach`, which may have to leave the root as it is, marks it as ``leaving`` first.
-``_tasks`` are removals under way, which no cancelled caller stops.
+``_unstopped`` are removals under way, which no cancelled caller stops.
 """
 
 import asyncio
@@ -17,17 +17,20 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from afs.core.errors import FailedPrecondition, InvalidArgument, NotFound
 from afs.core.files import write_atomic
+from afs.core.mounts import boot_id
+from afs.core.together import Unstopped
 from afs.proto.v1 import layerstore_pb2
 from afs.snapshotter.layermount import MountedLayer
 from afs.snapshotter.layermounts import LayerMounts
 from afs.snapshotter.messages import MountedRoot
+from afs.snapshotter.opening import Opener
 from afs.snapshotter.rootmount import (
     Root,
     RootRequest,
@@ -112,15 +115,16 @@ class _Attached:
 class AttachedRoots:
     """Makes attached roots, with their homes below *directory*; with *keep* :meth:`close` leaves them to the next one."""
 
-    def __init__(self, directory: Path, roots: Roots, mounts: LayerMounts, *, keep: bool) -> None:
+    def __init__(self, directory: Path, opener: Opener, roots: Roots, mounts: LayerMounts, *, keep: bool) -> None:
         self._directory = directory.resolve()
+        self._opener = opener
         self._roots = roots
         self._mounts = mounts
         self._keep = keep
-        self._boot = _boot_id()
+        self._boot = boot_id()
         self._next = 0
         self._attached: dict[Path, _Attached] = {}
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._unstopped = Unstopped()
 
     async def adopt(self) -> None:
         """Take over what an earlier snapshotter attached, and clear what it left half done. At start."""
@@ -177,7 +181,7 @@ class AttachedRoots:
         await self.sweep()
         self._roots.check_free(Root.of(self._directory, request))  # before an image is pulled for nothing
         async with contextlib.AsyncExitStack() as stack:
-            image, layers = await self._roots.open_image(stack, name, force_local=force_local)
+            image, layers = await self._opener.open_image(stack, name, force_local=force_local)
             self._next += 1
             home = self._directory / str(self._next)
             record = Record(self._boot, image.key, _named(layers), Root.of(home, request), mounted=False)
@@ -206,7 +210,7 @@ class AttachedRoots:
         if found.leaving:
             raise FailedPrecondition(f"the root at {target} is being unmounted")
         found.leaving = True
-        await self._to_its_end(self._detach(target, found))
+        await self._unstopped.run(self._detach(target, found))
         return found.record.root.kept_upper
 
     async def _detach(self, target: Path, found: _Attached) -> None:
@@ -231,14 +235,7 @@ class AttachedRoots:
             log.info("the root that was attached at %s was unmounted", target)
             del self._attached[target]
         for each in gone.values():
-            await self._to_its_end(each.stack.aclose())
-
-    async def _to_its_end(self, work: Coroutine[Any, Any, T]) -> T:
-        """Await *work*, which goes on if the caller is cancelled."""
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return await asyncio.shield(task)
+            await self._unstopped.run(each.stack.aclose())
 
     def records(self) -> list[Record]:
         """What is attached, in the order of the targets."""
@@ -246,17 +243,12 @@ class AttachedRoots:
 
     async def close(self) -> None:
         """Unmount and remove all, in use or not, unless they are left to the next snapshotter."""
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._unstopped.close()
         if self._keep:
             return  # with the entries' stacks: nothing of them may be closed
         for target, each in list(self._attached.items()):
             del self._attached[target]
             await each.stack.aclose()
-
-
-def _boot_id() -> str:
-    """random(4): differs from boot to boot."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
 def _named(layers: Sequence[MountedLayer]) -> tuple[tuple[str, str], ...]:

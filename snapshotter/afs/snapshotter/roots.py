@@ -14,14 +14,9 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from grpc import ChannelConnectivity
-
 from afs.core.errors import AlreadyExists, FailedPrecondition, InvalidArgument
 from afs.core.files import remove_tree
 from afs.core.mounts import unmount_below
-from afs.core.rpc import calling, channel
-from afs.proto.v1 import layerstore_pb2 as pb
-from afs.proto.v1.layerstore_pb2_grpc import LayerstoreNodeStub
 from afs.snapshotter.layermount import MountedLayer
 from afs.snapshotter.layermounts import LayerMounts
 from afs.snapshotter.messages import MountedRoot
@@ -39,7 +34,6 @@ from afs.snapshotter.rootmount import (
 )
 
 log = logging.getLogger(__name__)
-CONNECT_S = 1.5  # channel() tries to connect at least once a second
 _MAX_PATH = 230  # a home's path has to fit fsconfig(2), which takes 255 bytes
 _BASE_DIRECTORIES = ("dev", "proc", "sys")
 
@@ -63,13 +57,10 @@ class Roots:
     root could not be unmounted, and what is below it has to stay for the next snapshotter to try again.
     """
 
-    def __init__(self, directory: Path, base: Path, mounts: LayerMounts, layerstore: str) -> None:
+    def __init__(self, directory: Path, base: Path, mounts: LayerMounts) -> None:
         self._directory = directory.resolve()  # as mountinfo has it
         self._base = base.resolve()
         self._mounts = mounts
-        self._layerstore = f"layerstore {layerstore}"
-        self._channel = channel(layerstore)
-        self._stub = LayerstoreNodeStub(self._channel)
         self._next = 0
         self._removing: set[asyncio.Task[None]] = set()
         self._targets: set[Path] = set()
@@ -107,37 +98,8 @@ class Roots:
     async def close(self, *, keep_base: bool = False) -> None:
         """Wait for removals and remove the base directory, if no root is left that needs it."""
         await asyncio.gather(*self._removing, return_exceptions=True)
-        await self._channel.close()
         if not keep_base and not self.staying:
             remove_tree(self._base)
-
-    async def open_image(
-        self, stack: contextlib.AsyncExitStack, name: pb.ImageName, *, force_local: bool
-    ) -> tuple[pb.Image, list[MountedLayer]]:
-        """Ask the layerstore for an image and mount its layers (bottom first) until *stack* closes."""
-        with self._mounts.opening() as number:
-            # gRPC fails calls at once between two tries to connect, and a layerstore that restarts is back before the next.
-            if self._channel.get_state() is not ChannelConnectivity.READY:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(CONNECT_S):
-                        await self._channel.channel_ready()
-            request = pb.OpenImageRequest(name=name, force_local_fetch=force_local, number=number)
-            with calling(self._layerstore):
-                answer = await self._stub.OpenImage(request)
-            self._mounts.opened(number, [layer.diff_id for layer in answer.layers])
-            return answer.image, await self._mount_layers(stack, answer.layers)
-
-    async def _mount_layers(
-        self, stack: contextlib.AsyncExitStack, layers: Sequence[pb.LocalLayer]
-    ) -> list[MountedLayer]:
-        # An image may hold one layer several times.
-        entering = (stack.enter_async_context(self._mounts.using(layer.diff_id, layer.path)) for layer in layers)
-        # All of them are awaited even if one fails: what the others mounted has to be on the stack when it unwinds.
-        results = await asyncio.gather(*entering, return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-        return [result for result in results if not isinstance(result, BaseException)]
 
     async def mount_root(
         self,

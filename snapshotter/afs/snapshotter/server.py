@@ -17,6 +17,7 @@ from afs.snapshotter.fusedwire import ReadStats
 from afs.snapshotter.fusedworkers import FusedWorkers
 from afs.snapshotter.layermount import MountedLayer
 from afs.snapshotter.layermounts import LayerMounts
+from afs.snapshotter.opening import Opener
 from afs.snapshotter.rootmount import RootRequest
 from afs.snapshotter.roots import Roots
 
@@ -26,7 +27,10 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class MountsService(mounts_pb2_grpc.MountsServicer):
     """Roots for programs of this node."""
 
-    def __init__(self, roots: Roots, attached: AttachedRoots, mounts: LayerMounts, workers: FusedWorkers) -> None:
+    def __init__(
+        self, opener: Opener, roots: Roots, attached: AttachedRoots, mounts: LayerMounts, workers: FusedWorkers
+    ) -> None:
+        self._opener = opener
         self._roots = roots
         self._attached = attached
         self._mounts = mounts
@@ -62,7 +66,7 @@ class MountsService(mounts_pb2_grpc.MountsServicer):
     async def _open(
         self, stack: contextlib.AsyncExitStack, request: pb.OpenImage
     ) -> tuple[pb.OpenedImage, list[MountedLayer]]:
-        image, layers = await self._roots.open_image(stack, _name(request), force_local=request.force_local_fetch)
+        image, layers = await self._opener.open_image(stack, _name(request), force_local=request.force_local_fetch)
         lazy = any(layer.worker is not None for layer in layers)
         opened = pb.OpenedImage(key=image.key, manifest_digest=image.manifest_digest, config=image.config, lazy=lazy)
         return opened, layers

@@ -1,0 +1,94 @@
+"""What is mounted comes from the node's layerstore: images and layers that it opens, and what it knows of them.
+
+State (one event loop): none but the channel. Whatever is opened has a number, which goes up, and is in
+:meth:`LayerMounts.opening` until its layers are mounted or given up: see LeaseUpdate in layerstore.proto.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from grpc import ChannelConnectivity
+
+from afs.core.rpc import calling, channel
+from afs.proto.v1 import layerstore_pb2 as pb
+from afs.proto.v1.layerstore_pb2_grpc import LayerstoreNodeStub
+from afs.snapshotter.layermount import MountedLayer
+from afs.snapshotter.layermounts import LayerMounts
+
+CONNECT_S = 1.5  # channel() tries to connect at least once a second
+
+
+class Opener:
+    """Asks the layerstore at *address* (``unix:PATH``) and mounts what it answers with *mounts*."""
+
+    def __init__(self, mounts: LayerMounts, address: str) -> None:
+        self._mounts = mounts
+        self._peer = f"layerstore {address}"
+        self._channel = channel(address)
+        self._stub = LayerstoreNodeStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self._channel.close()
+
+    async def open_image(
+        self, stack: contextlib.AsyncExitStack, name: pb.ImageName, *, force_local: bool
+    ) -> tuple[pb.Image, list[MountedLayer]]:
+        """Ask for an image and mount its layers (bottom first) until *stack* closes."""
+        with self._mounts.opening() as number:
+            await self._connect()
+            request = pb.OpenImageRequest(name=name, force_local_fetch=force_local, number=number)
+            with calling(self._peer):
+                answer = await self._stub.OpenImage(request)
+            self._mounts.opened(number, [layer.diff_id for layer in answer.layers])
+            return answer.image, await self._mount_layers(stack, answer.layers)
+
+    async def open_layers(
+        self, stack: contextlib.AsyncExitStack, layers: Sequence[pb.WantedLayer]
+    ) -> list[MountedLayer]:
+        """Ask for layers of an image and mount them, in that order, until *stack* closes."""
+        with self._mounts.opening() as number:
+            await self._connect()
+            with calling(self._peer):
+                answer = await self._stub.OpenLayers(pb.OpenLayersRequest(layers=layers, number=number))
+            self._mounts.opened(number, [layer.diff_id for layer in answer.layers])
+            return await self._mount_layers(stack, answer.layers)
+
+    async def supply_layer(
+        self, layer: pb.WantedLayer, missing: pb.SupplyLayerRequest.Missing.ValueType, timeout: float
+    ) -> pb.WantedLayer:
+        """What the cluster says of a layer that it can supply; NotFound if it cannot. *timeout* in seconds."""
+        request = pb.SupplyLayerRequest(layer=layer, missing=missing)
+        with calling(self._peer):
+            return (await self._stub.SupplyLayer(request, timeout=timeout)).layer
+
+    async def layer_usage(self, diff_ids: Sequence[str]) -> dict[str, int]:
+        """Bytes of the disk that each of these layers takes, if it is here."""
+        with calling(self._peer):
+            return dict((await self._stub.LayerUsage(pb.LayerUsageRequest(diff_ids=diff_ids))).used_bytes)
+
+    async def _connect(self) -> None:
+        # gRPC fails calls at once between two tries to connect, and a layerstore that restarts is back before the next.
+        if self._channel.get_state() is not ChannelConnectivity.READY:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CONNECT_S):
+                    await self._channel.channel_ready()
+
+    async def _mount_layers(
+        self, stack: contextlib.AsyncExitStack, layers: Sequence[pb.LocalLayer]
+    ) -> list[MountedLayer]:
+        # An image may hold one layer several times.
+        entering = (stack.enter_async_context(self._mounts.using(layer.diff_id, layer.path)) for layer in layers)
+        # All of them are awaited even if one fails: what the others mounted has to be on the stack when it unwinds.
+        results = await asyncio.gather(*entering, return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return [result for result in results if not isinstance(result, BaseException)]

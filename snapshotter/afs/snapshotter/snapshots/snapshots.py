@@ -1,0 +1,268 @@
+"""The snapshotter that containerd speaks to, without gRPC: what each request does, and in which order.
+
+State and locks (one event loop). The database is the truth; one thread makes all its transactions, in the order in which they
+are asked for. Around them:
+
+- a snapshot's directory is made before its row is committed and removed after the row is gone, by :meth:`Snapshots.cleanup`
+  alone. That lists directories first and rows then: a row that is being made meanwhile is seen.
+- the layer mounts of an active snapshot are held before its row is committed, and given back after that is gone. The steps
+  from the transaction on run to their end even if the client goes away (``_unstopped``).
+- ``_counting`` is single flight for what a committed directory takes: Commit is called within a transaction of containerd's,
+  so counting 25,000 files (0.15 s) happens behind its back.
+"""
+
+import asyncio
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+from afs.core.errors import AfsError, AlreadyExists, FailedPrecondition, NotFound
+from afs.core.mounts import boot_id
+from afs.core.singleflight import SingleFlight
+from afs.core.together import Unstopped
+from afs.snapshotter.layermounts import LayerMounts
+from afs.snapshotter.opening import Opener
+from afs.snapshotter.snapshots import mountspec
+from afs.snapshotter.snapshots.clusterlayer import ClusterLayer
+from afs.snapshotter.snapshots.directories import Directories, Usage, remove_all
+from afs.snapshotter.snapshots.filters import Fields, Filter, matches
+from afs.snapshotter.snapshots.hints import REFERENCE
+from afs.snapshotter.snapshots.lowers import Held, Lowers
+from afs.snapshotter.snapshots.metadata import Kind, LayerMount, Metadata, Snapshot
+from afs.snapshotter.snapshots.mountspec import Mount
+
+if TYPE_CHECKING:
+    from afs.snapshotter.snapshots.remote import RemoteLayers
+
+log = logging.getLogger(__name__)
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Snapshots:
+    """See the module. *boot* is the id of this boot; :meth:`restore` comes first, :meth:`close` last."""
+
+    def __init__(
+        self, metadata: Metadata, directories: Directories, lowers: Lowers, opener: Opener, *, boot: str
+    ) -> None:
+        self._metadata = metadata
+        self._directories = directories
+        self._lowers = lowers
+        self._opener = opener
+        self._boot = boot
+        self.remote: RemoteLayers | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="metadata")
+        self._unstopped = Unstopped()
+        self._counting: SingleFlight[int, Usage] = SingleFlight()
+        self._cleaning = asyncio.Lock()
+
+    async def restore(self) -> None:
+        """Take over what an earlier process left; the layer mounts have been adopted."""
+        await self._lowers.restore(await self._do(self._metadata.mounts, self._boot))
+
+    async def close(self) -> None:
+        """End what is under way, and close the database."""
+        if self.remote is not None:
+            await self.remote.close()
+        await self._unstopped.close()
+        await self._counting.close(cancel=True)
+        await self._lowers.close()
+        self._thread.shutdown()
+        self._metadata.close()
+
+    async def _do(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """A transaction, in the thread of the database."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, functools.partial(work, *args, **kwargs))
+
+    # Making
+
+    async def prepare(self, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
+        """A new active snapshot. AlreadyExists as well if *labels* ask for a layer that is a committed snapshot now."""
+        if self.remote is not None and REFERENCE in labels:
+            below = await self._do(self._metadata.stat, parent) if parent else None
+            if await self.remote.commit(labels, below):
+                raise AlreadyExists(f"target snapshot {labels[REFERENCE]} exists already")
+        return await self._make(Kind.ACTIVE, key, parent, labels)
+
+    async def view(self, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
+        """A new read-only snapshot."""
+        return await self._make(Kind.VIEW, key, parent, labels)
+
+    async def _make(self, kind: Kind, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
+        chain = await self._do(self._metadata.chain, parent) if parent else []
+        held = await self._lowers.acquire(chain)
+        return await self._unstopped.run(self._make_on(held, chain, kind, key, parent, labels))
+
+    async def _make_on(
+        self, held: Held, chain: Sequence[Snapshot], kind: Kind, key: str, parent: str, labels: Mapping[str, str]
+    ) -> list[Mount]:
+        """A snapshot that is given *held*, or gives it back."""
+        try:
+            lower = self._lowers.directories(chain, held)
+            make = functools.partial(
+                self._directories.make,
+                work=kind is Kind.ACTIVE and bool(lower),
+                like=lower[0] if lower else None,
+            )
+            snapshot = await self._do(
+                self._metadata.create, kind, key, parent, labels, make=make, mounts=held.mounts(), boot=self._boot
+            )
+        except BaseException:
+            await held.stack.aclose()
+            raise
+        self._lowers.keep(snapshot.id, held)
+        return self._mounts(snapshot, lower)
+
+    async def create_remote(self, name: str, parent: str, labels: Mapping[str, str], layer: ClusterLayer) -> None:
+        """A committed snapshot that is a layer of the cluster; AlreadyExists if the name is another one's."""
+        try:
+            await self._do(self._metadata.create, Kind.COMMITTED, name, parent, labels, layer=layer)
+        except AlreadyExists:
+            found = await self._do(self._metadata.stat, name)
+            if found.layer is None or found.parent != parent:
+                raise
+            if found.labels.get(REFERENCE) != layer.chain_id:  # by which the client looks for it
+                reference = {REFERENCE: layer.chain_id}
+                await self._do(self._metadata.set_labels, name, lambda labels: {**labels, **reference})
+
+    async def commit(self, name: str, key: str, labels: Mapping[str, str], parent: str) -> None:
+        """Turn an active snapshot into a committed one."""
+
+        async def steps() -> None:
+            committed = await self._do(self._metadata.commit, name, key, labels, parent)
+            await self._release(committed)
+            self._count_later(committed.id)
+
+        await self._unstopped.run(steps())
+
+    def _count_later(self, number: int) -> None:
+        async def count() -> None:
+            try:
+                await self._counting.run(number, functools.partial(self._count, number))
+            except (AfsError, OSError) as error:  # removed meanwhile, or counted when somebody asks
+                log.info("snapshot %d is not counted yet: %s", number, error)
+
+        self._unstopped.begin(count())
+
+    async def _count(self, number: int) -> Usage:
+        usage = await asyncio.to_thread(self._directories.usage, number)
+        await self._do(self._metadata.set_usage, number, *usage)
+        return usage
+
+    # Asking
+
+    async def mounts(self, key: str) -> list[Mount]:
+        """What containerd has to mount for an active snapshot or view, as often as it asks."""
+        snapshot, *chain = await self._do(self._metadata.chain, key)
+        if snapshot.kind is Kind.COMMITTED:
+            raise FailedPrecondition(f"snapshot {key} is committed, and has no mounts")
+        lower, new = await self._lowers.current(snapshot.id, chain)
+        if new:
+            await self._unstopped.run(self._remember(snapshot, new))
+        return self._mounts(snapshot, lower)
+
+    async def _remember(self, snapshot: Snapshot, new: Sequence[LayerMount]) -> None:
+        try:
+            await self._do(self._metadata.add_mounts, snapshot.name, snapshot.id, new, self._boot)
+        except NotFound:
+            await self._lowers.release(snapshot.id)
+            raise
+
+    def _mounts(self, snapshot: Snapshot, lower: Sequence[Path]) -> list[Mount]:
+        number, writable = snapshot.id, snapshot.kind is Kind.ACTIVE
+        if not lower:
+            return [mountspec.bind(self._directories.fs(number), writable=writable)]
+        if not writable and len(lower) == 1:
+            return [mountspec.bind(lower[0], writable=False)]
+        upper = (self._directories.fs(number), self._directories.work(number)) if writable else ()
+        mount = mountspec.overlay(lower, *upper)
+        if mountspec.is_too_long(mount):
+            mount = mountspec.overlay(self._directories.link(number, lower), *upper)
+        return [mount]
+
+    async def stat(self, name: str) -> Snapshot:
+        """What is known of a snapshot."""
+        return await self._do(self._metadata.stat, name)
+
+    async def list(self, filters: Sequence[Filter]) -> list[Snapshot]:
+        """All that one of *filters* matches."""
+        reference = next((r for r in map(_reference, filters)), None) if len(filters) == 1 else None
+        found = await self._do(self._metadata.snapshots, reference)
+        return [snapshot for snapshot in found if matches(filters, _fields(snapshot))]
+
+    async def update(self, name: str, change: Callable[[Mapping[str, str]], Mapping[str, str]]) -> Snapshot:
+        """Change a snapshot's labels."""
+        return await self._do(self._metadata.set_labels, name, change)
+
+    async def usage(self, name: str) -> Usage:
+        """What a snapshot takes of this node's disk, without its parents: of a layer of the cluster, what is here."""
+        snapshot = await self.stat(name)
+        if snapshot.layer is not None:
+            used = await self._opener.layer_usage([snapshot.layer.diff_id])
+            size = used.get(snapshot.layer.diff_id, 0)
+            return Usage(size, 1 if size else 0)
+        if snapshot.kind is not Kind.COMMITTED:
+            return await asyncio.to_thread(self._directories.usage, snapshot.id)
+        if snapshot.size is not None and snapshot.inodes is not None:
+            return Usage(snapshot.size, snapshot.inodes)
+        return await self._counting.run(snapshot.id, functools.partial(self._count, snapshot.id))
+
+    # Removing
+
+    async def remove(self, name: str) -> None:
+        """Forget a snapshot; its files go with the next :meth:`cleanup`."""
+
+        async def steps() -> None:
+            await self._release(await self._do(self._metadata.remove, name))
+
+        await self._unstopped.run(steps())
+
+    async def _release(self, snapshot: Snapshot) -> None:
+        try:
+            await self._lowers.release(snapshot.id)
+        except OSError as error:  # an unmount, which the layer mounts try again
+            log.error("snapshot %s: %s", snapshot.name, error)
+
+    async def cleanup(self) -> None:
+        """Delete the directories of snapshots that are gone."""
+        async with self._cleaning:
+            numbers = await asyncio.to_thread(self._directories.numbers)
+            gone = sorted(numbers - await self._do(self._metadata.ids))
+            await asyncio.to_thread(remove_all, gone, self._directories.remove)
+            if gone:
+                log.info("removed the directories of %d snapshots", len(gone))
+
+
+def open_snapshots(root: Path, opener: Opener, mounts: LayerMounts, *, keep: bool) -> Snapshots:
+    """Those below *root*; with *keep* what they need stays mounted when the process ends. Blocking."""
+    directories = Directories(root)
+    lowers = Lowers(opener, mounts, directories, keep_mounts=keep)
+    return Snapshots(Metadata(root / "snapshots.db"), directories, lowers, opener, boot=boot_id())
+
+
+def _fields(snapshot: Snapshot) -> Fields:
+    def field(path: Sequence[str]) -> str | None:
+        match path:
+            case ["name", *_]:
+                return snapshot.name
+            case ["parent", *_]:
+                return snapshot.parent
+            case ["kind", *_]:
+                return snapshot.kind.name.lower()
+            case ["labels", *rest]:
+                return snapshot.labels.get(".".join(rest))
+            case _:
+                return None
+
+    return field
+
+
+def _reference(one: Filter) -> tuple[str, str] | None:
+    """The label and value that a filter asks for, if it is that of the layer that a client has just been told of."""
+    for selector in one:
+        if selector.operator == "==" and selector.path[0] == "labels" and ".".join(selector.path[1:]) == REFERENCE:
+            return REFERENCE, selector.value
+    return None
