@@ -140,8 +140,7 @@ class LayerMounts:
             log.error("cannot unmount what nobody uses: %s", error)
 
     def _wanted(self, layer: MountedLayer) -> bool:
-        # What close() left mounted stays, though its users' blocks end too: the event loop closes them when it ends.
-        return self._closed or bool(layer.users) or layer.leaving or self._mounted.get(layer.diff_id) is layer
+        return bool(layer.users) or layer.leaving or self._mounted.get(layer.diff_id) is layer
 
     @contextlib.asynccontextmanager
     async def using(self, diff_id: str, file: str) -> AsyncIterator[MountedLayer]:
@@ -151,8 +150,11 @@ class LayerMounts:
         while (layer := await self._current(diff_id, file)) is None:
             await self._mounting.run(diff_id, lambda: self._mount(diff_id, file))
         self._mounted[diff_id] = self._mounted.pop(diff_id)  # now the most recently used
-        async with self._holding(layer):
+        self._hold(layer)
+        try:
             yield layer
+        finally:
+            await self._let_go(layer)
 
     @contextlib.asynccontextmanager
     async def claiming(self, path: Path, diff_id: str) -> AsyncIterator[MountedLayer]:
@@ -160,8 +162,11 @@ class LayerMounts:
         layer = self._all.get(path)
         if layer is None or layer.leaving or layer.diff_id != diff_id:
             raise NotFound(f"layer {diff_id} is not mounted at {path} any more")
-        async with self._holding(layer):
+        self._hold(layer)
+        try:
             yield layer
+        finally:
+            await self._let_go(layer)
 
     @contextlib.contextmanager
     def keeping(self, diff_ids: Iterable[str]) -> Iterator[None]:
@@ -175,20 +180,20 @@ class LayerMounts:
             self._kept.subtract(kept)
             self.changed.set()
 
-    @contextlib.asynccontextmanager
-    async def _holding(self, layer: MountedLayer) -> AsyncIterator[None]:
+    def _hold(self, layer: MountedLayer) -> None:
         layer.users += 1  # with no await since the caller found it
         if layer.users == 1:
             self.changed.set()
-        try:
-            yield
-        finally:
-            layer.users -= 1
-            if not layer.users:
-                self.changed.set()
-            if not self._wanted(layer):
-                await self._unmount_all([layer])
-            await self._trim(self._keep)
+
+    async def _let_go(self, layer: MountedLayer) -> None:
+        if self._closed:
+            return  # what close() left mounted stays: the event loop closes its users' blocks when it ends
+        layer.users -= 1
+        if not layer.users:
+            self.changed.set()
+        if not self._wanted(layer):
+            await self._unmount_all([layer])
+        await self._trim(self._keep)
 
     async def _current(self, diff_id: str, file: str) -> MountedLayer | None:
         """The mount for a new user, if there is one that is good enough; does not suspend when it finds one."""

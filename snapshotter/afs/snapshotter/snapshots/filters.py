@@ -1,14 +1,14 @@
-"""containerd's filter expressions, as List takes them (pkg/filters of containerd).
+"""containerd's filter expressions, as List takes them (its package filters).
 
     filter   := selector (',' selector)*          all of them
     selector := path [operator value]             without operator: the field is there
     path     := field ('.' field)*
-    field    := quoted | [A-Za-z0-9_]+
-    operator := '==' | '!=' | '~='                '~=' searches a regular expression
+    field    := quoted | [A-Za-z0-9_-]+
+    operator := '==' | '!=' | '~=' | '@='         '~=' searches a regular expression, '@=' a text
     value    := quoted | anything without ',' and white space
 
-Quoted is a Go string in double quotes; behind ``~=`` also in ``/`` or ``|``, where nothing but the quote is escaped. Of
-several filters one has to match; the empty one matches everything.
+Quoted is a Go string in double quotes, slashes or bars. Of several filters one has to match; the empty one matches
+everything. Unlike containerd, which lets it match nothing, a wrong regular expression is an error.
 """
 
 import re
@@ -20,14 +20,15 @@ from afs.core.errors import InvalidArgument
 Fields = Callable[[Sequence[str]], str | None]
 """Value of the field that a path leads to, None if there is none."""
 
-_FIELD = re.compile(r"[A-Za-z0-9_]+")
-_OPERATOR = re.compile(r"[=!~]+")
+_FIELD = re.compile(r"[A-Za-z0-9_-]+")
+_OPERATOR = re.compile(r"[=!~@]+")
 _VALUE = re.compile(r"[^\s,]+")
 _SPACE = re.compile(r"\s*")
+_QUOTES = '"/|'
 _ESCAPE = re.compile(
-    r"\\(?:([abfnrtv\\'\"])|x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|([0-7]{3})|(.?))", re.DOTALL
+    r"\\(?:([abfnrtv\\\"/|])|x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|([0-7]{3})|(.?))", re.DOTALL
 )
-_SIMPLE = dict(zip("abfnrtv\\'\"", "\a\b\f\n\r\t\v\\'\"", strict=True))
+_SIMPLE = dict(zip("abfnrtv\\", "\a\b\f\n\r\t\v\\", strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +41,14 @@ class Selector:
     pattern: re.Pattern[str] | None = None
 
     def matches(self, fields: Fields) -> bool:
-        """Whether the fields meet it; as in containerd an absent field is "" for ``!=`` and ``~=``."""
+        """Whether the fields meet it; as in containerd an absent field is "" for all operators but ``==``."""
         found = fields(self.path)
         if self.pattern is not None:
             return self.pattern.search(found or "") is not None
         if self.operator == "!=":
             return (found or "") != self.value
+        if self.operator == "@=":
+            return self.value in (found or "")
         return found is not None and (not self.operator or found == self.value)
 
 
@@ -86,9 +89,9 @@ class _Parser:
         if self._peek() in ("", ","):
             return Selector(tuple(path))
         operator = self._take(_OPERATOR)
-        if operator not in ("==", "!=", "~="):
+        if operator not in ("==", "!=", "~=", "@="):
             raise self._wrong(f"{operator or self._peek()!r} is no operator")
-        value = self._value(also="/|" if operator == "~=" else "")
+        value = self._value()
         if operator != "~=":
             return Selector(tuple(path), operator, value)
         try:
@@ -97,31 +100,48 @@ class _Parser:
             raise self._wrong(f"{value!r} is no regular expression: {error}") from None
 
     def _field(self) -> str:
-        if self._peek() == '"':
+        if (quote := self._peek()) and quote in _QUOTES:
             return self._quoted()
         if not (name := self._take(_FIELD)):
             raise self._wrong("a field is missing")
         return name
 
-    def _value(self, also: str) -> str:
-        if (quote := self._peek()) and quote in '"' + also:
-            return self._quoted() if quote == '"' else self._raw(quote)
+    def _value(self) -> str:
+        if (quote := self._peek()) and quote in _QUOTES:
+            return self._quoted()
         if not (value := self._take(_VALUE)):
             raise self._wrong("a value is missing")
         return value
 
     def _quoted(self) -> str:
-        return _unquote(self._between('"'), self._wrong)
+        quote, text = self._peek(), self._between(self._peek())
+        found, at = bytearray(), 0
+        for match in _ESCAPE.finditer(text):
+            found += text[at : match.start()].encode() + self._unescaped(match, quote)
+            at = match.end()
+        return (found + text[at:].encode()).decode("utf-8", "replace")
 
-    def _raw(self, quote: str) -> str:
-        return self._between(quote).replace("\\" + quote, quote)
+    def _unescaped(self, match: re.Match[str], quote: str) -> bytes:
+        simple, byte, short, long, octal, _ = match.groups()
+        if simple in _SIMPLE:
+            return _SIMPLE[simple].encode()
+        if simple == quote:
+            return quote.encode()
+        try:
+            if byte or octal:
+                return bytes([int(byte, 16) if byte else int(octal, 8)])
+            if short or long:
+                return chr(int(short or long, 16)).encode()
+        except (ValueError, OverflowError):  # no byte, no character
+            pass
+        raise self._wrong(f"{match.group()!r} is no escape")
 
     def _between(self, quote: str) -> str:
         """What is between two of them, where a backslash keeps one from being the end."""
         start = at = self._at + 1
-        while at < len(self._text) and self._text[at] != quote:
+        while at < len(self._text) and self._text[at] not in (quote, "\n"):
             at += 2 if self._text[at] == "\\" else 1
-        if at >= len(self._text):
+        if self._text[at : at + 1] != quote:
             raise self._wrong("a quote is not closed")
         self._at = at + 1
         return self._text[start:at]
@@ -139,19 +159,3 @@ class _Parser:
 
     def _wrong(self, why: str) -> InvalidArgument:
         return InvalidArgument(f"filter {self._text!r}: {why} at character {self._at + 1}")
-
-
-def _unquote(text: str, wrong: Callable[[str], InvalidArgument]) -> str:
-    def replace(match: re.Match[str]) -> str:
-        simple, *numbers, octal, other = match.groups()
-        if simple:
-            return _SIMPLE[simple]
-        try:
-            if octal:
-                return chr(int(octal, 8))
-            digits = next(number for number in numbers if number)
-            return chr(int(digits, 16))
-        except (StopIteration, ValueError, OverflowError):
-            raise wrong(f"\\{other} is no escape") from None
-
-    return _ESCAPE.sub(replace, text)

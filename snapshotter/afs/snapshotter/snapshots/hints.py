@@ -76,11 +76,11 @@ def chain_of(snapshot: Snapshot) -> str | None:
 
 def _names(labels: Mapping[str, str]) -> Iterator[str]:
     for image, manifest in ((labels.get(_CRI_IMAGE), labels.get(_CRI_MANIFEST)), (labels.get(_STARGZ_IMAGE), None)):
-        if not image:
+        if not image or is_digest(image):  # CRI names an image that it unpacks once more by its id
             continue
         try:
             name = parse_image(image)
-        except InvalidArgument as error:  # an image's id, when it is unpacked once more
+        except InvalidArgument as error:
             log.info("no name to look under: %s", error.line)
             continue
         if name.is_local:  # a file of this node is nothing that a client of containerd means
