@@ -348,6 +348,27 @@ async def test_a_layer_that_is_lost(directory: Path) -> None:
         await running.prepare("c", top)
 
 
+async def test_a_full_disk(directory: Path) -> None:
+    """Nothing is left of what did not fit, and what is there stays."""
+    small = directory / "small"
+    small.mkdir()
+    testmounts.mount("tmpfs", small, "tmpfs", "size=2m")
+    (small / "layers").symlink_to(directory / "layers")
+    async with snapshotter(small) as running, serving_at(directory, running.snapshots) as stub:
+        await running.committed("base", files={"f": "x"})
+        rest = os.statvfs(small)
+        (small / "filler").write_bytes(b"x" * (rest.f_bavail * rest.f_frsize))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            for number in range(1000):
+                labels = {"label": "x" * 1000}
+                await stub.Prepare(snapshots_pb2.PrepareSnapshotRequest(key=f"k{number}", parent="base", labels=labels))
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        (small / "filler").unlink()
+        await running.prepare("c", "base")
+        known = {snapshot.id for snapshot in await running.snapshots.list([])}
+        assert {int(path.name) for path in (small / "root/snapshots").iterdir()} == known
+
+
 async def test_mounts_go_when_nobody_needs_them(directory: Path) -> None:
     async with snapshotter(directory) as running:
         top = await running.lazy()

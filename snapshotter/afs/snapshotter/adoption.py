@@ -22,13 +22,14 @@ _DELETED = " (deleted)"  # what sysfs adds to the name of a file that has none a
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A layer that is mounted at *path*, through the worker of a number or none. *covered*: something else is over it."""
+    """A layer that is mounted at *path*, through the worker of a number or from a *file*. *covered*: something else is over it."""
 
     path: Path
     diff_id: str
     backend: Backend
     worker: int | None
     covered: bool = False
+    file: str = ""
 
 
 def find_mounts(directory: Path) -> list[Found]:
@@ -71,4 +72,4 @@ def _of_file(path: Path, backend: Backend, source: str) -> Found:
     file = Path(source)
     diff_id = check_digest(f"sha256:{file.name.removesuffix('.afslyr')}")
     worker = None if file.suffix == ".afslyr" else int(file.parent.parent.name)
-    return Found(path, diff_id, backend, worker)
+    return Found(path, diff_id, backend, worker, file="" if worker is not None else source)

@@ -24,7 +24,8 @@ class MountedLayer:
     lazy: bool
     opaque: bool = False  # its root hides all layers below it
     worker: Worker | None = None  # the afs_fused that it is read through
-    file_id: FileId | None = None  # of the file that is mounted, if there is no worker
+    file: str = ""  # that is mounted, if there is no worker
+    file_id: FileId | None = None  # of that file
     fallback: str = ""  # why a backend that is better here could not be used
     mount_id: int = 0
     users: int = 0

@@ -119,6 +119,7 @@ class LayerMounts:
             lazy=worker is not None,
             opaque=opaque,
             worker=worker,
+            file=mount.file,
             file_id=named_id(mount.path),
             mount_id=mount_id,
         )
@@ -272,7 +273,8 @@ class LayerMounts:
         file_id = file_id_of(str(source)) if worker is None else None
         self._next += 1
         path = self._directory / "-".join(map(str, (self._next, *(file_id or ()))))
-        layer = MountedLayer(diff_id, path, backend, lazy=lazy, worker=worker, file_id=file_id)
+        file = str(source) if worker is None else ""
+        layer = MountedLayer(diff_id, path, backend, lazy=lazy, worker=worker, file=file, file_id=file_id)
         layer.opaque, layer.mount_id = await asyncio.to_thread(mount_layer_at, backend, source, path)
         return layer
 
@@ -361,6 +363,11 @@ class LayerMounts:
     def find(self, diff_id: str) -> MountedLayer | None:
         """The mount of a layer that new users get, as far as is known."""
         return self._mounted.get(diff_id)
+
+    def local_file(self, diff_id: str) -> str:
+        """The file that new users of a layer get mounted, "" if there is no such mount; for :meth:`using` without asking anybody."""
+        layer = self._mounted.get(diff_id)
+        return "" if layer is None or layer.lazy else layer.file
 
     def mounted(self) -> list[MountedLayer]:
         """All layer mounts, least recently used first."""

@@ -18,7 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from afs.core.errors import AlreadyExists, DataLoss, FailedPrecondition, InvalidArgument, NotFound
+from afs.core.errors import (
+    AlreadyExists,
+    DataLoss,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+)
 from afs.snapshotter.snapshots.clusterlayer import ClusterLayer
 
 _VERSION = 1
@@ -49,6 +57,12 @@ COMMIT;
 """
 _COLUMNS = "s.id, s.name, COALESCE(p.name, ''), s.kind, s.created, s.updated, s.labels, s.layer, s.size, s.inodes"
 _FROM = "FROM snapshots s LEFT JOIN snapshots p ON p.id = s.parent"
+_ERRORS = {
+    sqlite3.SQLITE_CORRUPT: DataLoss,
+    sqlite3.SQLITE_NOTADB: DataLoss,
+    sqlite3.SQLITE_IOERR: DataLoss,
+    sqlite3.SQLITE_FULL: ResourceExhausted,
+}
 _Row = tuple[int, str, str, int, int, int, str, str | None, int | None, int | None]
 
 
@@ -95,7 +109,7 @@ class Metadata:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        with self._damaged():
+        with self.errors():
             self._db = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
             try:
                 self._open()
@@ -117,11 +131,13 @@ class Metadata:
             raise DataLoss(f"{self._file} is damaged: {found}")
 
     @contextlib.contextmanager
-    def _damaged(self) -> Iterator[None]:
+    def errors(self) -> Iterator[None]:
+        """Around all that is done with it: what SQLite reports becomes DataLoss, ResourceExhausted or Internal."""
         try:
             yield
-        except sqlite3.DatabaseError as error:
-            raise DataLoss(f"{self._file}: {error}") from error
+        except sqlite3.Error as error:
+            kind = _ERRORS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF, Internal)
+            raise kind(f"{self._file}: {error}") from error
 
     def close(self) -> None:
         """Write the log into the database and close it."""

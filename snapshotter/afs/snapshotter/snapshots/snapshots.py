@@ -75,7 +75,12 @@ class Snapshots:
 
     async def _do(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """A transaction, in the thread of the database."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, functools.partial(work, *args, **kwargs))
+
+        def transaction() -> T:
+            with self._metadata.errors():
+                return work(*args, **kwargs)
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, transaction)
 
     # Making
 
