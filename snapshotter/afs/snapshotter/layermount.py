@@ -31,6 +31,14 @@ class MountedLayer:
     users: int = 0
     leaving: bool = False
 
+    def is_usable(self) -> bool:
+        """Whether a root can be made on it."""
+        return not self.leaving and (self.worker is None or self.worker.alive) and self.is_mounted()
+
+    def was_replaced(self) -> bool:
+        """Whether another file has the name of the one that is mounted."""
+        return self.file_id is not None and file_id_of(self.file) not in (self.file_id, None)
+
     def is_mounted(self) -> bool:
         """Whether :attr:`path` leads to it. If somebody unmounted it, that is an empty directory, as good as any for overlayfs."""
         try:

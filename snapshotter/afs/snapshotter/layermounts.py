@@ -155,7 +155,18 @@ class LayerMounts:
         try:
             yield layer
         finally:
-            await self._let_go(layer)
+            await self.let_go(layer)
+
+    def hold(self, diff_ids: Iterable[str]) -> list[MountedLayer] | None:
+        """The mounts that new users of these get, if all are there and usable; each to be given to :meth:`let_go`."""
+        found = [self._mounted.get(diff_id) for diff_id in diff_ids]
+        good = [layer for layer in found if layer is not None and layer.is_usable() and not layer.was_replaced()]
+        if len(good) < len(found):
+            return None
+        for layer in good:
+            self._mounted[layer.diff_id] = self._mounted.pop(layer.diff_id)  # now the most recently used
+            self._hold(layer)
+        return good
 
     @contextlib.asynccontextmanager
     async def claiming(self, path: Path, diff_id: str) -> AsyncIterator[MountedLayer]:
@@ -167,7 +178,7 @@ class LayerMounts:
         try:
             yield layer
         finally:
-            await self._let_go(layer)
+            await self.let_go(layer)
 
     @contextlib.contextmanager
     def keeping(self, diff_ids: Iterable[str]) -> Iterator[None]:
@@ -186,7 +197,8 @@ class LayerMounts:
         if layer.users == 1:
             self.changed.set()
 
-    async def _let_go(self, layer: MountedLayer) -> None:
+    async def let_go(self, layer: MountedLayer) -> None:
+        """A user of the mount has ended."""
         if self._closed:
             return  # what close() left mounted stays: the event loop closes its users' blocks when it ends
         layer.users -= 1
@@ -363,11 +375,6 @@ class LayerMounts:
     def find(self, diff_id: str) -> MountedLayer | None:
         """The mount of a layer that new users get, as far as is known."""
         return self._mounted.get(diff_id)
-
-    def local_file(self, diff_id: str) -> str:
-        """The file that new users of a layer get mounted, "" if there is no such mount; for :meth:`using` without asking anybody."""
-        layer = self._mounted.get(diff_id)
-        return "" if layer is None or layer.lazy else layer.file
 
     def mounted(self) -> list[MountedLayer]:
         """All layer mounts, least recently used first."""

@@ -105,9 +105,9 @@ class Lowers:
             return self.directories(chain, Held()), []
         held = self._held.setdefault(number, Held())
         async with held.lock:
-            stale = [layer for layer in layers if not _is_good(held.layers.get(layer.diff_id))]
+            usable = {diff_id for diff_id, layer in held.layers.items() if layer.is_usable()}
             # All of them: the layerstore tells an image by its layers.
-            new = await self._open(held, layers) if stale else []
+            new = [] if usable.issuperset(layer.diff_id for layer in layers) else await self._open(held, layers)
             if self._held.get(number) is not held:  # removed meanwhile
                 await held.stack.aclose()
                 raise NotFound("the snapshot was removed while its layers were mounted")
@@ -144,10 +144,3 @@ class Lowers:
 
 def _layers(chain: Sequence[Snapshot]) -> list[ClusterLayer]:
     return [snapshot.layer for snapshot in chain if snapshot.layer is not None]
-
-
-def _is_good(layer: MountedLayer | None) -> bool:
-    """Whether a held mount can be given to containerd once more."""
-    return (
-        layer is not None and not layer.leaving and (layer.worker is None or layer.worker.alive) and layer.is_mounted()
-    )
