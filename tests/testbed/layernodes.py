@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import io
 import os
 from dataclasses import dataclass
@@ -11,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
-from afs.core.digests import hex_of
-from afs.core.images import Platform, parse_image
+from afs.core.digests import chain_ids, hex_of
+from afs.core.images import ImageRef, Platform, parse_image
 from afs.core.rpc import serving
 from afs.discovery.client import Announcer, Peer
 from afs.discovery.directory import Directory
@@ -33,8 +34,10 @@ from afs.layerstore.registryoptions import RegistryOptions
 from afs.layerstore.room import Room
 from afs.layerstore.server import NodeService, PeerService
 from afs.layerstore.store import CompleteLayer, LayerStore
+from afs.layerstore.supplying import Supplying
 from afs.layerstore.tracefiles import TraceFiles
 from afs.layerstore.tracing import RECORD_S, Tracing
+from afs.proto.v1 import layerstore_pb2 as pb
 from afs.proto.v1.discovery_pb2_grpc import add_DiscoveryServicer_to_server
 from afs.proto.v1.layerstore_pb2_grpc import (
     add_LayerstoreNodeServicer_to_server,
@@ -53,7 +56,6 @@ if TYPE_CHECKING:
     from afs.layerstore.chunkserver import Range
     from afs.layerstore.chunkwire import Question
     from afs.layerstore.completion import Completing
-    from afs.proto.v1 import layerstore_pb2 as pb
 
 AMD64 = Platform("linux", "amd64")
 TAR = tars.tar_of({name: bytes([number]) * 225_000 for number, name in enumerate("abcdef")})
@@ -123,6 +125,31 @@ def endless_room(store: LayerStore) -> Room:
     return Room(store, Quota(1 << 50), Leases(0.0), headroom=0)
 
 
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """An image of several layers in the registry, bottom first."""
+
+    ref: ImageRef
+    tars: list[bytes]
+    layers: list[Layer]
+    manifest_digest: str
+
+    @property
+    def diff_ids(self) -> list[str]:
+        """Of all layers."""
+        return [layer.diff_id for layer in self.layers]
+
+    def wanted(self, number: int, *names: pb.ImageName, diff_id: bool = False) -> pb.WantedLayer:
+        """The message for a layer."""
+        chains = ["", *chain_ids(self.diff_ids)]
+        return pb.WantedLayer(
+            chain_id=chains[number + 1],
+            parent_chain_id=chains[number],
+            diff_id=self.diff_ids[number] if diff_id else "",
+            names=names,
+        )
+
+
 @dataclass(slots=True)
 class Node:
     """A layerstore's parts."""
@@ -134,6 +161,7 @@ class Node:
     images: Images
     puller: Puller
     tracing: Tracing
+    supplying: Supplying
     service: Service
     peers: Peers
     address: str
@@ -144,6 +172,15 @@ class Node:
         """Who needs what."""
         return self.room.leases
 
+    def hold(self, *tars: bytes) -> None:
+        """Have layers complete here, quicker than by a pull."""
+        for tar in tars:
+            path = self.store.temporary()
+            convert(io.BytesIO(tar).read, path)
+            layer = self.store.commit(path, "sha256:" + hashlib.sha256(tar).hexdigest())
+            self.room.note(layer.diff_id)
+            self.announcer.hold(layer.diff_id, layer.layout.file_size, complete=True)
+
     def evicted(self) -> int:
         """How many layers went so far."""
         return self.room.status().evicted
@@ -153,12 +190,21 @@ class World:
     """Discovery, a registry, and nodes."""
 
     def __init__(
-        self, tmp_path: Path, server: FaultServer, directory: Directory, address: str, stack: contextlib.AsyncExitStack
+        self,
+        tmp_path: Path,
+        builder: oci.LayoutBuilder,
+        server: FaultServer,
+        directory: Directory,
+        discovery: str,
+        stop_discovery: Callable[[], Any],
+        stack: contextlib.AsyncExitStack,
     ) -> None:
+        self.builder = builder  # of what the registry has
         self.directory = directory
         self.tmp_path = tmp_path
         self.server = server
-        self.discovery = address
+        self.discovery = discovery
+        self.stop_discovery = stop_discovery
         self.stack = stack
         self.clock = Clock()
         self.origins = [self._origin(tag) for tag in TAGS]
@@ -169,6 +215,14 @@ class World:
         stored = oci.read_image(self.server.layout, tag).layers[0]
         layer = Layer(stored.diff_id, stored.digest, stored.size, stored.media_type)
         return Origin(parse_image(f"{self.server.address}/app:{tag}"), AMD64, layer)
+
+    def add_stack(self, tag: str, *contents: str, platform: oci.Platform = oci.AMD64) -> Stack:
+        """Have `stack:TAG` in the registry, with a small layer for each of *contents*."""
+        made = [tars.tar_of({text: text.encode() * 1000}) for text in contents]
+        stored = [self.builder.add_layer(tar) for tar in made]
+        image = self.builder.add_image(tag, stored, platform=platform)
+        layers = [Layer(each.diff_id, each.digest, each.size, each.media_type) for each in stored]
+        return Stack(parse_image(f"{self.server.address}/stack:{tag}"), made, layers, image.digest)
 
     @property
     def reads(self) -> int:
@@ -221,12 +275,14 @@ class World:
         tracing.restore(images.manifests())
         stack.push_async_callback(tracing.close)
         images.on_gone = tracing.forget
+        supplying = Supplying(images, layers, peers, announcer)
+        stack.push_async_callback(supplying.close)
         service = Service(images, layers, tracing)
         server = await stack.enter_async_context(contextlib.AsyncExitStack())
 
         def register(target: grpc.aio.Server) -> None:
             add_LayerstorePeerServicer_to_server(service, target)
-            add_LayerstoreNodeServicer_to_server(NodeService(images, layers, room, tracing), target)
+            add_LayerstoreNodeServicer_to_server(NodeService(images, layers, room, tracing, supplying), target)
 
         (address,) = await server.enter_async_context(serving(["127.0.0.1:0"], register, grace_s=0))
         chunks = await server.enter_async_context(
@@ -234,7 +290,9 @@ class World:
         )
         announcer.serve_at(address, chunks)
         await announcer.flush()
-        return Node(store, announcer, room, layers, images, puller, tracing, service, peers, address, server.aclose)
+        return Node(
+            store, announcer, room, layers, images, puller, tracing, supplying, service, peers, address, server.aclose
+        )
 
 
 @contextlib.asynccontextmanager
@@ -248,10 +306,11 @@ async def running_world(tmp_path: Path, compression: oci.Compression = "plain") 
     service = DiscoveryService(directory, 1.0)
     async with contextlib.AsyncExitStack() as stack:
         server = stack.enter_context(FaultServer(builder.directory))
-        (address,) = await stack.enter_async_context(
+        discovery = await stack.enter_async_context(contextlib.AsyncExitStack())
+        (address,) = await discovery.enter_async_context(
             serving(["127.0.0.1:0"], lambda s: add_DiscoveryServicer_to_server(service, s), grace_s=0)
         )
-        yield World(tmp_path, server, directory, address, stack)
+        yield World(tmp_path, builder, server, directory, address, discovery.aclose, stack)
 
 
 async def open_partial(world: World, node: Node) -> PartialLayer:

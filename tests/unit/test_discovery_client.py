@@ -99,6 +99,55 @@ async def test_traces_are_told_as_they_change() -> None:
     assert [list(beat.removed_traces) for beat in service.beats[:4]] == [[], [], [A], []]
 
 
+async def test_chains_are_told_as_they_change() -> None:
+    low, high = 1, 2**64 - 1
+    async with discovery() as (address, service), announcing(address) as one, announcing(address, "n2") as two:
+        one.know_chains([low, high])
+        await one.flush()
+        one.know_chains([high])
+        await one.flush()
+        one.forget_chains([low, 5])
+        one.know_chains([7])
+        await one.flush()
+        await one.flush()
+        two.know_chains([high])
+        await two.flush()
+        located = await two.locate(chains=[low, high, 7])
+        assert located.chains == {high: [Peer("n1", "n1:1", 0)], 7: [Peer("n1", "n1:1", 0)]}
+    told = [(sorted(beat.chains), sorted(beat.removed_chains)) for beat in service.beats[:4]]
+    assert told == [([low, high], []), ([], []), ([7], [low]), ([], [])]
+
+
+async def test_chains_that_got_lost_are_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with discovery() as (address, service), announcing(address) as one, announcing(address, "n2") as two:
+        one.know_chains([1, 2])
+        await one.flush()
+        one.know_chains([3])
+        one.forget_chains([1])
+        with monkeypatch.context() as patch:
+            patch.setattr(service, "_directory", None)  # whatever it does fails
+            await one.flush()
+        one.know_chains([4])
+        await one.flush()
+        assert [sorted(beat.chains) for beat in service.beats] == [[1, 2], [3], [2, 3, 4]]
+        assert (await two.locate(chains=[1, 2, 3, 4])).chains.keys() == {2, 3, 4}
+
+
+async def test_a_heartbeat_that_was_given_up_leaves_a_gap() -> None:
+    async with discovery() as (address, service), announcing(address) as one:
+        one.know_chains([1])
+        await one.flush()
+        one.know_chains([2])
+        flush = asyncio.create_task(one.flush())
+        await asyncio.sleep(0)  # it has built the heartbeat, and nothing of it has left
+        flush.cancel()
+        await asyncio.gather(flush, return_exceptions=True)
+        one.know_chains([3])
+        await one.flush()
+        directory = service._directory
+        assert [bool(directory.chain_holders(chain, 0)) for chain in (1, 2, 3)] == [True] * 3
+
+
 async def test_a_new_server_gets_everything_at_once() -> None:
     async with AsyncExitStack() as stack:
         running = AsyncExitStack()
@@ -106,6 +155,7 @@ async def test_a_new_server_gets_everything_at_once() -> None:
         announcer = await stack.enter_async_context(announcing(address))
         announcer.hold(A, 10, complete=True)
         announcer.know_trace(C, 5)
+        announcer.know_chains([3])
         await announcer.flush()
         await running.aclose()
         _, service = await stack.enter_async_context(discovery(address))
@@ -113,6 +163,7 @@ async def test_a_new_server_gets_everything_at_once() -> None:
         announcer.hold(B, 20, complete=True)
         await announcer.flush()
         assert [trace.manifest_digest for trace in service.beats[1].traces] == [C]
+        assert list(service.beats[1].chains) == [3]
         assert [beat.full for beat in service.beats] == [False, True]
         assert {layer.diff_id for layer in service.beats[1].layers} == {A, B}
 

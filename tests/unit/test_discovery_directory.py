@@ -148,6 +148,23 @@ def test_who_has_the_longest_trace_comes_first() -> None:
     assert directory.trace_holders("i", TTL + 1) == []
 
 
+def test_chains_come_and_go() -> None:
+    directory = Directory(TTL)
+    beat(directory, replace(BASE, chains=(1, 2**64 - 1)))
+    beat(directory, replace(BASE, node_id="n0", chains=(1,)))
+    assert [node.node_id for node in directory.chain_holders(1, 0)] == ["n0", "n1"]
+    assert not beat(directory, replace(BASE, sequence=2, full=False, chains=(3,), removed_chains=(1, 7)))
+    assert [node.node_id for node in directory.chain_holders(1, 0)] == ["n0"]
+    assert [node.node_id for node in directory.chain_holders(2**64 - 1, 0)] == ["n1"]
+    assert not beat(directory, replace(BASE, sequence=3, chains=(4,)))
+    assert [chain for chain in (1, 3, 4, 2**64 - 1) if "n1" in _ids(directory, chain)] == [4]
+    assert directory.chain_holders(4, TTL + 1) == []
+
+
+def _ids(directory: Directory, chain: int) -> list[str]:
+    return [node.node_id for node in directory.chain_holders(chain, 0)]
+
+
 LAYER = st.sampled_from("abcd")
 
 

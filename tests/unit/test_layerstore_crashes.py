@@ -91,8 +91,8 @@ class CacheScenario(Scenario):
             self.check_complete(store)
             for diff_id in store.partial_ids():
                 self.check_partial(store, diff_id)
-            for image in store.load_images():
-                assert image == IMAGE
+            for named in store.load_images():
+                assert named.image == IMAGE
             self.act(store)
             self.after(store)
 
@@ -251,7 +251,7 @@ class SaveImage(CacheScenario):
 
     @override
     def after(self, store: LayerStore) -> None:
-        assert list(store.load_images()) == [IMAGE]
+        assert [named.image for named in store.load_images()] == [IMAGE]
 
 
 class Repair(CacheScenario):

@@ -157,7 +157,7 @@ async def test_the_images_that_were_used_least_recently_are_forgotten(node: Node
     await node.resolve("v3")
     with pytest.raises(NotFound, match="v2 is not known here"):
         node.images.known(node.ref("v2"), AMD64)
-    assert sorted(ref.tag for ref, _, _ in node.store.load_names()) == ["v1", "v3"]
+    assert sorted(ref.tag for ref, _, _ in node.store.load_images()) == ["v1", "v3"]
     node.asked()
     await node.resolve("v2")
     assert node.asked()[0] == "GET v2"

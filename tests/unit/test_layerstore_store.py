@@ -223,7 +223,7 @@ def test_images_survive_a_restart(root: Path) -> None:
     for image in (first, second, first):
         store.save_image(image.key.partition(" ")[0], AMD64, image)
     store = reopened(store)
-    assert sorted(store.load_images(), key=lambda image: image.key) == [first, second]
+    assert sorted((named.image for named in store.load_images()), key=lambda image: image.key) == [first, second]
     store.close()
 
 
@@ -248,7 +248,7 @@ def test_a_damaged_image_file_is_removed(
         path.write_bytes(change)
     else:
         path.write_text(json.dumps(json.loads(path.read_bytes()) | change))
-    assert list(store.load_images()) == [good]
+    assert [named.image for named in store.load_images()] == [good]
     assert not path.exists()
     assert caplog.records[-1].message.startswith(f"removing {path}: ")
     store.close()

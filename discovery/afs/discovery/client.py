@@ -1,8 +1,10 @@
 """How a layerstore talks to discovery: it announces itself and asks who holds what.
 
-State and locks: ``_held``/``_images``/``_traces`` are what this node has now, ``_sent`` what discovery was told last. Only
-:meth:`Announcer.flush` sends, under ``_sending``, so heartbeats leave in the order of their sequence numbers. Between
-building a heartbeat and its answer they may change; the difference to ``_sent`` then goes into the next one.
+State and locks: ``_held``/``_images``/``_traces``/``_chains`` are what this node has now, ``_sent`` what discovery was told
+last. Only :meth:`Announcer.flush` sends, under ``_sending``, so heartbeats leave in the order of their sequence numbers. Between
+building a heartbeat and its answer they may change; the difference to ``_sent`` then goes into the next one. Chains are many, so
+they are not compared: ``_changed_chains`` has those that changed since a heartbeat was built last. One that does not arrive leaves
+a gap in the sequence, and then all are told. 20,000 of them (2000 images of 10 layers) are 160 KB and 5 ms.
 """
 
 import asyncio
@@ -33,7 +35,7 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """Holders by diff_id (complete ones first), by image key, and of traces by manifest digest (the most chunks first).
+    """Holders by diff_id (complete ones first), by image key, of traces by manifest digest (the most chunks first), by chain.
 
     This node is never among them. *complete* has, for every diff_id of which somebody holds every chunk, the ids of
     those nodes.
@@ -43,6 +45,7 @@ class Located:
     images: dict[str, list[Peer]]
     complete: Mapping[str, frozenset[str]] = field(default_factory=dict)
     traces: Mapping[str, list[Peer]] = field(default_factory=dict)
+    chains: Mapping[int, list[Peer]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,8 @@ class Announcer:
         self._held: dict[str, tuple[int, bool]] = {}
         self._images: set[str] = set()
         self._traces: dict[str, int] = {}
+        self._chains: set[int] = set()
+        self._changed_chains: set[int] = set()
         self._sent = _Contents()
         self._sending = asyncio.Lock()
         self._interval = 1.0
@@ -103,6 +108,18 @@ class Announcer:
         """This node has no start trace of the image any more."""
         self._traces.pop(manifest_digest, None)
 
+    def know_chains(self, chains: Iterable[int]) -> None:
+        """This node can tell images with chain ids that begin with these 8 bytes."""
+        new = set(chains) - self._chains
+        self._chains |= new
+        self._changed_chains |= new
+
+    def forget_chains(self, chains: Iterable[int]) -> None:
+        """This node cannot any more."""
+        gone = self._chains.intersection(chains)
+        self._chains -= gone
+        self._changed_chains |= gone
+
     async def flush(self) -> None:
         """Send a heartbeat now. Discovery being away is logged once and is no error: the state is soft."""
         async with self._sending:
@@ -113,6 +130,7 @@ class Announcer:
     async def _beat(self) -> bool:
         now = _Contents(dict(self._held), set(self._images), dict(self._traces))
         request = self._request(now)
+        self._changed_chains.clear()
         self._sequence = request.sequence
         try:
             with calling(self._address):
@@ -138,6 +156,7 @@ class Announcer:
         old = _Contents() if self._full else self._sent
         layers = [item for item in now.layers.items() if old.layers.get(item[0]) != item[1]]
         traces = [item for item in now.traces.items() if old.traces.get(item[0]) != item[1]]
+        chains = self._chains if self._full else self._changed_chains & self._chains
         return pb.HeartbeatRequest(
             node_id=self.me.node_id,
             endpoint=self.me.endpoint,
@@ -152,6 +171,8 @@ class Announcer:
             removed_images=sorted(old.images - now.images),
             traces=[pb.HeldTrace(manifest_digest=digest, chunks=chunks) for digest, chunks in traces],
             removed_traces=sorted(old.traces.keys() - now.traces.keys()),
+            chains=chains,
+            removed_chains=() if self._full else self._changed_chains - self._chains,
         )
 
     async def run(self) -> None:
@@ -170,12 +191,16 @@ class Announcer:
         await self._channel.close()
 
     async def locate(
-        self, diff_ids: Iterable[str] = (), images: Iterable[str] = (), traces: Iterable[str] = ()
+        self,
+        diff_ids: Iterable[str] = (),
+        images: Iterable[str] = (),
+        traces: Iterable[str] = (),
+        chains: Iterable[int] = (),
     ) -> Located:
         """Ask who holds these. With discovery away nobody is known to: the answer is empty, and it is logged."""
         try:
             with calling(self._address):
-                request = pb.LocateRequest(diff_ids=list(diff_ids), images=list(images), traces=list(traces))
+                request = pb.LocateRequest(diff_ids=diff_ids, images=images, traces=traces, chains=chains)
                 response = await self._stub.Locate(request, timeout=CALL_TIMEOUT_S)
         except AfsError as error:
             log.warning("cannot locate: %s", error.line)
@@ -185,6 +210,7 @@ class Announcer:
             {key: self._others(value) for key, value in response.images.items()},
             {key: whole for key, value in response.layers.items() if (whole := self._held_whole(value))},
             {key: self._others(value) for key, value in response.traces.items()},
+            {key: self._others(value) for key, value in response.chains.items()},
         )
 
     def _held_whole(self, holders: pb.Holders) -> frozenset[str]:

@@ -12,7 +12,7 @@ class NodeState:
     """What one layerstore reported.
 
     *sequence* is that of the last report that was taken in, -1 before the first. *layers* maps diff_id to (size in bytes,
-    complete), *traces* the manifest digest of an image to chunks of its trace.
+    complete), *traces* the manifest digest of an image to chunks of its trace. *chains* has the first 8 bytes of chain ids.
     """
 
     node_id: str
@@ -25,6 +25,7 @@ class NodeState:
     layers: dict[str, tuple[int, bool]] = field(default_factory=dict)
     images: set[str] = field(default_factory=set)
     traces: dict[str, int] = field(default_factory=dict)
+    chains: set[int] = field(default_factory=set)
     chunk_port: int = 0
 
 
@@ -44,6 +45,8 @@ class Report:
     removed_images: tuple[str, ...] = ()
     traces: tuple[tuple[str, int], ...] = ()
     removed_traces: tuple[str, ...] = ()
+    chains: tuple[int, ...] = ()
+    removed_chains: tuple[int, ...] = ()
     chunk_port: int = 0
 
 
@@ -79,6 +82,7 @@ class Directory:
             node.layers.clear()
             node.images.clear()
             node.traces.clear()
+            node.chains.clear()
         node.layers.update((diff_id, (size, complete)) for diff_id, size, complete in report.layers)
         node.images.update(report.images)
         for diff_id in report.removed_layers:
@@ -87,6 +91,8 @@ class Directory:
         node.traces.update(report.traces)
         for digest in report.removed_traces:
             node.traces.pop(digest, None)
+        node.chains.update(report.chains)
+        node.chains.difference_update(report.removed_chains)
         return False
 
     def leave(self, node_id: str, incarnation: int) -> None:
@@ -109,6 +115,10 @@ class Directory:
     def image_holders(self, key: str, now: float) -> list[NodeState]:
         """Nodes that know what image *key* consists of."""
         return [node for node in self.nodes(now) if key in node.images]
+
+    def chain_holders(self, chain: int, now: float) -> list[NodeState]:
+        """Nodes that know an image with a chain id that begins with these 8 bytes."""
+        return [node for node in self.nodes(now) if chain in node.chains]
 
     def trace_holders(self, manifest_digest: str, now: float) -> list[NodeState]:
         """Nodes with a start trace of the image, those first whose trace has the most chunks."""

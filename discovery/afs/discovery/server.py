@@ -66,6 +66,8 @@ class DiscoveryService(pb_grpc.DiscoveryServicer):
             tuple(request.removed_images),
             tuple((trace.manifest_digest, trace.chunks) for trace in request.traces),
             tuple(request.removed_traces),
+            tuple(request.chains),
+            tuple(request.removed_chains),
             request.chunk_port,
         )
         resend = self._directory.heartbeat(report, now=now, now_unix=int(time.time()))
@@ -89,4 +91,7 @@ class DiscoveryService(pb_grpc.DiscoveryServicer):
         for digest in request.traces:
             for node in self._directory.trace_holders(digest, now):
                 response.traces[digest].holders.append(_holder(node, complete=True))
+        for chain in request.chains:
+            for node in self._directory.chain_holders(chain, now):
+                response.chains[chain].holders.append(_holder(node, complete=True))
         return response

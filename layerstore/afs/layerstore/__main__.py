@@ -118,6 +118,7 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
     from afs.layerstore.sealing import Sealer, supported
     from afs.layerstore.server import NodeService, PeerService
     from afs.layerstore.store import LayerStore
+    from afs.layerstore.supplying import Supplying
     from afs.layerstore.tracefiles import TraceFiles
     from afs.layerstore.tracing import Tracing
     from afs.proto.v1 import layerstore_pb2_grpc as pb_grpc
@@ -159,7 +160,10 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         await asyncio.to_thread(tracing.restore, images.manifests())
         stack.push_async_callback(tracing.close)
         images.on_gone = tracing.forget
-        peer_service, node_service = PeerService(images, layers, tracing), NodeService(images, layers, room, tracing)
+        supplying = Supplying(images, layers, peers, announcer)
+        stack.push_async_callback(supplying.close)
+        peer_service = PeerService(images, layers, tracing)
+        node_service = NodeService(images, layers, room, tracing, supplying)
 
         def to_peers(server: grpc.aio.Server) -> None:
             pb_grpc.add_LayerstorePeerServicer_to_server(peer_service, server)

@@ -70,6 +70,14 @@ class RegistryDenied(PermissionDenied):
         super().__init__(f"registry denies access to {image}: {cause}")
 
 
+class LayerNotHeld(NotFound):
+    """Nobody has the layer, so it would have to be pulled."""
+
+    def __init__(self, diff_id: str) -> None:
+        self.diff_id = diff_id
+        super().__init__(f"no node has layer {diff_id}")
+
+
 class LayerUnavailable(Unavailable):
     """Nobody who has the layer's chunk answers."""
 

@@ -1,7 +1,8 @@
 """From an image's name to its manifest, config and diff_ids, asking the registry as seldom as can be.
 
-State: ``_known`` maps image keys to what was resolved, the least recently used first, mirrored on disk by the store. Single flight by key: the awaits
-of one resolution never interleave with another one of the same image.
+State: ``_known`` maps image keys to what was resolved, the least recently used first, mirrored on disk by the store; ``_chains`` (:mod:`afs.layerstore.chains`)
+has the same images and changes with it, without an await between. Single flight by key: the awaits of one resolution never
+interleave with another one of the same image.
 """
 
 import asyncio
@@ -27,8 +28,9 @@ from afs.core.errors import (
 from afs.core.images import ImageRef, Platform
 from afs.core.singleflight import SingleFlight
 from afs.discovery.client import Announcer
+from afs.layerstore.chains import ChainIndex
 from afs.layerstore.errors import ImageNotFound
-from afs.layerstore.manifests import Image, image_key, resolve
+from afs.layerstore.manifests import Image, NamedImage, image_key, resolve
 from afs.layerstore.peers import Peers
 from afs.layerstore.placement import ranked
 from afs.layerstore.pull import Puller
@@ -37,7 +39,7 @@ from afs.layerstore.source import Source
 from afs.layerstore.store import LayerStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection, Sequence
 
 log = logging.getLogger(__name__)
 _SOURCE_TIMEOUT_S = 60.0
@@ -68,6 +70,7 @@ class Images:
         self._ttl = ttl
         self._most = most
         self._known: dict[str, Image] = {}
+        self._chains = ChainIndex(announcer)
         # Called with a manifest digest when no image here has it any more.
         self.on_gone: Callable[[str], None] = lambda _manifest_digest: None
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="resolve")
@@ -75,9 +78,10 @@ class Images:
         # Local sources: what the file looked like when it was read; a changed file is read again at once.
         self._fingerprints: dict[str, tuple[int, ...]] = {}
         self._resolving: SingleFlight[str, Image] = SingleFlight()
-        for image in sorted(store.load_images(), key=lambda image: image.resolved_unix):
-            self._known[image.key] = image
-            announcer.know_image(image.key)
+        for named in sorted(store.load_images(), key=lambda named: named.image.resolved_unix):
+            self._known[named.image.key] = named.image
+            self._chains.add(named)
+            announcer.know_image(named.image.key)
         self._forget_some()
 
     async def close(self) -> None:
@@ -100,6 +104,24 @@ class Images:
         if image is None:
             raise NotFound(f"image {ref} is not known here")
         return image
+
+    def find(self, chain_id: str, locations: "Collection[str]" = ()) -> NamedImage | None:
+        """An image known here with a layer of that chain id, best one from these repositories."""
+        return self._used(self._chains.find(chain_id, locations))
+
+    def find_stack(self, diff_ids: "Sequence[str]") -> NamedImage | None:
+        """An image known here with exactly these layers."""
+        return self._used(self._chains.find_stack(diff_ids))
+
+    def _used(self, named: NamedImage | None) -> NamedImage | None:
+        if named is not None:
+            self._known[named.image.key] = self._known.pop(named.image.key)
+        return named
+
+    async def learn(self, named: NamedImage) -> None:
+        """Remember an image that another node told of, unless one is known by that name."""
+        if named.image.key not in self._known:
+            await self._remember(*named)
 
     def manifests(self) -> dict[str, list[str]]:
         """The diff_ids of every image that is known, by manifest digest."""
@@ -189,6 +211,7 @@ class Images:
         while len(self._known) > self._most:
             key = next(iter(self._known))
             image = self._known.pop(key)
+            self._chains.remove(image)
             self._fingerprints.pop(key, None)
             self._announcer.forget_image(key)
             try:
@@ -203,7 +226,11 @@ class Images:
 
     async def _remember(self, ref: ImageRef, platform: Platform, image: Image) -> Image:
         old = self._known.pop(image.key, None)
+        if old is not None:
+            self._chains.remove(old)
         self._known[image.key] = image
+        self._chains.add(NamedImage(ref, platform, image))
+        self._announcer.know_image(image.key)
         self._forget_some()
         if old is not None:
             self._replaced(old)
@@ -212,8 +239,7 @@ class Images:
                 await asyncio.to_thread(self._store.save_image, str(ref), platform, image)
             except OSError as error:  # the image is known all the same, until a restart
                 log.warning("cannot remember image %s on disk: %s", ref, error)
-        if old is None:
-            self._announcer.know_image(image.key)
+        if old is None or old.manifest_digest != image.manifest_digest:
             await self._announcer.flush()
         return image
 

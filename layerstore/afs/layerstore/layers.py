@@ -5,7 +5,8 @@ State and locks (one event loop):
 - The partial layers are in :class:`~afs.layerstore.partials.Partials`; :class:`~afs.layerstore.describing.Describing` makes
   them, :class:`~afs.layerstore.completion.Completion` turns them into complete ones, each single flight by diff_id.
 - ``_opening`` and ``_ensuring`` are single flight by diff_id and origin, for an image can claim any diff_id: a layer must
-  not wait for another image's slow source, nor share its failure. A pulled layer is committed in one step, and the first stays.
+  not wait for another image's slow source, nor share its failure; what is opened without a pull waits for none of them. A
+  pulled layer is committed in one step, and the first stays.
 - A layer leaves every map at once, in :meth:`_detach`, when :class:`~afs.layerstore.room.Room` evicts it. That happens at
   any await, but never to a layer that is leased: whoever looks one up leases or pins it before the next await, and so it
   is there as long as it is needed.
@@ -27,7 +28,7 @@ from afs.layerstore.chunkserver import Range
 from afs.layerstore.chunkwire import Question
 from afs.layerstore.completion import Completing, Completion
 from afs.layerstore.describing import Describing
-from afs.layerstore.errors import DamagedLayer, LayerUnavailable
+from afs.layerstore.errors import DamagedLayer, LayerNotHeld, LayerUnavailable
 from afs.layerstore.fillahead import FilledAhead
 from afs.layerstore.layerstats import LayerStats
 from afs.layerstore.origins import Origin
@@ -92,7 +93,7 @@ class Layers:
 
     def restore(self) -> None:
         """Open what an earlier process left. Blocking, at start."""
-        for ref, platform, image in self._store.load_names():
+        for ref, platform, image in self._store.load_images():
             for part in image.layers:
                 self._supply.know(Origin(ref, platform, part))
         # Before anything is opened: it is the last use by an earlier process that counts.
@@ -161,13 +162,25 @@ class Layers:
 
         Nothing holds it on return: the caller pins or leases it before the next await.
         """
-        diff_id = origin.layer.diff_id
+        work = functools.partial(self._open_pinned, origin, local=local)
+        return await self._opened(origin.layer.diff_id, origin, origin.key, work)
+
+    async def open_held(self, diff_id: str, origin: Origin | None) -> OpenLayer:
+        """The same for what is here, or whole on another node; LayerNotHeld if it is neither, for nothing is pulled.
+
+        The *origin*, if it is known, is for when those who have the layer are gone.
+        """
+        return await self._opened(diff_id, origin, (diff_id, "", ""), functools.partial(self._open_held, diff_id))
+
+    async def _opened(
+        self, diff_id: str, origin: Origin | None, key: OriginKey, work: Callable[[], Awaitable[OpenLayer]]
+    ) -> OpenLayer:
         for _ in range(_TRIES):
             with self._pinned([diff_id]):
                 found = self.find(diff_id)
-                with self._known(origin):
+                with self._known(diff_id, origin):
                     if not _may_be_opened(found):
-                        found = await self._opening.run(origin.key, lambda: self._open(origin, local=local))
+                        found = await self._opening.run(key, functools.partial(self._pinning, diff_id, work))
                         if isinstance(found, PartialLayer) and not self._partials.is_open(found):
                             found = self.find(diff_id)  # it became complete meanwhile
                 if found is None:
@@ -178,13 +191,13 @@ class Layers:
         raise DamagedLayer(diff_id, "a chunk")
 
     @contextlib.contextmanager
-    def _known(self, origin: Origin) -> Iterator[None]:
+    def _known(self, diff_id: str, origin: Origin | None) -> Iterator[None]:
         """The layer may be pulled from there, unless it fails and nothing of the layer is here, nor on its way."""
-        self._supply.know(origin)
+        if origin is not None:
+            self._supply.know(origin)
         try:
             yield
         except BaseException:
-            diff_id = origin.layer.diff_id
             coming = any(key[0] == diff_id for keys in (self._opening, self._ensuring) for key in keys)
             if self.find(diff_id) is None and not coming:
                 self._supply.forget(diff_id)
@@ -195,9 +208,18 @@ class Layers:
         if not await self.repairs.check(layer) and self._store.complete(layer.diff_id) is layer:
             raise DamagedLayer(layer.diff_id, "a chunk")
 
-    async def _open(self, origin: Origin, *, local: bool) -> OpenLayer:
-        with self._pinned([origin.layer.diff_id]):  # its callers may all go away
-            return await self._open_pinned(origin, local=local)
+    async def _pinning(self, diff_id: str, work: Callable[[], Awaitable[OpenLayer]]) -> OpenLayer:
+        with self._pinned([diff_id]):  # its callers may all go away
+            return await work()
+
+    async def _open_held(self, diff_id: str) -> OpenLayer:
+        known, partial = self._partials.get(diff_id), None
+        if known is None or not known.is_forged:
+            partial = await self._describing.describe(diff_id, await self._supply.holders(diff_id))
+        found = partial or self._store.complete(diff_id)  # which may have been pulled meanwhile
+        if found is None:
+            raise LayerNotHeld(diff_id)
+        return found
 
     async def _open_pinned(self, origin: Origin, *, local: bool) -> OpenLayer:
         diff_id = origin.layer.diff_id
@@ -327,7 +349,7 @@ class Layers:
         diff_id, pulled = origin.layer.diff_id, False
         for _ in range(_TRIES):
             with self._pinned([diff_id]):
-                with self._known(origin):
+                with self._known(diff_id, origin):
                     if self._store.complete(diff_id) is None:
                         pulled = await self._ensuring.run(origin.key, lambda: self._ensure(origin))
                 complete = self._store.complete(diff_id)

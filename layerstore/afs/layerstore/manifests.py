@@ -4,11 +4,11 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from afs.core.digests import check_digest, is_digest, sha256_digest
 from afs.core.errors import InvalidArgument
-from afs.core.images import Platform
+from afs.core.images import ImageRef, Platform
 from afs.layerstore.errors import CorruptImage, NotAnImage, PlatformMissing
 from afs.layerstore.platforms import normalized, preferred
 
@@ -68,6 +68,14 @@ class Image:
         if digest == self.manifest_digest:
             return True
         return sha256_digest(self.index) == digest and f'"{self.manifest_digest}"'.encode() in self.index
+
+
+class NamedImage(NamedTuple):
+    """An image, and what it was asked for by."""
+
+    ref: ImageRef
+    platform: Platform
+    image: Image
 
 
 # Blocking: (reference: tag or digest, "" for the only one) -> manifest or index bytes.

@@ -7,24 +7,28 @@ their own, one for each that is on its way (:mod:`afs.layerstore.chunkclient`), 
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 from collections.abc import AsyncGenerator, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
+from afs.core.digests import sha256_digest
 from afs.core.errors import DataLoss, Unavailable
-from afs.core.images import ImageRef, Platform
+from afs.core.images import ImageRef, Platform, parse_image, parse_platform
 from afs.core.rpc import calling, channel
 from afs.discovery.client import Peer
 from afs.layerstore.afslyr.layout import CHUNK_SIZE, ChunkTable
+from afs.layerstore.chains import chains_of
 from afs.layerstore.chunkclient import Address, ChunkClient, Exchange, Take
 from afs.layerstore.chunkwire import Question
-from afs.layerstore.manifests import Image, Layer, build_image
+from afs.layerstore.manifests import Image, Layer, NamedImage, build_image
 from afs.layerstore.partial import Description
 from afs.proto.v1 import layerstore_pb2 as pb
 from afs.proto.v1.layerstore_pb2_grpc import LayerstorePeerStub
 
 CHUNK_TIMEOUT_S = 10.0
 CALL_TIMEOUT_S = 30.0
+FIND_TIMEOUT_S = 2.0  # the snapshotter waits, and others may know the image too
 TRACE_TIMEOUT_S = 2.0  # the container runs without it meanwhile
 _MOST = 256
 T = TypeVar("T")
@@ -79,17 +83,24 @@ class Peers:
         with self._calling(peer.endpoint) as connection:
             request = pb.ResolveImageRequest(name=image_name(ref, platform), only_known=only_known)
             answer = await connection.stub.ResolveImage(request, timeout=CALL_TIMEOUT_S)
-        image = build_image(
-            str(ref),
-            platform,
-            answer.manifest,
-            answer.config,
-            min(answer.resolved_unix, int(time.time())),
-            answer.index,
-        )
-        if ref.digest and not image.is_pinned_by(ref.digest):
-            raise DataLoss(f"layerstore {peer.endpoint} answered {image.manifest_digest} for {ref}")
-        return image
+        return _checked(peer, ref, platform, answer)
+
+    async def find_image(self, peer: Peer, chain_id: str) -> NamedImage:
+        """An image that *peer* knows with a layer of that chain id; NotFound if there is none. It is checked as above.
+
+        Nobody asked for its name, so a tag in it is not believed: the image is named by its digest.
+        """
+        with self._calling(peer.endpoint) as connection:
+            answer = await connection.stub.FindImage(pb.FindImageRequest(chain_id=chain_id), timeout=FIND_TIMEOUT_S)
+        name, said = answer.name, answer.image
+        ref, platform = parse_image(name.image, name.tag), parse_platform(name.os, name.architecture, name.variant)
+        if not ref.digest:
+            ref = dataclasses.replace(ref, tag="", digest=sha256_digest(said.manifest))
+            said.index = b""
+        image = _checked(peer, ref, platform, said)
+        if chain_id not in chains_of(image):
+            raise DataLoss(f"layerstore {peer.endpoint} answered {ref}, which has no layer of chain id {chain_id}")
+        return NamedImage(ref, platform, image)
 
     async def ensure_layer(self, peer: Peer, ref: ImageRef, platform: Platform, layer: Layer) -> bool:
         """Make *peer* hold the layer; True if it was read from the image's source. A pull has no deadline of its own."""
@@ -141,6 +152,15 @@ class Peers:
         with self._calling(peer.endpoint) as connection:
             request = pb.ReadTraceRequest(manifest_digest=manifest_digest)
             return (await connection.stub.ReadTrace(request, timeout=TRACE_TIMEOUT_S)).trace
+
+
+def _checked(peer: Peer, ref: ImageRef, platform: Platform, said: pb.Image) -> Image:
+    """What *peer* said that *ref* consists of, if the digests in it agree."""
+    resolved = min(said.resolved_unix, int(time.time()))
+    image = build_image(str(ref), platform, said.manifest, said.config, resolved, said.index)
+    if ref.digest and not image.is_pinned_by(ref.digest):
+        raise DataLoss(f"layerstore {peer.endpoint} answered {image.manifest_digest} for {ref}")
+    return image
 
 
 def _chunks_of(peer: Peer) -> Address:

@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,6 +126,10 @@ class Room:
         self._quota.remove(diff_id)
         self._persisted.pop(diff_id, None)
         self.leases.forget(diff_id)
+
+    def usage(self, diff_ids: Iterable[str]) -> dict[str, int]:
+        """Bytes on disk of those layers that are here, as :meth:`status` has them."""
+        return {diff_id: self._quota.used_by(diff_id) for diff_id in diff_ids if diff_id in self._quota}
 
     def status(self) -> CacheStatus:
         """A snapshot."""

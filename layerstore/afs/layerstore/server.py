@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from typing import Any
 
@@ -9,21 +10,24 @@ import grpc.aio
 from typing_extensions import override
 
 from afs.core.digests import check_digest, hex_of
-from afs.core.errors import NotFound
+from afs.core.errors import InvalidArgument, NotFound
 from afs.core.images import ImageRef, Platform, parse_image, parse_platform
 from afs.layerstore.afslyr.layout import metadata_chunks, pack_footer, pack_header
 from afs.layerstore.chunkserver import Range
 from afs.layerstore.chunkwire import Question
 from afs.layerstore.errors import DamagedLayer
 from afs.layerstore.images import Images
-from afs.layerstore.layers import Layers
+from afs.layerstore.layers import Layers, OpenLayer
 from afs.layerstore.manifests import Image, Layer
+from afs.layerstore.opening import open_all
 from afs.layerstore.origins import Origin
 from afs.layerstore.partial import PartialLayer
-from afs.layerstore.peers import layer_message
+from afs.layerstore.peers import image_name, layer_message
 from afs.layerstore.room import CachedLayer, Room
 from afs.layerstore.store import CompleteLayer
+from afs.layerstore.supplying import Missing, Supplying
 from afs.layerstore.tracing import Tracing
+from afs.layerstore.wantedlayers import WantedLayer, parse_wanted, wanted_message
 from afs.proto.v1 import layerstore_pb2 as pb
 from afs.proto.v1 import layerstore_pb2_grpc as pb_grpc
 
@@ -44,6 +48,11 @@ def _image(image: Image) -> pb.Image:
         resolved_unix=image.resolved_unix,
         index=image.index,
     )
+
+
+def _local(layer: OpenLayer) -> pb.LocalLayer:
+    path = str(layer.path) if isinstance(layer, CompleteLayer) else ""
+    return pb.LocalLayer(diff_id=layer.diff_id, size_bytes=layer.layout.file_size, path=path)
 
 
 _RUN = 1 << 20  # bytes of a message
@@ -120,15 +129,23 @@ class PeerService(pb_grpc.LayerstorePeerServicer):
     async def ReadTrace(self, request: pb.ReadTraceRequest, context: Context) -> pb.ReadTraceResponse:
         return pb.ReadTraceResponse(trace=await self._tracing.read(check_digest(request.manifest_digest)))
 
+    @override
+    async def FindImage(self, request: pb.FindImageRequest, context: Context) -> pb.FindImageResponse:
+        found = self._images.find(check_digest(request.chain_id))
+        if found is None:
+            raise NotFound(f"no image known here has a layer of chain id {request.chain_id}")
+        return pb.FindImageResponse(name=image_name(found.ref, found.platform), image=_image(found.image))
+
 
 class NodeService(pb_grpc.LayerstoreNodeServicer):
     """What the node's own snapshotter may ask."""
 
-    def __init__(self, images: Images, layers: Layers, room: Room, tracing: Tracing) -> None:
+    def __init__(self, images: Images, layers: Layers, room: Room, tracing: Tracing, supplying: Supplying) -> None:
         self._images = images
         self._layers = layers
         self._tracing = tracing
         self._room = room
+        self._supplying = supplying
         self._leases = room.leases
 
     @override
@@ -136,28 +153,44 @@ class NodeService(pb_grpc.LayerstoreNodeServicer):
         ref, platform = _name(request.name)
         local = request.force_local_fetch
         image = await self._images.resolve(ref, platform, here=local)
-        # Each as soon as it is here, until the last is, which may take minutes; then until the snapshotter reports the
-        # mounts. Not before: a damaged one that cannot be repaired has to go and come anew.
-        with self._tracing.opening(image), contextlib.ExitStack() as pins:
+        opens = [
+            functools.partial(self._layers.open, Origin(ref, platform, layer), local=local) for layer in image.layers
+        ]
+        with self._tracing.opening(image):
+            layers = await open_all(self._layers, self._leases, opens, request.number)
+        return pb.OpenImageResponse(image=_image(image), layers=[_local(layer) for layer in layers])
 
-            async def open_layer(layer: Layer) -> None:
-                await self._layers.open(Origin(ref, platform, layer), local=local)
-                pins.enter_context(self._leases.pinned([layer.diff_id]))
-
-            await asyncio.gather(*(open_layer(layer) for layer in image.layers))
-            layers = [self._layers.look_up(layer.diff_id) for layer in image.layers]
-            self._leases.hand_over(request.number, [layer.diff_id for layer in layers])
-        return pb.OpenImageResponse(
-            image=_image(image),
-            layers=[
-                pb.LocalLayer(
-                    diff_id=layer.diff_id,
-                    size_bytes=layer.layout.file_size,
-                    path=str(layer.path) if isinstance(layer, CompleteLayer) else "",
-                )
-                for layer in layers
-            ],
+    @override
+    async def SupplyLayer(self, request: pb.SupplyLayerRequest, context: Context) -> pb.SupplyLayerResponse:
+        try:
+            missing = Missing(request.missing)
+        except ValueError:  # enums are open in proto3
+            raise InvalidArgument(f"missing: {request.missing} is none of its values") from None
+        wanted = parse_wanted(request.layer)
+        layer, image = await self._supplying.supply(wanted, missing)
+        return pb.SupplyLayerResponse(
+            layer=wanted_message(wanted, layer.diff_id, image), size_bytes=layer.layout.file_size
         )
+
+    @override
+    async def OpenLayers(self, request: pb.OpenLayersRequest, context: Context) -> pb.OpenLayersResponse:
+        wanted = [parse_wanted(layer) for layer in request.layers]
+        for place, layer in enumerate(wanted):
+            if not layer.diff_id:
+                raise InvalidArgument(f"layer {place}: no diff_id is given")
+
+        async def open_layer(layer: WantedLayer) -> OpenLayer:
+            return (await self._supplying.supply(layer, Missing.PULL)).layer
+
+        image = self._images.find_stack([layer.diff_id for layer in wanted])
+        with self._tracing.opening(image.image) if image is not None else contextlib.nullcontext():
+            opens = [functools.partial(open_layer, layer) for layer in wanted]
+            layers = await open_all(self._layers, self._leases, opens, request.number)
+        return pb.OpenLayersResponse(layers=[_local(layer) for layer in layers])
+
+    @override
+    async def LayerUsage(self, request: pb.LayerUsageRequest, context: Context) -> pb.LayerUsageResponse:
+        return pb.LayerUsageResponse(used_bytes=self._room.usage(request.diff_ids))
 
     @override
     async def Leases(

@@ -34,11 +34,11 @@ from pathlib import Path
 from afs.core.digests import hex_of, is_digest
 from afs.core.errors import AfsError, FailedPrecondition
 from afs.core.files import fsync_dir, remove_tree, write_atomic
-from afs.core.images import ImageRef, Platform, parse_image
+from afs.core.images import Platform, parse_image
 from afs.layerstore.afslyr.errors import CorruptLayer
 from afs.layerstore.afslyr.layout import ChunkTable, Layout, pack_footer
 from afs.layerstore.afslyr.reader import read_layer
-from afs.layerstore.manifests import Image, build_image
+from afs.layerstore.manifests import Image, NamedImage, build_image
 
 log = logging.getLogger(__name__)
 _MOST_ABSENT = 10_000
@@ -340,13 +340,8 @@ class LayerStore:
 
         return self.root / "images" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
 
-    def load_images(self) -> Iterator[Image]:
+    def load_images(self) -> Iterator[NamedImage]:
         """Every remembered image; a damaged file is removed and logged."""
-        for _, _, image in self.load_names():
-            yield image
-
-    def load_names(self) -> Iterator[tuple[ImageRef, Platform, Image]]:
-        """As :meth:`load_images`, with what each was asked for by."""
         for path in sorted((self.root / "images").glob("*.json")):
             try:
                 document = json.loads(path.read_bytes())
@@ -354,7 +349,8 @@ class LayerStore:
                 ref = parse_image(document["name"])
                 manifest, config, index = (base64.b64decode(document[part]) for part in ("manifest", "config", "index"))
                 resolved = min(int(document["resolved_unix"]), int(time.time()))
-                yield ref, platform, build_image(document["name"], platform, manifest, config, resolved, index)
+                image = build_image(document["name"], platform, manifest, config, resolved, index)
+                yield NamedImage(ref, platform, image)
             except (AfsError, ValueError, KeyError, TypeError, AttributeError) as error:
                 log.error("removing %s: %s", path, error)
                 delete_all([path])

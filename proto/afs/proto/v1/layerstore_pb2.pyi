@@ -336,7 +336,7 @@ class WantedLayer(_message.Message):
     """empty if it is not known"""
     @_builtins.property
     def names(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImageName]:
-        """of images that may have it, the surest first"""
+        """of images of registries that may have it, the surest first"""
 
     def __init__(
         self,
