@@ -22,7 +22,7 @@ from afs.proto.v1.layerstore_pb2 import CacheStatusRequest, TraceStatus
 from afs.proto.v1.layerstore_pb2_grpc import LayerstoreNodeStub
 from afs.proto.v1.mounts_pb2 import OpenImage
 from afs.snapshotter.client import Mounts
-from benchmarks import imageroots, lazy, measure, subjects
+from benchmarks import lazy, measure, subjects
 
 if TYPE_CHECKING:
     from tests.testbed.cluster import RealCluster
@@ -41,7 +41,6 @@ def run(name: str, samples: int | None) -> measure.Report:
     work, numbers = image.commands["W"], itertools.count(2)
     demanded = []
     with (
-        imageroots.unpacked_root() as tree,
         Registry() as registry,
         cluster(1, proxy=False, layerstore_flags=("--completion=never",)) as running,
     ):
@@ -53,8 +52,7 @@ def run(name: str, samples: int | None) -> measure.Report:
         for number in range(samples or SAMPLES):
             for how in ("with a trace", "no trace", LOCAL)[:: 1 if number % 2 else -1]:
                 if how == LOCAL:
-                    measure.drop_caches()
-                    taken.setdefault(LOCAL, []).append(lazy.timed(lazy.in_root(tree, work)))
+                    taken.setdefault(LOCAL, []).append(lazy.on_ext4(work))
                     continue
                 node = _new_node(running, next(numbers), traces=how == "with a trace")
                 opened, worked, status = asyncio.run(_run(node, reference, work))
