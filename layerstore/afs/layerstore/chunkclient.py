@@ -37,7 +37,7 @@ Address = tuple[str, int]
 # What is done with a chunk and its sha256, in a thread. The bytes are those of the connection: they change with its next answer.
 Take = Callable[[memoryview, bytes], T]
 _IDLE_S = 60.0  # the other side waits for longer
-_THREADS = 16  # they wait for what is done with chunks only: for a disk that takes no more, say
+_THREADS = 4  # more only take the interpreter from each other; they wait for what is done with chunks, for a disk say
 
 
 class Stale(Unavailable):
