@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import os
 import socket
@@ -26,6 +27,7 @@ from afs.layerstore.chunkclient import ChunkClient, wait_for
 from afs.layerstore.chunkserver import Range, serving_chunks
 from afs.layerstore.chunkwire import (
     ANSWER_SIZE,
+    MOST_AHEAD,
     QUESTION_SIZE,
     Question,
     pack_chunk,
@@ -38,8 +40,10 @@ from afs.layerstore.chunkwire import (
 from afs.layerstore.errors import DamagedLayer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
     from pathlib import Path
+
+    from afs.layerstore.chunkclient import Exchange
 
 DIFF_ID = "sha256:" + "5a" * 32
 SIZE = 1 << 18
@@ -456,6 +460,108 @@ async def test_a_question_is_begun_only_on_a_connection_that_is_there(
     await asyncio.wait([exchange.done])
     assert exchange.done.cancelled()
     assert not client._idle
+
+
+# Several in one go
+
+
+async def begin_run(
+    client: ChunkClient, address: tuple[str, int], numbers: Sequence[int]
+) -> tuple[Exchange[object], dict[int, bytes]]:
+    """A run on a connection that is there, and what comes, by number."""
+    came: dict[int, bytes] = {}
+
+    def take(number: int, data: memoryview, digest: bytes) -> None:
+        came[number] = checked(data, digest)
+        if number == 9:
+            raise DataLoss("not what it should be")
+
+    takes = [functools.partial(take, number) for number in numbers]
+    exchange = client.begin_run(address, [Question(DIFF_ID, number) for number in numbers], 30.0, takes)
+    assert exchange is not None
+    return exchange, came
+
+
+async def test_several_come_in_one_exchange(client: ChunkClient, source: Source, shelf: Shelf) -> None:
+    async with serving_chunks("127.0.0.1", 0, source.read, shelf.find) as port:
+        address = ("127.0.0.1", port)
+        assert client.begin_run(address, [FIRST], 30.0, [checked]) is None, "there is no connection"
+        await ask(client, address)
+        numbers = [30, 0, 7, 0, *range(1, 6)]  # of different lengths; the event loop has 0
+        exchange, came = await begin_run(client, address, numbers)
+        assert client.begin(address, FIRST, 30.0, checked) is None, "the connection is used"
+        await wait_for(exchange)
+        assert came == {number: CHUNKS[number] for number in numbers}
+        assert await ask(client, address, Question(DIFF_ID, 2)) == CHUNKS[2]
+        assert len(client._idle) == 1, "all of that was on one connection"
+
+
+async def test_what_is_the_matter_with_one_is_not_with_others(
+    client: ChunkClient, source: Source, address: tuple[str, int]
+) -> None:
+    await ask(client, address)
+    exchange, came = await begin_run(client, address, [3, 99, 9, 4])
+    await wait_for(exchange)
+    assert came == {number: CHUNKS[number] for number in (3, 9, 4)}
+    assert await ask(client, address, Question(DIFF_ID, 2)) == CHUNKS[2]
+    assert len(client._idle) == 1
+
+
+@pytest.mark.parametrize(
+    ("answers", "kind"),
+    [
+        (pack_chunk(3) + b"abc" + pack_chunk(5) + b"some", Unavailable),
+        (pack_chunk(3) + b"abc" + pack_chunk(1) + b"some", DataLoss),
+        (pack_chunk(3) + b"abc" + pack_chunk(SIZE + 1), DataLoss),
+    ],
+    ids=["it closed the connection", "bytes behind the last", "too long"],
+)
+async def test_what_came_before_a_connection_failed_is_taken(
+    client: ChunkClient, answers: bytes, kind: type[AfsError]
+) -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readexactly(QUESTION_SIZE)
+        writer.write(pack_chunk(1) + b"x")
+        await reader.readexactly(2 * QUESTION_SIZE)
+        writer.write(answers)
+        writer.write_eof()
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(talk, "127.0.0.1", 0) as server:
+        address = server.sockets[0].getsockname()[:2]
+        assert await ask(client, address) == b"x"
+        exchange, came = await begin_run(client, address, [1, 2])
+        with pytest.raises(kind):
+            await wait_for(exchange)
+    assert came == {1: b"abc"}
+    assert not client._idle
+
+
+async def test_a_run_that_is_given_up(client: ChunkClient, address: tuple[str, int], source: Source) -> None:
+    await ask(client, address)
+    source.gate.clear()
+    exchange, came = await begin_run(client, address, [1, 2, 3])
+    await until(lambda: source.reading == 1)
+    exchange.cancel()
+    await asyncio.wait([exchange.done])
+    assert exchange.done.cancelled()
+    assert not came
+    assert not client._idle
+
+
+async def test_more_questions_than_it_takes_at_once(source: Source, shelf: Shelf) -> None:
+    async with serving_chunks("127.0.0.1", 0, source.read, shelf.find) as port:
+        numbers = [number % 5 for number in range(3 * MOST_AHEAD)]
+        questions = b"".join(pack_question(Question(DIFF_ID, number)) for number in numbers)
+        with socket.create_connection(("127.0.0.1", port)) as sock:
+            sock.sendall(questions[:-1])
+            for number in numbers[:-1]:
+                wanted = pack_chunk(len(CHUNKS[number])) + CHUNKS[number]
+                assert await asyncio.to_thread(sock.recv, len(wanted), socket.MSG_WAITALL) == wanted
+            sock.sendall(questions[-1:])
+            wanted = pack_chunk(len(CHUNKS[numbers[-1]]))
+            assert await asyncio.to_thread(sock.recv, len(wanted), socket.MSG_WAITALL) == wanted
 
 
 # Servers come and go

@@ -1,9 +1,11 @@
-"""What one layerstore asks another one for chunks: a question and an answer at a time over a plain TCP connection.
+"""What one layerstore asks another one for chunks: questions and answers over a plain TCP connection.
 
 - Question: ``AFSK``, a version byte (1), a byte that is 1 if the chunk came before with the wrong bytes, two zero bytes, the
   chunk's index (32 bits), the 32 bytes of the layer's diff_id. Integers are little-endian.
 - Answer: a length (32 bits), a byte that is 0 for a chunk, three zero bytes, then that many bytes: the chunk. If the byte is 1,
   they are an error: the name of a gRPC status, a line feed, and a line of text.
+
+Whoever asks may send up to ``MOST_AHEAD`` questions before the first answer has come. Answers come in their order.
 
 Not gRPC: a reader waits for each of these answers. 1 MiB over loopback took 3 to 10 ms through gRPC with a protobuf message,
 1.5 to 5 ms with raw bytes in place of the message, and takes 1.8 ms here, verified and written; 256 KiB take 0.4 ms. Of CPU it is
@@ -20,6 +22,7 @@ _QUESTION = struct.Struct("<4sBBxxI32s")
 _ANSWER = struct.Struct("<IBxxx")
 _MAGIC, _VERSION = b"AFSK", 1
 QUESTION_SIZE, ANSWER_SIZE = _QUESTION.size, _ANSWER.size
+MOST_AHEAD = 16
 _MOST_ERROR = 4096  # bytes of an error
 
 
