@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
+    from afs.discovery.client import Peer
     from afs.layerstore.partial import PartialLayer
 
 
@@ -176,6 +178,159 @@ async def test_a_prefetch_that_a_reader_comes_to_want_is_hurried(world: World) -
     one.service.gate.set()
     await asyncio.gather(filling, prefetching)
     assert two.layers.stats(world.diff_id).prefetched == 0
+    assert partial.slots._running == [0, 0, 0]
+
+
+# Several that nobody waits for
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The chunks that are asked for in one exchange each."""
+    found: list[list[int]] = []
+    real = Fetcher.begin_run
+
+    def begin_run(fetcher: Fetcher, partial: PartialLayer, indices: Any, peer: Peer) -> Any:
+        exchange = real(fetcher, partial, indices, peer)
+        if exchange is not None:
+            found.append(list(indices))
+        return exchange
+
+    monkeypatch.setattr(Fetcher, "begin_run", begin_run)
+    return found
+
+
+async def begun(world: World, node: Node, holder: Node, wanted: list[int]) -> asyncio.Task[None]:
+    """A prefetch of which *holder* has the first question, and does not answer before its gate is opened."""
+    holder.service.gate = asyncio.Event()
+    prefetching = asyncio.create_task(node.layers.prefetch(world.diff_id, wanted))
+    while not holder.service.chunks:  # noqa: ASYNC110 - a list
+        await asyncio.sleep(0.001)
+    return prefetching
+
+
+async def test_what_is_prefetched_comes_together(world: World, slow: Slow, runs: list[list[int]]) -> None:
+    (one,), two, partial = await nodes(world)
+    slow.chunks.clear()
+    wanted = partial.missing()[:3]
+    await two.layers.prefetch(world.diff_id, [*wanted, wanted[0], -1, 99])
+    assert runs == [wanted]
+    assert slow.chunks == []
+    assert one.service.chunks == wanted
+    for index in wanted:
+        assert partial.read(index) == whole(world, one, index)
+    stats = two.layers.stats(world.diff_id)
+    assert (stats.demanded, stats.prefetched) == (1, len(wanted))
+    assert stats.from_peers[one.address] == sum(
+        partial.table.chunk_range(index, partial.layout)[1]
+        for index in range(partial.table.count)
+        if partial.has(index)
+    )
+    assert partial.slots._running == [0, 0, 0]
+    assert two.layers._supply.watch._of(one.address).running == 0
+    assert list(partial.fillings) == []
+
+
+async def test_a_reader_that_joins_goes_on_when_its_chunk_is_here(
+    world: World, runs: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (one,), two, partial = await nodes(world)
+    wanted = partial.missing()[:3]
+    here, loop = asyncio.Event(), asyncio.get_running_loop()
+    read = one.layers.read_chunk
+
+    async def the_last_later(diff_id: str, index: int, *, was_bad: bool = False) -> bytes:
+        if index == wanted[-1]:
+            await here.wait()
+        return await read(diff_id, index, was_bad=was_bad)
+
+    monkeypatch.setattr(one.layers, "read_chunk", the_last_later)
+    monkeypatch.setattr(one.layers, "find_chunk", lambda question: None)
+    monkeypatch.setattr(two.layers._supply.watch, "hedge_delay", lambda endpoint: 60.0)
+    prefetching = await begun(world, two, one, wanted)
+
+    def told() -> None:
+        loop.call_soon_threadsafe(here.set)
+
+    filling = asyncio.create_task(two.layers.fill(world.diff_id, wanted[1], 1, here=told))
+    await asyncio.sleep(0)
+    assert partial.slots._running == [1, 2, 0]
+    assert one.service.gate is not None
+    one.service.gate.set()
+    await asyncio.gather(filling, prefetching)
+    assert runs == [wanted]
+    assert one.service.chunks == wanted, "each once"
+    assert two.layers.stats(world.diff_id).prefetched == 2
+    assert partial.slots._running == [0, 0, 0]
+
+
+async def test_a_reader_does_not_wait_for_a_run_that_is_slow(world: World, runs: list[list[int]]) -> None:
+    (one, two), three, partial = await nodes(world, 2)
+    wanted = partial.missing()[:2]
+    watch = three.layers._supply.watch
+    watch._of(two.address).running = 4  # so the other one is asked first
+    prefetching = await begun(world, three, one, wanted)
+    await three.layers.fill(world.diff_id, wanted[1], 1)
+    assert runs == [wanted]
+    assert partial.read(wanted[1]) == whole(world, two, wanted[1])
+    assert one.service.gate is not None
+    one.service.gate.set()
+    await prefetching
+    assert partial.has(wanted[0])
+    assert partial.slots._running == [0, 0, 0]
+    assert watch._of(one.address).running == 0
+
+
+async def test_what_came_wrong_comes_from_another_node(world: World, runs: list[list[int]]) -> None:
+    (one, two), three, partial = await nodes(world, 2)
+    wanted = partial.missing()[:3]
+    three.layers._supply.watch._of(two.address).running = 4
+    one.service.spoil = True
+    await three.layers.prefetch(world.diff_id, wanted)
+    assert runs == [wanted]
+    for index in wanted:
+        assert partial.read(index) == whole(world, two, index)
+    assert three.layers.stats(world.diff_id).bad_chunks >= 2
+    assert partial.slots._running == [0, 0, 0]
+
+
+async def test_the_end_of_a_node_waits_for_who_writes_several(world: World, runs: list[list[int]]) -> None:
+    (one,), two, partial = await nodes(world)
+    wanted = partial.missing()[:3]
+    prefetching = await begun(world, two, one, wanted)
+    await partial.stop()
+    with pytest.raises(asyncio.CancelledError):
+        await prefetching
+    assert runs == [wanted]
+    assert list(partial.fillings) == []
+    assert partial.slots._running == [0, 0, 0]
+    assert not any(map(partial.has, wanted))
+
+
+async def test_nobody_asks_again_for_what_nobody_wants(world: World, slow: Slow, runs: list[list[int]]) -> None:
+    (one,), two, partial = await nodes(world)
+    slow.chunks.clear()
+    wanted = partial.missing()[:3]
+    prefetching = await begun(world, two, one, wanted)
+    prefetching.cancel()
+    await asyncio.wait([prefetching])
+    assert runs == [wanted]
+    assert list(partial.fillings) == wanted, "it goes on"
+    for connection in list(two.peers._chunks._asking.values()):
+        connection.sock.shutdown(socket.SHUT_RDWR)
+    await partial.idle()
+    assert slow.chunks == []
+    assert one.service.chunks == wanted[:1]
+    assert partial.slots._running == [0, 0, 0]
+
+
+async def test_without_slots_for_all_each_comes_alone(world: World, runs: list[list[int]]) -> None:
+    (one,), two, partial = await nodes(world)
+    wanted = partial.missing()[:3]
+    partial.slots._limits = (4, 2, 1)
+    await two.layers.prefetch(world.diff_id, wanted)
+    assert runs == []
+    assert sorted(one.service.chunks) == wanted
     assert partial.slots._running == [0, 0, 0]
 
 

@@ -9,9 +9,11 @@ that come at once write the same bytes.
 
 import asyncio
 import contextlib
+import functools
 import logging
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from afs.core.errors import AfsError, NotFound
 from afs.core.together import ended
@@ -52,13 +54,16 @@ class Begun:
     ) -> None:
         self.peer = peer
         self.exchange = exchange
-        self._end = end
-        exchange.done.add_done_callback(self._note)
+        exchange.done.add_done_callback(_noting(end))
 
-    def _note(self, done: "asyncio.Future[bytes | None]") -> None:
+
+def _noting(end: Callable[[BaseException | None], None]) -> Callable[["asyncio.Future[Any]"], None]:
+    def note(done: "asyncio.Future[Any]") -> None:
         error = asyncio.CancelledError() if done.cancelled() else done.exception()
         # A connection that was closed while nothing was asked says nothing of the node, as if it had been given up at once.
-        self._end(asyncio.CancelledError() if isinstance(error, Stale) else error)
+        end(asyncio.CancelledError() if isinstance(error, Stale) else error)
+
+    return note
 
 
 class Fetcher:
@@ -95,6 +100,17 @@ class Fetcher:
             timeout=self._watch.timeout(peer.endpoint, wanted.round),
         )
         return None if exchange is None else Begun(peer, exchange, self._watch.begin(peer.endpoint))
+
+    def begin_run(self, partial: PartialLayer, indices: Sequence[int], peer: Peer) -> Exchange[object] | None:
+        """Ask *peer* for several chunks in one go, as :meth:`begin`; those that are here at the end have come from it."""
+        if self._watch.is_shunned(peer.endpoint):
+            return None
+        takes = [functools.partial(partial.put, index) for index in indices]
+        timeout = self._watch.timeout(peer.endpoint, 0)
+        exchange = self._peers.begin_chunks(peer, partial.diff_id, indices, takes, timeout=timeout)
+        if exchange is not None:
+            exchange.done.add_done_callback(_noting(self._watch.begin(peer.endpoint, len(indices))))
+        return exchange
 
     def took(self, wanted: Wanted, peer: Peer) -> None:
         """The chunk came from *peer*."""

@@ -5,7 +5,8 @@ chunk awaits the same one, so a chunk is fetched once; a more urgent one makes i
 (:mod:`afs.layerstore.scheduling`). It leaves the map when it ends; failures are not remembered. One that no reader wanted, and
 that those who did have given up while it was in the queue for a slot, is cancelled and leaves at once: whoever comes next
 starts another one. Every fetch holds a pin, for it goes on when those who waited for it are gone: the layer is not evicted, and
-its descriptor not closed below a write.
+its descriptor not closed below a write. Chunks that come together (:meth:`Fillings.fill_run`) are a fetch each; what is missing
+when that ends, and still wanted, is fetched as if it began just then.
 
 :class:`Arrivals` has, by chunk, what is called when it comes, by the thread that wrote it: a reader on this node goes on while
 the event loop does its accounts. Its lock is held for dictionary operations only. A chunk is marked before that thread takes
@@ -17,7 +18,7 @@ import contextlib
 import functools
 import threading
 import time
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from afs.layerstore.scheduling import Priority, Ticket
@@ -41,6 +42,21 @@ class Started(Protocol):
 
 # Starts what a Fetch does if it can be started at once, which most can; else None, and the Fetch is called.
 Start = Callable[["PartialLayer", int, Ticket], Started | None]
+
+
+class StartedRun(Protocol):
+    """Chunks on their way in one exchange; each that comes is put."""
+
+    def cancel(self) -> None:
+        """Give them up for good."""
+
+    def hurry(self) -> None:
+        """A reader waits for one of them."""
+
+
+# Starts that for chunks with their tickets, if it can be started at once. Calls the last argument on the event loop when
+# nobody works on the chunks any more: true if they were given up for good.
+StartRun = Callable[["PartialLayer", Sequence[tuple[int, Ticket]], Callable[[bool], None]], StartedRun | None]
 # Writes a chunk that was fetched but not put, and makes room for it.
 Store = Callable[[int, bytes | memoryview, float], Coroutine[None, None, None]]
 
@@ -95,6 +111,42 @@ class Fillings:
                 filling.waiting -= 1
                 self._drop_unwanted(filling)
 
+    async def fill_run(self, wanted: Sequence[int], fetch: Fetch, start: Start, start_run: StartRun) -> None:
+        """:meth:`fill` with what nobody waits for, in one exchange if that can be started."""
+        new = [index for index in wanted if index not in self._under_way]
+        if len(new) > 1:
+            self._start_run(new, fetch, start, start_run)
+        await self.fill(wanted, fetch, Priority.PREFETCH, start)
+
+    def _start_run(self, wanted: Sequence[int], fetch: Fetch, start: Start, start_run: StartRun) -> None:
+        with contextlib.ExitStack() as stack:
+            fillings = []
+            for index in wanted:
+                pinned = stack.enter_context(contextlib.ExitStack())
+                pinned.enter_context(self._layer.pin())
+                fillings.append(_Filling(index, Ticket(Priority.PREFETCH), pinned))
+            ended = functools.partial(self._run_ended, fillings, fetch, start)
+            run = start_run(self._layer, [(filling.index, filling.ticket) for filling in fillings], ended)
+            if run is None:
+                return
+            stack.pop_all()
+        for filling in fillings:
+            self._under_way[filling.index] = filling
+            filling.cancel = run.cancel
+            filling.ticket.on_demand = run.hurry
+
+    def _run_ended(self, fillings: Sequence[_Filling], fetch: Fetch, start: Start, given_up: bool) -> None:
+        for filling in fillings:
+            filling.ticket.on_demand = lambda: None
+            if self._layer.has(filling.index):
+                self._leave(filling)
+                filling.done.set_result(None)
+            elif given_up or not filling.waiting:
+                self._leave(filling)
+                filling.done.cancel()
+            else:
+                self._begin(filling, fetch, start)
+
     def _of(self, index: int, fetch: Fetch, priority: Priority, start: Start | None) -> _Filling:
         if (known := self._under_way.get(index)) is not None:
             self._layer.slots.promote(known.ticket, priority)
@@ -102,15 +154,18 @@ class Fillings:
         with contextlib.ExitStack() as pinned:
             pinned.enter_context(self._layer.pin())
             filling = _Filling(index, Ticket(priority), pinned)
-            started = start(self._layer, index, filling.ticket) if start is not None else None
+            self._begin(filling, fetch, start)
             filling.pinned = pinned.pop_all()
         self._under_way[index] = filling
+        return filling
+
+    def _begin(self, filling: _Filling, fetch: Fetch, start: Start | None) -> None:
+        started = start(self._layer, filling.index, filling.ticket) if start is not None else None
         if started is None:
-            self._go_on(filling, self._fetch(index, fetch, filling.ticket))
+            self._go_on(filling, self._fetch(filling.index, fetch, filling.ticket))
         else:
             filling.cancel = started.cancel
             started.done.add_done_callback(functools.partial(self._came, filling))
-        return filling
 
     def _go_on(self, filling: _Filling, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work, name=f"fill {self._layer.diff_id[:19]} {filling.index}")
@@ -135,9 +190,7 @@ class Fillings:
             self._go_on(filling, self._store(filling.index, data, time.monotonic()))
 
     def _filled(self, filling: _Filling, ended: asyncio.Future[None] | asyncio.Future[Chunk]) -> None:
-        filling.pinned.close()
-        if self._under_way.get(filling.index) is filling:
-            del self._under_way[filling.index]
+        self._leave(filling)
         if ended.cancelled():
             filling.done.cancel()
         elif (error := ended.exception()) is not None:
@@ -145,6 +198,11 @@ class Fillings:
             filling.done.exception()  # retrieved: its readers may all have gone
         else:
             filling.done.set_result(None)
+
+    def _leave(self, filling: _Filling) -> None:
+        filling.pinned.close()
+        if self._under_way.get(filling.index) is filling:
+            del self._under_way[filling.index]
 
     def cancel(self) -> None:
         """End all."""

@@ -16,6 +16,7 @@ State and locks (one event loop):
 import asyncio
 import contextlib
 import functools
+import itertools
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
@@ -46,6 +47,7 @@ from afs.layerstore.supply import Providers, Supply
 log = logging.getLogger(__name__)
 OpenLayer = CompleteLayer | PartialLayer
 _READ_AHEADS = LIMITS[Priority.PREFETCH]  # chunks that are waited for at once
+_RUN = 4  # chunks of a start trace that come in one exchange; with more, fewer exchanges share the slots for what is prefetched
 _TRIES = 2  # to open a layer: the second after the first one found it damaged, and it was repaired or dropped
 
 
@@ -294,15 +296,26 @@ class Layers:
         The snapshotter is told of them. *at_once* are waited for; those that find no free slot cost twice the CPU.
         """
         partial = self._partials.get(diff_id)
-        if partial is not None:
-            try:
-                await self._prefetch(partial, indices, at_once, tell=True)
-            except (AfsError, OSError) as error:
-                log.warning("prefetch: %s", error)
+        if partial is None:
+            return
+        count = partial.table.count
+        missing = (index for index in dict.fromkeys(indices) if 0 <= index < count and not partial.has(index))
 
-    async def _prefetch(
-        self, partial: PartialLayer, indices: Iterable[int], at_once: int = _READ_AHEADS, *, tell: bool = False
-    ) -> None:
+        async def work() -> None:
+            while self._partials.is_open(partial) and (run := list(itertools.islice(missing, _RUN))):
+                await partial.fill_run(run, self._supply.fetch, self._supply.start, self._supply.start_run)
+                if self._partials.is_open(partial):  # it is not pinned any more
+                    self._note_filled(partial)
+                    for index in run:
+                        if partial.has(index):
+                            self.ahead.came(diff_id, *partial.table.chunk_range(index, partial.layout))
+
+        try:
+            await together(work, max(at_once // _RUN, 1))
+        except (AfsError, OSError) as error:
+            log.warning("prefetch: %s", error)
+
+    async def _prefetch(self, partial: PartialLayer, indices: Iterable[int]) -> None:
         """Some at a time: the layer is pinned only by what is on its way, and may be evicted in between."""
         left = iter(indices)
 
@@ -312,10 +325,8 @@ class Layers:
                     return
                 if 0 <= index < partial.table.count and not partial.has(index):
                     await self._fill_ahead(partial, index)
-                    if tell and self._partials.is_open(partial) and partial.has(index):
-                        self.ahead.came(partial.diff_id, *partial.table.chunk_range(index, partial.layout))
 
-        await together(work, at_once)
+        await together(work, _READ_AHEADS)
 
     async def _refill(self, partial: PartialLayer, index: int) -> None:
         """A chunk that was here comes again."""

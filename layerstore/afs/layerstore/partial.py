@@ -28,7 +28,7 @@ import hashlib
 import logging
 import mmap
 import os
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, TypeVar
@@ -38,7 +38,7 @@ from afs.core.together import ended
 from afs.layerstore.afslyr.layout import HEADER_SIZE, ChunkTable, Layout, metadata_chunks
 from afs.layerstore.afslyr.reader import layout_from_bytes, read_layer
 from afs.layerstore.errors import BadChunk, DiskFull
-from afs.layerstore.filling import Arrivals, Fetch, Fillings, Start
+from afs.layerstore.filling import Arrivals, Fetch, Fillings, Start, StartRun
 from afs.layerstore.readahead import ReadAhead
 from afs.layerstore.scheduling import Priority, Slots
 from afs.layerstore.store import NO_SPACE, write_all
@@ -240,6 +240,10 @@ class PartialLayer:
     ) -> None:
         """Have all of *indices* on return; raises what *fetch* raised for the first that failed."""
         await self.fillings.fill([index for index in indices if not self.has(index)], fetch, priority, start)
+
+    async def fill_run(self, indices: Sequence[int], fetch: Fetch, start: Start, start_run: StartRun) -> None:
+        """:meth:`fill` with what nobody waits for, a few chunks together."""
+        await self.fillings.fill_run([index for index in indices if not self.has(index)], fetch, start, start_run)
 
     async def _store(self, index: int, data: bytes | memoryview, since: float) -> None:
         while not await self._written(index, data):

@@ -100,13 +100,13 @@ class PeerWatch:
             raise
         end(None)
 
-    def begin(self, endpoint: str) -> Callable[[BaseException | None], None]:
-        """:meth:`asking` begins; what is given is called at the end, with the error if there was one."""
+    def begin(self, endpoint: str, count: int = 1) -> Callable[[BaseException | None], None]:
+        """:meth:`asking` for *count* chunks begins; what is given is called at the end, with the error if there was one."""
         seen, started = self._of(endpoint), self._now()
-        seen.running += 1
+        seen.running += count
 
         def end(error: BaseException | None) -> None:
-            seen.running -= 1
+            seen.running -= count
             if isinstance(error, Unavailable | DeadlineExceeded):
                 self._took_at_least(seen, self._now() - started)
                 self._strike(seen)
@@ -116,7 +116,7 @@ class PeerWatch:
                 self._took_at_least(seen, self._now() - started)
             else:
                 seen.strikes, seen.shunned_until = 0, 0.0
-                self._took(seen, self._now() - started)
+                self._took(seen, (self._now() - started) / count)
 
         return end
 

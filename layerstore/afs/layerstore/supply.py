@@ -15,7 +15,7 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from afs.discovery.client import Announcer, Peer
 from afs.layerstore.directfetch import DirectFetch
 from afs.layerstore.errors import LayerUnavailable
 from afs.layerstore.fetching import Begun, Fetcher, Known, Wanted
-from afs.layerstore.filling import Started
+from afs.layerstore.filling import Started, StartedRun
 from afs.layerstore.layerstats import LayerStats
 from afs.layerstore.origins import Origin, Origins
 from afs.layerstore.partial import PartialLayer
@@ -42,6 +42,7 @@ from afs.layerstore.placement import ranked
 from afs.layerstore.pull import OriginKey, Puller
 from afs.layerstore.repair import Copy, Repairs
 from afs.layerstore.room import Room
+from afs.layerstore.runfetch import RunFetch
 from afs.layerstore.scheduling import Priority, Ticket, slot_in_queue
 from afs.layerstore.store import CompleteLayer, LayerStore
 
@@ -222,6 +223,36 @@ class Supply:
             return await self._go_on(wanted, begun, since, slot)
 
         return DirectFetch(begun, self._fetcher.hedge_delay(peer), slot, go_on, came)
+
+    def start_run(
+        self, partial: PartialLayer, run: Sequence[tuple[int, Ticket]], ended: Callable[[bool], None]
+    ) -> StartedRun | None:
+        """See :data:`~afs.layerstore.filling.StartRun`."""
+        diff_id = partial.diff_id
+        providers = self._providers.get(diff_id)
+        if providers is None or not providers.peers or self._store.complete(diff_id) is not None:
+            return None
+        self._refresh(diff_id, providers, _REFRESH_S)
+        peer = self._fetcher.first(run[0][0], providers.peers, providers.complete)
+        stats = self.stats(diff_id)
+        with contextlib.ExitStack() as stack:
+            for _, ticket in run:
+                if not partial.slots.take(ticket, peer.endpoint):
+                    return None
+                stack.callback(partial.slots.give_back, ticket)
+            exchange = self._fetcher.begin_run(partial, [index for index, _ in run], peer)
+            if exchange is None:
+                return None
+            slots = stack.pop_all()
+
+        def account(given_up: bool) -> None:
+            for index, ticket in run:
+                if partial.has(index):
+                    self._fetcher.took(Wanted(partial, index, ticket, stats), peer)
+                    self._note_came(partial, ticket)
+            ended(given_up)
+
+        return RunFetch(exchange, len(run) * self._fetcher.hedge_delay(peer), slots, account)
 
     async def _go_on(
         self, wanted: Wanted, begun: Begun, since: float, slot: contextlib.ExitStack
