@@ -9,10 +9,9 @@ thread takes chunk after chunk as they arrive, in the connection's room for one.
 
 State: ``_idle`` has the connections on which nothing is asked, the newest last; it and the timers belong to the event loop. A
 connection is armed for one event (``EPOLLONESHOT``) when a question was sent, and belongs to the thread that gets it until the
-event loop is told of the end. Who gives up, or has waited for long enough, shuts the connection down, which is an event, too;
-so the end always comes from a thread, and whoever awaited it knows that nobody works on the answer any more. A connection that
-failed is closed. One that the peer had closed while it was idle is not the peer's failure: :meth:`ChunkClient.ask` asks once
-more on a new one.
+event loop is told of the end. Who gives up, or has waited for long enough, shuts the connection down, which is an event, too; so
+the end always comes from a thread, and whoever awaited it knows that nobody works on the answer any more. One that failed is
+closed. One that the peer had closed while idle is not the peer's failure: :meth:`ChunkClient.ask` asks once more on a new one.
 """
 
 import asyncio

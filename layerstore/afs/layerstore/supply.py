@@ -12,12 +12,10 @@ owner must not hold up one whom the owner told. Such a pull outlives its readers
 
 import asyncio
 import contextlib
-import functools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from afs.core.errors import (
     AfsError,
@@ -29,6 +27,7 @@ from afs.core.errors import (
 )
 from afs.core.singleflight import SingleFlight
 from afs.discovery.client import Announcer, Peer
+from afs.layerstore.copies import Copies
 from afs.layerstore.directfetch import DirectFetch
 from afs.layerstore.errors import LayerUnavailable
 from afs.layerstore.fetching import Begun, Fetcher, Known, Wanted
@@ -40,7 +39,7 @@ from afs.layerstore.peers import Peers
 from afs.layerstore.peerwatch import PeerWatch
 from afs.layerstore.placement import ranked
 from afs.layerstore.pull import OriginKey, Puller
-from afs.layerstore.repair import Copy, Repairs
+from afs.layerstore.repair import Repairs
 from afs.layerstore.room import Room
 from afs.layerstore.runfetch import RunFetch
 from afs.layerstore.scheduling import Priority, Ticket, slot_in_queue
@@ -94,7 +93,8 @@ class Supply:
         # A request that is lost without a word must leave as much time again for another one.
         self.watch = PeerWatch(announcer.me.node_id, longest=read_deadline / 2)
         self._fetcher = Fetcher(peers, self.watch, self._failed_at, self._known_now)
-        self.repairs = Repairs(store, room, announcer, self._chunk_from_peers, self._copy_of)
+        copies = Copies(puller, peers, announcer, self._origins)
+        self.repairs = Repairs(store, room, announcer, copies.chunk, copies.of)
 
     def know(self, origin: Origin) -> None:
         """Where a layer may be pulled from."""
@@ -160,42 +160,6 @@ class Supply:
             self._announcer.hold(complete.diff_id, complete.layout.file_size, complete=True)
             await self._announcer.flush()
         return complete
-
-    async def _chunk_from_peers(self, layer: CompleteLayer, index: int) -> bytes | None:
-        """A verified chunk from any other node that has it, for a repair."""
-        located = await self._announcer.locate([layer.diff_id])
-        for peer in located.layers.get(layer.diff_id, []):
-            try:
-                data = await self._peers.read_chunk(peer, layer.diff_id, index, lambda data, _: bytes(data))
-            except AfsError as error:
-                log.info("chunk %d of layer %s: %s", index, layer.diff_id, error.line)
-                continue
-            if await asyncio.to_thread(layer.table.verify, index, data):
-                return data
-        return None
-
-    def _copy_of(self, diff_id: str) -> Copy | None:
-        return functools.partial(self._copy, diff_id) if self._origins.of(diff_id) else None
-
-    @contextlib.asynccontextmanager
-    async def _copy(self, diff_id: str) -> AsyncIterator[Path]:
-        """As :meth:`Puller.copy`, from the first origin that gives the layer."""
-        async with contextlib.AsyncExitStack() as stack:
-            yield await self._enter_copy(diff_id, stack)
-
-    async def _enter_copy(self, diff_id: str, stack: contextlib.AsyncExitStack) -> Path:
-        error: AfsError = LayerUnavailable(diff_id, "nobody said where it comes from")
-        for origin in self._origins.of(diff_id):
-            try:
-                path = await stack.enter_async_context(self._puller.copy(origin.ref, origin.layer))
-            except AfsError as failure:
-                log.warning("layer %s cannot be pulled from %s: %s", diff_id, origin.ref, failure.line)
-                self._origins.failed(origin)
-                error = failure
-            else:
-                self._origins.proved(origin)
-                return path
-        raise error
 
     def start(self, partial: PartialLayer, index: int, ticket: Ticket) -> Started | None:
         """See :data:`~afs.layerstore.filling.Start`: :meth:`fetch`, as long as the first node answers at once."""
