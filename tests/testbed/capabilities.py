@@ -187,6 +187,8 @@ PROBES: dict[str, Callable[[], None]] = {
     "netns": _netns,
     "runc": _program("runc"),
     "containerd": _program("containerd", "ctr"),
+    "ctr-remote": _program("ctr-remote"),
+    "systemd": _program("systemd-analyze", "systemd-tmpfiles"),
     "docker-registry": _program("docker-registry"),
     "umoci": _program("umoci"),
     "debootstrap": _program("debootstrap"),
