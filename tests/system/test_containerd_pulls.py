@@ -102,12 +102,13 @@ def test_cluster_may_not_pull(lazy: LazyContainerd, app: AppImage) -> None:
 
 
 def test_tag_that_moved(lazy: LazyContainerd, app: AppImage, tmp_path: Path, rng: random.Random) -> None:
-    """The cluster believes a tag for a while, containerd asks the registry: it gets what is there now."""
+    """The cluster believes a tag for a while, but not if containerd, which asks the registry, has seen another image."""
     old = app_image(tmp_path / "old", rng, 1)
     image = lazy.registry.push(old.layout, TAG, "moved")
     lazy.seed(image)
     assert lazy.registry.push(app.layout, TAG, "moved") == image
     lazy.rpull(image)
+    assert not app.blobs & lazy.content()
     assert lazy.run(image, "one", app.check) == app.listing
 
 

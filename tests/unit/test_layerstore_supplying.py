@@ -247,6 +247,18 @@ async def test_a_tag_that_moved_is_not_believed(world: World) -> None:
     assert (await supply(two, after.wanted(1, name_of(before)))).layer.diff_id == after.diff_ids[1]
 
 
+@pytest.mark.parametrize("knows", ["this node", "the owner"])
+async def test_a_tag_that_moved_a_moment_ago_is_looked_at_again(world: World, knows: str) -> None:
+    """The client read the manifest just now; the cluster believes what it knows of a tag for minutes."""
+    before = world.add_stack("v1", "a", "b")
+    one, two = await world.node("n1", capacity=1 << 40), await world.node("n2")
+    for node in (one, two):
+        await node.announcer.flush()
+    await supply(two if knows == "this node" else one, before.wanted(1, name_of(before)), PULL)
+    after = world.add_stack("v1", "a", "c")
+    assert (await supply(two, after.wanted(1, name_of(after)), PULL)).layer.diff_id == after.diff_ids[1]
+
+
 async def test_a_chain_that_nobody_knows(world: World) -> None:
     node = await world.node("n1")
     for missing in (FAIL, BEGIN, PULL):

@@ -89,14 +89,17 @@ class Images:
         await self._resolving.close(cancel=True)
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def resolve(self, ref: ImageRef, platform: Platform, *, here: bool = False) -> Image:
-        """What *ref* consists of. *here*: this node asks the source itself, as the owner or because it was told to."""
+    async def resolve(self, ref: ImageRef, platform: Platform, *, here: bool = False, again: bool = False) -> Image:
+        """What *ref* consists of. *here*: this node asks the source itself, as the owner or because it was told to.
+
+        *again*: what is known of a tag is not believed, however young it is.
+        """
         key = image_key(str(ref), platform)
         image = self._known.get(key)
-        if image is not None and self._fresh(ref, image):
+        if image is not None and self._fresh(ref, image) and not (again and ref.tag):
             self._known[key] = self._known.pop(key)  # now the one used last
             return image
-        return await self._resolving.run(key, lambda: self._resolve(ref, platform, here=here))
+        return await self._resolving.run(key, lambda: self._resolve(ref, platform, here=here, again=again))
 
     def known(self, ref: ImageRef, platform: Platform) -> Image:
         """What this node knows, however old; NotFound if nothing."""
@@ -133,7 +136,7 @@ class Images:
             return bool(fingerprint) and fingerprint == self._fingerprints.get(image.key)
         return bool(ref.digest) or time.time() < image.resolved_unix + self._ttl
 
-    async def _resolve(self, ref: ImageRef, platform: Platform, *, here: bool) -> Image:
+    async def _resolve(self, ref: ImageRef, platform: Platform, *, here: bool, again: bool) -> Image:
         key = image_key(str(ref), platform)
         old = self._known.get(key)
         if ref.is_local:
@@ -151,7 +154,7 @@ class Images:
             if old is not None and self._fresh(ref, old):
                 return await self._remember(ref, platform, old)
         try:
-            image = await (self._ask_source(ref, platform) if here else self._ask_owner(ref, platform))
+            image = await (self._ask_source(ref, platform) if here else self._ask_owner(ref, platform, again=again))
         except (Unavailable, DeadlineExceeded) as error:
             if old is None:
                 raise
@@ -173,12 +176,12 @@ class Images:
                 break
         return best
 
-    async def _ask_owner(self, ref: ImageRef, platform: Platform) -> Image:
+    async def _ask_owner(self, ref: ImageRef, platform: Platform, *, again: bool) -> Image:
         owner = ranked(image_key(str(ref), platform), self._announcer.peers)[0]
         if owner.node_id == self._announcer.me.node_id:
             return await self._ask_source(ref, platform)
         try:
-            return await self._peers.resolve_image(owner, ref, platform, only_known=False)
+            return await self._peers.resolve_image(owner, ref, platform, only_known=False, again=again)
         except (Unavailable, DeadlineExceeded, ResourceExhausted, Internal, DataLoss) as error:
             # Its trouble need not be ours. DataLoss: what it says cannot be checked against the digest.
             log.warning("owner %s of image %s: %s; asking the registry from here", owner.node_id, ref, error.line)

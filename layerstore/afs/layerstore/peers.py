@@ -78,10 +78,12 @@ class Peers:
         self._chunks.close()
         await asyncio.gather(*self._closing, *(each.channel.close() for each in self._connections.values()))
 
-    async def resolve_image(self, peer: Peer, ref: ImageRef, platform: Platform, *, only_known: bool) -> Image:
+    async def resolve_image(
+        self, peer: Peer, ref: ImageRef, platform: Platform, *, only_known: bool, again: bool = False
+    ) -> Image:
         """Ask *peer*; what it says is checked against the digests in it."""
         with self._calling(peer.endpoint) as connection:
-            request = pb.ResolveImageRequest(name=image_name(ref, platform), only_known=only_known)
+            request = pb.ResolveImageRequest(name=image_name(ref, platform), only_known=only_known, again=again)
             answer = await connection.stub.ResolveImage(request, timeout=CALL_TIMEOUT_S)
         return _checked(peer, ref, platform, answer)
 

@@ -85,7 +85,7 @@ class PeerService(pb_grpc.LayerstorePeerServicer):
         ref, platform = _name(request.name)
         if request.only_known:
             return _image(self._images.known(ref, platform))
-        return _image(await self._images.resolve(ref, platform, here=True))
+        return _image(await self._images.resolve(ref, platform, here=True, again=request.again))
 
     @override
     async def EnsureLayer(self, request: pb.EnsureLayerRequest, context: Context) -> pb.EnsureLayerResponse:

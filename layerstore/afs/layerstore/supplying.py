@@ -101,9 +101,14 @@ class Supplying:
         raise NotFound(f"no image is known that has a layer of chain id {wanted.chain_id}")
 
     async def _resolve(self, name: Name, chain_id: str) -> NamedImage | None:
-        """The image that a name leads to, if it has the layer."""
+        """The image that a name leads to, if it has the layer.
+
+        A client that has just read the manifest may know better than a node that believes a tag for minutes.
+        """
         try:
             image = await self._images.resolve(*name)
+            if chain_id not in chains_of(image) and name[0].tag:
+                image = await self._images.resolve(*name, again=True)
         except AfsError as error:
             log.warning("looking for chain id %s: %s", chain_id, error.line)
             return None

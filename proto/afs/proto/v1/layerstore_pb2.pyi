@@ -56,8 +56,11 @@ class ResolveImageRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     ONLY_KNOWN_FIELD_NUMBER: _builtins.int
+    AGAIN_FIELD_NUMBER: _builtins.int
     only_known: _builtins.bool
     """do not ask the registry, answer NOT_FOUND"""
+    again: _builtins.bool
+    """ask whether a tag has moved, however young what is known of it is"""
     @_builtins.property
     def name(self) -> Global___ImageName: ...
     def __init__(
@@ -65,10 +68,11 @@ class ResolveImageRequest(_message.Message):
         *,
         name: Global___ImageName | None = ...,
         only_known: _builtins.bool = ...,
+        again: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "only_known", b"only_known"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["again", b"again", "name", b"name", "only_known", b"only_known"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
