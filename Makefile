@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SYSTEM_PACKAGES := runc erofs-utils libfuse3-dev fuse3 kmod ca-certificates pkg-config gcc libc6-dev python3-dev python3-venv busybox-static
-TEST_PACKAGES := containerd docker-registry umoci debootstrap iproute2 nftables crun qemu-system-x86 e2fsprogs
+TEST_PACKAGES := containerd stargz-snapshotter docker-registry umoci debootstrap iproute2 nftables crun qemu-system-x86 e2fsprogs systemd
 SOURCES := core discovery layerstore snapshotter afslet proxy client tests benchmarks examples
 
 .PHONY: help

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from afs.core.cluster import start_process
-from afs.core.errors import Internal, NotFound
-from afs.core.run import PIPE, CommandFailed, popen, run, stop, wait
+from afs.core.errors import Cancelled, DeadlineExceeded, Internal, NotFound
+from afs.core.run import PIPE, CommandFailed, ask, popen, run, stop, wait
 from afs.core.service import notify, raise_file_limit, run_service
 
 # Running
@@ -68,6 +68,27 @@ async def test_waiting_blocks_nobody_and_can_be_given_up() -> None:
     assert child.stdin is not None
     child.stdin.close()
     assert await wait(child) == 0
+
+
+def test_a_program_that_does_not_answer_is_killed_with_its_children(tmp_path: Path) -> None:
+    with pytest.raises(DeadlineExceeded, match=r"did not answer within 1 s"):
+        ask(["sh", "-c", f"sleep 1000 & echo $! > {tmp_path}/pid; wait"], stdin=b"", timeout=1)
+    assert not Path("/proc", (tmp_path / "pid").read_text().strip(), "cwd").exists()
+
+
+def test_an_interrupted_question_ends_its_program(tmp_path: Path) -> None:
+    """It has a session of its own, so Ctrl-C does not reach it."""
+
+    def interrupt(*_: object) -> None:
+        raise Cancelled("interrupted")
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with pytest.raises(Cancelled):
+            ask(["sh", "-c", f"echo $$ > {tmp_path}/pid; kill -USR1 $PPID; exec sleep 1000"], stdin=b"", timeout=60)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert not Path("/proc", (tmp_path / "pid").read_text().strip()).exists()
 
 
 async def test_stop_asks_first() -> None:

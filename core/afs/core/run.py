@@ -53,15 +53,17 @@ class Answer(NamedTuple):
 def ask(argv: Sequence[str], *, stdin: bytes, timeout: float) -> Answer:
     """Run *argv*, whose failure is an answer too, to its end. Raises FileNotFoundError, PermissionError.
 
-    After *timeout* seconds it is killed with all that it started: DeadlineExceeded.
+    After *timeout* seconds, or when this is interrupted, it is killed with all that it started: DeadlineExceeded.
     """
     with popen(argv, stdin=PIPE, stdout=PIPE, stderr=PIPE, new_session=True) as child:
         try:
             out, err = child.communicate(stdin, timeout)
-        except subprocess.TimeoutExpired:
+        except BaseException as error:  # an interrupt too: a session of its own gets no Ctrl-C
             os.killpg(child.pid, signal.SIGKILL)  # its children may hold the pipes
             child.communicate()
-            raise DeadlineExceeded(f"{shlex.join(argv)} did not answer within {timeout:g} s") from None
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise DeadlineExceeded(f"{shlex.join(argv)} did not answer within {timeout:g} s") from None
+            raise
     return Answer(child.returncode, out, err)
 
 

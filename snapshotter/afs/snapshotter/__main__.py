@@ -12,6 +12,7 @@ from afs.core.config import setting
 from afs.core.errors import AfsError
 from afs.core.service import notify
 from afs.core.units import parse_duration
+from afs.snapshotter.containerd_cli import with_commands
 
 if TYPE_CHECKING:
     from afs.snapshotter.attached import AttachedRoots
@@ -155,8 +156,10 @@ async def _cancelled(task: "asyncio.Task[None]") -> None:
     await asyncio.wait([task])
 
 
-main = daemon_command(
-    "afs_snapshotter", SERVICE, Config, serve, "Make this node's mounts: layers and root file systems."
+main = with_commands(
+    daemon_command("afs_snapshotter", SERVICE, Config, serve, "Make this node's mounts: layers and root file systems."),
+    SERVICE,
+    Config,
 )
 
 if __name__ == "__main__":
