@@ -41,7 +41,8 @@ class Config:
     )
     keep_layers: int = setting(200, "Unused layers that stay mounted for the next run.")
     keep_mounts: bool = setting(
-        True, "Leave what afs_mount --detach mounted when this service stops, for the next one."
+        True,
+        "Leave mounted what containers and afs_mount --detach use when this service stops, for the next one.",
     )
     prepare_timeout: float = setting(
         10.0,
