@@ -57,13 +57,14 @@ class LocalOpener(Opener):
         self._layers = mounts
         self.lost: set[str] = set()
         self.failing: Exception | None = None
+        self.away = False
         self.opened: list[list[str]] = []
         self.opening = asyncio.Event()
         self.asked: list[pb.WantedLayer] = []
 
     @override
     async def open_layers(
-        self, stack: contextlib.AsyncExitStack, layers: Sequence[pb.WantedLayer]
+        self, stack: contextlib.AsyncExitStack, layers: Sequence[pb.WantedLayer], timeout: float
     ) -> list[MountedLayer]:
         self.opening.set()
         self.opened.append([layer.diff_id for layer in layers])
@@ -91,6 +92,8 @@ class LocalOpener(Opener):
 
     @override
     async def layer_usage(self, diff_ids: Sequence[str]) -> dict[str, int]:
+        if self.away:
+            raise Unavailable("no layerstore")
         return {diff_id: 12345 for diff_id in diff_ids if diff_id not in self.lost}
 
 
@@ -266,6 +269,30 @@ async def test_who_waited_in_vain_does_not_wait_for_each_layer(directory: Path) 
             await running.prepare("2", "a", **{REF: CHAINS[1]})
 
 
+async def test_the_pause_is_for_one_image_also_without_a_name(directory: Path) -> None:
+    async with snapshotter(directory) as running:
+        running.opener.failing = DeadlineExceeded("too slow")
+        await running.prepare("0", **{REF: CHAINS[0]})
+        await running.snapshots.commit("a", "0", {REF: CHAINS[0]}, "")
+        running.opener.failing = None
+        (mount,) = await running.prepare("1", "a", **{REF: CHAINS[1]})
+        await running.snapshots.commit("b", "1", {REF: CHAINS[1]}, "")
+        await running.prepare("2", "b", **{REF: CHAINS[2]})
+        assert len(running.opener.asked) == 1
+        assert mount.type == "overlay"
+        other = sha256_digest(b"of another image")
+        await running.prepare("3", **{REF: other})
+        assert [layer.chain_id for layer in running.opener.asked] == [CHAINS[0], other]
+
+
+async def test_a_layerstore_that_is_away_is_not_asked_for_each_layer(directory: Path) -> None:
+    async with snapshotter(directory) as running:
+        running.opener.failing = Unavailable("no layerstore")
+        for number in range(3):
+            await running.prepare(f"{number}", **{REF: CHAINS[0]})
+        assert len(running.opener.asked) == 1
+
+
 async def test_two_namespaces_at_once(directory: Path) -> None:
     async with snapshotter(directory) as running:
         tries = [running.prepare(f"k{number}", **{REF: CHAINS[0]}) for number in range(8)]
@@ -279,6 +306,28 @@ async def test_a_name_that_is_taken_by_another_snapshot(directory: Path) -> None
     async with snapshotter(directory) as running:
         await running.committed(CHAINS[0], files={"a": "something else"})
         assert (await running.prepare("k", **{REF: CHAINS[0]}))[0].type == "bind"
+
+
+async def test_containerd_does_not_get_what_others_unpacked(directory: Path) -> None:
+    """It takes the first one that List tells."""
+    async with snapshotter(directory) as running, serving_at(directory, running.snapshots) as stub:
+        await running.committed(f"ns/5/{CHAINS[0]}", files={"layer0": "not what it says"}, **{REF: CHAINS[0]})
+        await running.lazy(1)
+        wanted = snapshots_pb2.ListSnapshotsRequest(filters=[f'labels."{REF}"=={CHAINS[0]},parent==""'])
+        names = [info.name async for message in stub.List(wanted) for info in message.info]
+        assert names == [CHAINS[0], f"ns/5/{CHAINS[0]}"]
+
+
+async def test_a_layer_that_all_share_has_nobody_s_labels(directory: Path) -> None:
+    image = "containerd.io/snapshot/cri.image-ref"
+    async with snapshotter(directory) as running:
+        for name in ("r.io/a:1", "r.io/b:1"):
+            with pytest.raises(AlreadyExists):
+                await running.prepare(f"k {name}", **{REF: CHAINS[0], image: name, "containerd.io/snapshot/x": name})
+        found = await running.snapshots.stat(CHAINS[0])
+        assert found.labels == {REF: CHAINS[0]}
+        assert found.layer is not None
+        assert [name.image for name in found.layer.names] == ["r.io/b:1", "r.io/a:1"]
 
 
 async def test_a_label_that_was_taken_away_comes_back(directory: Path) -> None:
@@ -366,6 +415,7 @@ async def test_a_full_disk(directory: Path) -> None:
         (small / "filler").unlink()
         await running.prepare("c", "base")
         known = {snapshot.id for snapshot in await running.snapshots.list([])}
+        await running.snapshots.cleanup()  # of what failed
         assert {int(path.name) for path in (small / "root/snapshots").iterdir()} == known
 
 
@@ -375,8 +425,10 @@ async def test_mounts_go_when_nobody_needs_them(directory: Path) -> None:
         await running.prepare("c", top)
         await running.prepare("d", top)
         await running.snapshots.remove("c")
+        await running.snapshots.settled()
         assert len(list_mounts(str(directory))) == 3
         await running.snapshots.commit("image", "d", {}, "")
+        await running.snapshots.settled()
         assert list_mounts(str(directory)) == []
         with pytest.raises(FailedPrecondition, match="remove"):
             await running.snapshots.remove(top)
@@ -408,6 +460,97 @@ async def test_cleanup(directory: Path) -> None:
         assert {path.name for path in home.iterdir()} == {"1", "2", "77", "not ours"}
         await running.snapshots.cleanup()
         assert {path.name for path in home.iterdir()} == {"2", "not ours"}
+
+
+async def test_a_number_that_is_given_again_is_not_cleaned_up(directory: Path) -> None:
+    """A killed process left a directory; its number is the next snapshot's."""
+    async with snapshotter(directory) as running:
+        await running.committed("base")
+        left = directory / "root/snapshots/2"
+        left.mkdir()
+        (left / "file").touch()
+        (mount,) = await running.prepare("c", "base")
+        assert mount.options[-2] == f"upperdir={left}/fs"
+        assert sorted(path.name for path in left.iterdir()) == ["fs", "work"]
+        await running.snapshots.cleanup()
+        assert sorted(path.name for path in left.parent.iterdir()) == ["1", "2"]
+
+
+async def test_what_a_failed_look_at_mounts_held_goes_with_the_snapshot(directory: Path) -> None:
+    async with snapshotter(directory) as running:
+        (mount,) = await running.prepare("c", await running.lazy())
+        unmount(lower_of(mount)[0])
+        running.opener.lost = {DIFFS[2]}
+        running.opener.opening.clear()
+        again = asyncio.create_task(running.snapshots.mounts("c"))
+        await running.opener.opening.wait()
+        await running.snapshots.remove("c")
+        with pytest.raises(Unavailable):
+            await again
+        await running.snapshots.settled()
+        assert [layer.users for layer in running.mounts.mounted()] == []
+    assert list_mounts(str(directory)) == []
+
+
+async def test_a_full_disk_at_the_start(directory: Path) -> None:
+    """What was removed can be deleted, and more can be removed."""
+    small = directory / "small"
+    small.mkdir()
+    testmounts.mount("tmpfs", small, "tmpfs", "size=4m")
+    (small / "layers").symlink_to(directory / "layers")
+    async with snapshotter(small) as running:
+        for name in ("a", "b"):
+            await running.committed(name, files={"f": "x" * 300_000})
+        await running.snapshots.remove("a")
+    (small / "run").mkdir()
+    rest = os.statvfs(small)
+    (small / "filler").write_bytes(b"x" * (rest.f_bavail * rest.f_frsize))
+    async with snapshotter(small) as running:
+        await running.snapshots.remove("b")
+        await running.snapshots.cleanup()
+        assert os.listdir(small / "root/snapshots") == []
+        await running.prepare("c")
+
+
+async def test_usage_without_a_layerstore(directory: Path) -> None:
+    async with snapshotter(directory) as running:
+        await running.lazy(1)
+        running.opener.away = True
+        with pytest.raises(Unavailable):
+            await running.snapshots.usage(CHAINS[0])
+        running.opener.away = False
+        assert await running.snapshots.usage(CHAINS[0]) == (12345, 1)
+        running.opener.away = True
+        assert await running.snapshots.usage(CHAINS[0]) == (12345, 1)
+
+
+async def test_usage_of_what_is_removed_meanwhile(directory: Path) -> None:
+    async with snapshotter(directory) as running:
+        (mount,) = await running.prepare("c")
+        shutil.rmtree(Path(mount.source).parent)
+        with pytest.raises(NotFound, match="c was removed"):
+            await running.snapshots.usage("c")
+
+
+def test_usage_does_not_follow_what_a_container_swaps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outside, inside = tmp_path / "outside", tmp_path / "inside"
+    outside.mkdir()
+    (outside / "large").write_bytes(b"x" * 100_000)
+    (inside / "swapped").mkdir(parents=True)
+    (inside / "filed").mkdir()
+    real = os.open
+
+    def swapping(path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        if path == "swapped":
+            (inside / "swapped").rmdir()
+            (inside / "swapped").symlink_to(outside)
+        if path == "filed":
+            (inside / "filed").rmdir()
+            (inside / "filed").touch()
+        return real(path, flags, mode, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "open", swapping)
+    assert disk_usage(inside).inodes == 1
 
 
 async def test_usage(directory: Path) -> None:
@@ -525,6 +668,21 @@ async def test_updates(directory: Path, paths: list[str], given: dict[str, str],
         assert dict(answer.labels) == expected
         assert answer.kind == request.ACTIVE
         assert answer.updated_at.ToNanoseconds() > answer.created_at.ToNanoseconds()
+
+
+async def test_long_labels(directory: Path) -> None:
+    """A message takes 16 MiB; what List could not tell is refused."""
+    async with snapshotter(directory) as running, serving_at(directory, running.snapshots) as stub:
+        for number in range(30):
+            labels = {f"label{part}": "x" * 100_000 for part in range(9)}
+            await stub.Prepare(snapshots_pb2.PrepareSnapshotRequest(key=f"k{number}", labels=labels))
+        found = [info.name async for part in stub.List(snapshots_pb2.ListSnapshotsRequest()) for info in part.info]
+        assert len(found) == 30
+        labels = {f"label{part}": "x" * 100_000 for part in range(11)}
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Prepare(snapshots_pb2.PrepareSnapshotRequest(key="more", labels=labels))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert len(await running.snapshots.list([])) == 30
 
 
 async def test_many_come_in_parts(directory: Path) -> None:

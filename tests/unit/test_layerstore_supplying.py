@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from afs.core.images import ImageRef
-    from afs.layerstore.manifests import Layer
+    from afs.core.images import ImageRef, Platform
+    from afs.layerstore.manifests import Image, Layer
 
 FAIL, PULL, BEGIN = pb.SupplyLayerRequest.FAIL, pb.SupplyLayerRequest.PULL, pb.SupplyLayerRequest.BEGIN
 
@@ -203,7 +203,7 @@ async def test_a_name_leads_to_the_image(world: World) -> None:
     one.hold(*stack.tars)
     await one.announcer.flush()
     names = [pb.ImageName(image=stack.ref.location, tag=tag) for tag in ("v0", "v1", "v2")]
-    answer = await supply(two, stack.wanted(1, *names))
+    answer = await supply(two, stack.wanted(1, *names), PULL)
     found = image_name(stack.ref, platform)
     assert [name.image.rpartition(":")[2] for name in answer.layer.names] == ["v1", "v0", "v2"]
     assert answer.layer.names[0] == found, "this machine's platform"
@@ -240,11 +240,11 @@ async def test_a_tag_that_moved_is_not_believed(world: World) -> None:
     await one.announcer.flush()
     after = world.add_stack("v1", "a", "c")
     with pytest.raises(NotFound, match=r"^no image is known that has a layer of chain id sha256:"):
-        await supply(two, before.wanted(1, name_of(before)))
+        await supply(two, before.wanted(1, name_of(before)), PULL)
     assert here(two, before) == [False, False]
     one.hold(*after.tars)
     await one.announcer.flush()
-    assert (await supply(two, after.wanted(1, name_of(before)))).layer.diff_id == after.diff_ids[1]
+    assert (await supply(two, after.wanted(1, name_of(before)), PULL)).layer.diff_id == after.diff_ids[1]
 
 
 @pytest.mark.parametrize("knows", ["this node", "the owner"])
@@ -257,6 +257,80 @@ async def test_a_tag_that_moved_a_moment_ago_is_looked_at_again(world: World, kn
     await supply(two if knows == "this node" else one, before.wanted(1, name_of(before)), PULL)
     after = world.add_stack("v1", "a", "c")
     assert (await supply(two, after.wanted(1, name_of(after)), PULL)).layer.diff_id == after.diff_ids[1]
+
+
+async def test_to_ask_again_is_to_believe_nobody(world: World) -> None:
+    before = world.add_stack("v1", "a", "b")
+    await (await holding(world, "n1", before)).announcer.flush()
+    two = await world.node("n2", capacity=1 << 40)
+    after = world.add_stack("v1", "a", "c")
+    assert (await two.images.resolve(after.ref, AMD64, again=True)).manifest_digest == after.manifest_digest
+    three = await world.node("n3", capacity=1 << 60)
+    pinned_before = parse_image(f"{before.ref.location}@{before.manifest_digest}")
+    requests = world.server.count()
+    await three.images.resolve(pinned_before, AMD64, again=True)
+    await three.images.resolve(pinned_before, AMD64, again=True)
+    assert world.server.count() > requests, "nobody knew it by its digest"
+    requests = world.server.count()
+    await two.images.resolve(pinned_before, AMD64, again=True)
+    assert world.server.count() == requests, "a digest does not move"
+
+
+async def test_who_asks_again_joins_nobody_who_need_not(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = world.add_stack("v1", "a", "b")
+    node = await world.node("n1")
+    old = await node.images.resolve(before.ref, AMD64)
+    after = world.add_stack("v1", "a", "c")
+    node.images._ttl = -1
+    begun, gate, ask, asked = asyncio.Event(), asyncio.Event(), node.images._ask_owner, list[bool]()
+
+    async def slow(ref: ImageRef, platform: Platform, *, again: bool) -> Image:
+        asked.append(again)
+        if again:
+            return await ask(ref, platform, again=True)
+        begun.set()
+        await gate.wait()
+        return old  # what the owner believes
+
+    monkeypatch.setattr(node.images, "_ask_owner", slow)
+    plain = asyncio.create_task(node.images.resolve(before.ref, AMD64))
+    await begun.wait()
+    again = [asyncio.create_task(node.images.resolve(before.ref, AMD64, again=True)) for _ in range(2)]
+    await asyncio.sleep(0)
+    late = asyncio.create_task(node.images.resolve(before.ref, AMD64))
+    await asyncio.sleep(0)
+    gate.set()
+    assert await plain is old
+    assert [(await task).manifest_digest for task in (*again, late)] == [after.manifest_digest] * 3
+    assert asked == [False, True]
+    assert node.images.known(before.ref, AMD64).manifest_digest == after.manifest_digest
+
+
+@pytest.mark.parametrize("missing", [FAIL, BEGIN])
+async def test_names_are_only_for_those_who_want_a_registry_asked(
+    world: World, missing: pb.SupplyLayerRequest.Missing.ValueType
+) -> None:
+    stack, gate = world.add_stack("v1", "a", "b"), threading.Event()
+    one, two = await world.node("n1"), await world.node("n2")
+    one.hold(*stack.tars)
+    await one.announcer.flush()
+    world.server.add(Fault("", gate=gate))
+    asked = watch_finds(two)
+    for _ in range(2):
+        with pytest.raises(NotFound, match=r"^no image is known that has a layer of chain id sha256:"):
+            await supply(two, stack.wanted(1, name_of(stack)), missing)
+    assert len(two.supplying._begun) == (missing == BEGIN), "once for both calls"
+    gate.set()
+    await settled(two)
+    assert here(two, stack) == [missing == BEGIN] * 2
+    assert bool(world.server.count()) == (missing == BEGIN)
+    assert (asked, blob_reads(world, stack)) == ([], [0, 0]), "n1 has the layers, and does not know the image"
+    await one.images.resolve(stack.ref, AMD64, here=True)
+    await one.announcer.flush()
+    three, requests = await world.node("n3"), world.server.count()
+    answer = await supply(three, stack.wanted(1, name_of(stack)), missing)
+    assert answer.layer.diff_id == stack.diff_ids[1], "now other nodes tell"
+    assert world.server.count() == requests
 
 
 async def test_a_chain_that_nobody_knows(world: World) -> None:
@@ -374,8 +448,11 @@ async def test_a_diff_id_that_nobody_has_is_looked_for_to_be_pulled(world: World
 async def test_to_fail_is_to_pull_nothing(world: World) -> None:
     stack = world.add_stack("v1", "a", "b")
     node = await world.node("n1")
+    await node.images.resolve(stack.ref, AMD64)
+    requests = world.server.count()
     with pytest.raises(NotFound, match=f"^no node has layer {stack.diff_ids[1]}$"):
         await supply(node, stack.wanted(1, name_of(stack)))
+    assert world.server.count() == requests
     assert node.supplying._begun == {}
     assert (blob_reads(world, stack), here(node, stack)) == ([0, 0], [False, False])
     assert node.layers._supply._origins._known == {}, "nothing is known of what is not here"
@@ -502,6 +579,97 @@ async def test_an_image_that_cannot_be_pulled_is_not_the_end(world: World, caplo
     with pytest.raises(DataLoss, match=f"^image {claim}: "):
         await supply(node, other.wanted(1, image_name(claim, AMD64)), PULL)
     await settled(node)
+
+
+async def forgotten(node: Node, stack: Stack) -> None:
+    """Nobody has the layers any more."""
+    await settled(node)
+    for diff_id in stack.diff_ids:
+        if node.layers.find(diff_id) is not None:
+            assert await node.room.drop(diff_id)
+
+
+async def test_a_registry_that_says_nothing_delays_a_layer_once(world: World) -> None:
+    """Its name came in an annotation, and is kept for every start of a container on the layer."""
+    stack = world.add_stack("v1", "a", "b")
+    node = await world.node("n1")
+    await node.images.resolve(stack.ref, AMD64, here=True)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # the kernel accepts, and nobody reads
+        name = image_name(parse_image(f"127.0.0.1:{silent.getsockname()[1]}/silent:v1"), AMD64)
+        wanted = [stack.wanted(number, name, diff_id=True) for number in range(2)]
+        noticed = watch_failures(node, 2)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(1.0):
+                await open_layers(node, *wanted)
+        await asyncio.gather(*noticed)  # by the server, too
+        async with asyncio.timeout(20.0):
+            assert [layer.diff_id for layer in await open_layers(node, *wanted)] == stack.diff_ids
+            world.clock.now += 61.0
+            await forgotten(node, stack)
+            assert len(await open_layers(node, *wanted)) == 2, "and what gave it goes first"
+    await settled(node)
+
+
+def watch_failures(node: Node, number: int) -> list[asyncio.Future[str]]:
+    """The repositories that fail next."""
+    failures = [asyncio.get_running_loop().create_future() for _ in range(number)]
+    left, failed = iter(failures), node.supplying._experience.failed
+
+    def watched(chain_id: str, location: str) -> None:
+        next(left).set_result(location)
+        failed(chain_id, location)
+
+    node.supplying._experience.failed = watched  # type: ignore[method-assign]
+    return failures
+
+
+async def test_what_gave_a_layer_comes_before_what_the_caller_names(world: World) -> None:
+    stack = world.add_stack("v1", "a", "b")
+    node = await world.node("n1")
+    await supply(node, stack.wanted(0, name_of(stack)), PULL)
+    await forgotten(node, stack)
+    claim = image_name(await claiming(world, node, stack), AMD64)
+    requests = world.server.count("other/")
+    for number in (1, 0):
+        answer = await supply(node, stack.wanted(number, claim, diff_id=True), PULL)
+        assert list(answer.layer.names) == [name_of(stack), claim], "each layer of the image has been pulled from there"
+    await settled(node)
+    assert world.server.count("other/") == requests
+    await forgotten(node, stack)
+    world.server.add(Fault("stack/blobs", status=404))  # now it fails, and the other one is tried
+    with pytest.raises(NotFound):
+        await supply(node, stack.wanted(1, claim), PULL)
+    assert world.server.count("other/blobs") > 1
+    await settled(node)
+    world.server.clear()
+    assert (await supply(node, stack.wanted(1, claim, name_of(stack)), PULL)).layer.diff_id == stack.diff_ids[1]
+    await settled(node)
+
+
+def test_experience_is_bounded_and_the_oldest_failure_is_tried_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supplying, "_MOST_REMEMBERED", 3)
+    known = supplying._Experience()
+    names = [(parse_image(f"r.example/{name}:v1"), AMD64) for name in "abcd"]
+    a, b, c, d = (ref.location for ref, _ in names)
+
+    def order() -> str:
+        return "".join(ref.location[-1] for ref, _ in known.best_first(OTHER, names))
+
+    assert order() == "abcd"
+    known.failed(OTHER, a)
+    known.failed(OTHER, b)
+    known.worked(OTHER, d)
+    assert (order(), known.proved(OTHER)) == ("dcab", d)
+    known.failed(OTHER, a)
+    known.failed(OTHER, d)
+    assert (order(), known.proved(OTHER)) == ("cbad", None)
+    known.failed(OTHER, c)
+    assert order() == "badc", "of four the first is forgotten"
+    known.worked(OTHER, a)
+    assert order() == "abdc"
+    for number in range(3):
+        known.worked(f"chain {number}", a)
+    assert (known.proved(OTHER), known.proved("chain 0")) == (None, a)
 
 
 async def test_a_full_cache_is_nobody_s_fault(world: World) -> None:

@@ -127,8 +127,11 @@ def test_mounts() -> None:
 
 
 def test_names_that_containerd_can_shorten_and_names_that_it_cannot() -> None:
-    far = [Path(f"/run/afs/l/{number}-65024-10232656") for number in range(128)]
+    far = [Path(f"/run/afs/l/{number}-65024-10232656") for number in range(150)]
     near = Path("/var/lib/afs/snapshotter/snapshots/1/fs")
     assert not is_too_long(overlay(far))
     assert is_too_long(overlay([near, *far]))
     assert not is_too_long(overlay([near, *far[:10]]))
+    below_one = [Path(f"/var/afs-run/l/{number}-65024-10232656") for number in range(70)]
+    below_other = [Path(f"/var/lib/afs/snapshotter/snapshots/{number}/fs") for number in range(70)]
+    assert is_too_long(overlay([*below_one, *below_other]))

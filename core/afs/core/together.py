@@ -60,5 +60,6 @@ class Unstopped:
             task.exception()  # retrieved: nobody may wait for it any more
 
     async def close(self) -> None:
-        """Wait for all of it."""
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        """Wait for all of it, and for what that begins."""
+        while self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -1,11 +1,13 @@
 """From an image's name to its manifest, config and diff_ids, asking the registry as seldom as can be.
 
 State: ``_known`` maps image keys to what was resolved, the least recently used first, mirrored on disk by the store; ``_chains`` (:mod:`afs.layerstore.chains`)
-has the same images and changes with it, without an await between. Single flight by key: the awaits of one resolution never
-interleave with another one of the same image.
+has the same images and changes with it, without an await between. Single flight by key and whether the source has to be asked
+again: one that has to waits for one that need not, and is joined by those that come later. So the awaits of one resolution
+never interleave with another one of the same image.
 """
 
 import asyncio
+import contextlib
 import functools
 import logging
 import os
@@ -39,7 +41,7 @@ from afs.layerstore.source import Source
 from afs.layerstore.store import LayerStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Sequence
 
 log = logging.getLogger(__name__)
 _SOURCE_TIMEOUT_S = 60.0
@@ -77,7 +79,7 @@ class Images:
         self._turns: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()  # by registry
         # Local sources: what the file looked like when it was read; a changed file is read again at once.
         self._fingerprints: dict[str, tuple[int, ...]] = {}
-        self._resolving: SingleFlight[str, Image] = SingleFlight()
+        self._resolving: SingleFlight[tuple[str, bool], Image] = SingleFlight()
         for named in sorted(store.load_images(), key=lambda named: named.image.resolved_unix):
             self._known[named.image.key] = named.image
             self._chains.add(named)
@@ -92,14 +94,18 @@ class Images:
     async def resolve(self, ref: ImageRef, platform: Platform, *, here: bool = False, again: bool = False) -> Image:
         """What *ref* consists of. *here*: this node asks the source itself, as the owner or because it was told to.
 
-        *again*: what is known of a tag is not believed, however young it is.
+        *again*: what is known of a tag, here or at other nodes, is not believed, however young it is.
         """
         key = image_key(str(ref), platform)
         image = self._known.get(key)
-        if image is not None and self._fresh(ref, image) and not (again and ref.tag):
+        again = again and bool(ref.tag)
+        if image is not None and self._fresh(ref, image) and not again:
             self._known[key] = self._known.pop(key)  # now the one used last
             return image
-        return await self._resolving.run(key, lambda: self._resolve(ref, platform, here=here, again=again))
+        work = functools.partial(self._resolve, ref, platform, here=here)
+        if again or (key, True) in self._resolving:
+            return await self._resolving.run((key, True), lambda: self._resolve_again(key, work))
+        return await self._resolving.run((key, False), lambda: work(again=False))
 
     def known(self, ref: ImageRef, platform: Platform) -> Image:
         """What this node knows, however old; NotFound if nothing."""
@@ -136,6 +142,13 @@ class Images:
             return bool(fingerprint) and fingerprint == self._fingerprints.get(image.key)
         return bool(ref.digest) or time.time() < image.resolved_unix + self._ttl
 
+    async def _resolve_again(self, key: str, work: "Callable[..., Awaitable[Image]]") -> Image:
+        if (key, False) in self._resolving:
+            # It may remember what was believed before, and must not do so after this one.
+            with contextlib.suppress(AfsError, OSError):
+                await self._resolving.run((key, False), lambda: work(again=False))
+        return await work(again=True)
+
     async def _resolve(self, ref: ImageRef, platform: Platform, *, here: bool, again: bool) -> Image:
         key = image_key(str(ref), platform)
         old = self._known.get(key)
@@ -149,7 +162,7 @@ class Images:
             image = await self._remember(ref, platform, await self._ask_source(ref, platform))
             self._fingerprints[key] = fingerprint
             return image
-        if old is None and not here:
+        if old is None and not here and not again:  # holders tell what they believe
             old = await self._ask_holders(ref, platform)
             if old is not None and self._fresh(ref, old):
                 return await self._remember(ref, platform, old)

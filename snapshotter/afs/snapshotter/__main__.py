@@ -73,6 +73,7 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
     from afs.snapshotter.probe import check_overlay, find_backends
     from afs.snapshotter.roots import Roots
     from afs.snapshotter.server import MountsService
+    from afs.snapshotter.snapshots.directories import check_path
     from afs.snapshotter.snapshots.remote import RemoteLayers, parse_on_missing
     from afs.snapshotter.snapshots.service import SnapshotsService
     from afs.snapshotter.snapshots.snapshots import open_snapshots
@@ -82,6 +83,7 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
     run_dir = config.run_dir
     for path in (run_dir, config.root):
         path.mkdir(parents=True, exist_ok=True)
+        check_path(path)
     async with contextlib.AsyncExitStack() as stack:
         # The directory of mounts as well: whoever starts clears it of what a crash left.
         stack.enter_context(locked(config.root / "lock", "afs_snapshotter"))

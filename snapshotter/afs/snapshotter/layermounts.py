@@ -9,7 +9,7 @@ by its last user.
 
 ``_all`` holds every mount that exists, in the map or not, until it is unmounted: :meth:`LayerMounts.leases` tells the
 layerstore of them. A mount that is ``leaving`` is being unmounted, and nobody gets it any more. ``_opening`` has the numbers
-of the OpenImage calls whose layers are on their way into ``_all``, and the layers once they are known: a layerstore that
+of the calls OpenImage and OpenLayers whose layers are on their way into ``_all``, and the layers once they are known: a layerstore that
 starts anew in between knows nothing of its answer, so they count as in use.
 ``_stuck`` are those of ``_all`` that left the map and whose unmount failed; :meth:`LayerMounts.release` tries again.
 ``changed`` is set whenever what :meth:`LayerMounts.leases` says has changed.

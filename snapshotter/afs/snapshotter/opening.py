@@ -20,6 +20,7 @@ from afs.snapshotter.layermount import MountedLayer
 from afs.snapshotter.layermounts import LayerMounts
 
 CONNECT_S = 1.5  # channel() tries to connect at least once a second
+USAGE_TIMEOUT_S = 5.0
 ASK_S = 5.0
 _MOST_ASKED = 1000
 
@@ -55,9 +56,9 @@ class Opener:
             return answer.image, await self._mount_layers(stack, answer.layers)
 
     async def open_layers(
-        self, stack: contextlib.AsyncExitStack, layers: Sequence[pb.WantedLayer]
+        self, stack: contextlib.AsyncExitStack, layers: Sequence[pb.WantedLayer], timeout: float
     ) -> list[MountedLayer]:
-        """Mount layers of an image, in that order, until *stack* closes.
+        """Mount layers of an image, in that order, until *stack* closes; DeadlineExceeded after *timeout* seconds.
 
         Nobody is asked if all are mounted, from complete files or so that the layerstore said so a moment ago: that is 3 ms
         of 6 for a container's Prepare. What became complete meanwhile is mounted from its file then ``ASK_S`` later.
@@ -70,7 +71,8 @@ class Opener:
         with self._mounts.opening() as number:
             await self._connect()
             with calling(self._peer):
-                answer = await self._stub.OpenLayers(pb.OpenLayersRequest(layers=layers, number=number))
+                request = pb.OpenLayersRequest(layers=layers, number=number)
+                answer = await self._stub.OpenLayers(request, timeout=timeout)
             self._mounts.opened(number, diff_ids)
             mounted = await self._mount_layers(stack, answer.layers)
         self._note_asked(diff_ids)
@@ -98,10 +100,10 @@ class Opener:
             return (await self._stub.SupplyLayer(request, timeout=timeout)).layer
 
     async def layer_usage(self, diff_ids: Sequence[str]) -> dict[str, int]:
-        """Bytes of the disk that each of these layers takes, if it is here."""
-        await self._connect()
+        """Bytes of the disk that each of these layers takes, if it is here. It does not wait for a layerstore that is away."""
+        request = pb.LayerUsageRequest(diff_ids=diff_ids)
         with calling(self._peer):
-            return dict((await self._stub.LayerUsage(pb.LayerUsageRequest(diff_ids=diff_ids))).used_bytes)
+            return dict((await self._stub.LayerUsage(request, timeout=USAGE_TIMEOUT_S)).used_bytes)
 
     async def _connect(self) -> None:
         # gRPC fails calls at once between two tries to connect, and a layerstore that restarts is back before the next.

@@ -369,21 +369,21 @@ class SupplyLayerRequest(_message.Message):
     class _MissingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[SupplyLayerRequest._Missing.ValueType], _builtins.type):
         DESCRIPTOR: _descriptor.EnumDescriptor
         FAIL: SupplyLayerRequest._Missing.ValueType  # 0
-        """NOT_FOUND"""
+        """NOT_FOUND; the names do not matter, for no registry is asked where they lead to"""
         PULL: SupplyLayerRequest._Missing.ValueType  # 1
-        """the owners pull the layers of the image, and this call waits for its own"""
+        """a name leads to an image that has it, the owners pull the image's layers, and this call waits for its own"""
         BEGIN: SupplyLayerRequest._Missing.ValueType  # 2
-        """the same, but NOT_FOUND at once"""
+        """the same in the background, and NOT_FOUND at once"""
 
     class Missing(_Missing, metaclass=_MissingEnumTypeWrapper):
-        """What happens if no node has the layer, but a name leads to an image that does."""
+        """What happens if no node has the layer, or none knows an image with it and diff_id is not given."""
 
     FAIL: SupplyLayerRequest.Missing.ValueType  # 0
-    """NOT_FOUND"""
+    """NOT_FOUND; the names do not matter, for no registry is asked where they lead to"""
     PULL: SupplyLayerRequest.Missing.ValueType  # 1
-    """the owners pull the layers of the image, and this call waits for its own"""
+    """a name leads to an image that has it, the owners pull the image's layers, and this call waits for its own"""
     BEGIN: SupplyLayerRequest.Missing.ValueType  # 2
-    """the same, but NOT_FOUND at once"""
+    """the same in the background, and NOT_FOUND at once"""
 
     LAYER_FIELD_NUMBER: _builtins.int
     MISSING_FIELD_NUMBER: _builtins.int

@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from afs.proto.v1 import layerstore_pb2 as pb
+
+MOST_NAMES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,10 @@ class ClusterLayer:
     chain_id: str
     parent_chain_id: str = ""
     names: tuple[Name, ...] = ()
+
+    def with_names(self, others: Iterable[Name]) -> "ClusterLayer":
+        """The same with more names behind its own, as many as the layerstore looks at."""
+        return replace(self, names=tuple(dict.fromkeys((*self.names, *others)))[:MOST_NAMES])
 
     def to_json(self) -> str:
         """For the database."""

@@ -1,22 +1,31 @@
 """The directories of snapshots that have files of their own, and what they take of the disk. Blocking.
 
-ROOT/snapshots/<number>/fs       upper directory, or the contents of a committed snapshot
-ROOT/snapshots/<number>/work     overlayfs's, for those that have an upper directory on something
-ROOT/snapshots/<number>/lower    links to its lower directories, where their names are too long for mount(2)
+    ROOT/snapshots/<number>/fs       upper directory, or the contents of a committed snapshot
+    ROOT/snapshots/<number>/work     overlayfs's, for those that have an upper directory on something
+    ROOT/snapshots/<number>/lower    links to its lower directories, where their names are too long for mount(2)
+    ROOT/snapshots/gone-<random>     what is to be deleted; no snapshot can get such a name
+
+Directories get and lose the name of a number in the thread of the database alone: a number is free again when the
+transaction that it was given in failed, so nothing may be deleted by its number later.
 """
 
 import errno
 import logging
 import os
-from collections.abc import Callable, Sequence
+import secrets
+import stat
+import threading
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from afs.core.errors import AfsError, InvalidArgument
+from afs.core.errors import AfsError, Cancelled, InvalidArgument
 from afs.core.files import remove_tree
-from afs.core.run import run
+from afs.core.run import CommandFailed, ask
 
 log = logging.getLogger(__name__)
+_DU_S = 600.0
+_VANISHED = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # or became something else
 
 
 class Usage(NamedTuple):
@@ -26,15 +35,26 @@ class Usage(NamedTuple):
     inodes: int
 
 
+def check_path(path: Path) -> Path:
+    """*path*, resolved, if containerd can mount from it: its options have no way to write these."""
+    found = path.resolve()
+    if bad := [char for char in ':,\\"' if char in str(found)]:
+        raise InvalidArgument(f"{found}: containerd cannot mount from a path with {bad[0]!r}")
+    return found
+
+
 class Directories:
     """See the module. InvalidArgument for a *root* whose name overlayfs's options cannot hold."""
 
     def __init__(self, root: Path) -> None:
-        self._root = (root / "snapshots").resolve()
-        if bad := [char for char in ':,\\"' if char in str(self._root)]:
-            raise InvalidArgument(f"{self._root}: containerd cannot mount from a path with {bad[0]!r}")
+        self._root = check_path(root / "snapshots")
         self._root.mkdir(parents=True, exist_ok=True)
         self._root.chmod(0o700)  # setuid files of images are below it, and no nosuid holds here
+        self._stopping = threading.Event()
+
+    def stop(self) -> None:
+        """Let what deletes and counts in other threads end soon."""
+        self._stopping.set()
 
     def fs(self, number: int) -> Path:
         """Where the files are."""
@@ -44,102 +64,133 @@ class Directories:
         """The work directory."""
         return self._root / str(number) / "work"
 
-    def make(self, number: int, *, work: bool, like: Path | None) -> None:
-        """Make the directories of a new snapshot, owned as *like* is, the directory of its parent."""
+    def make(self, number: int, *, work: bool, owner: tuple[int, int] | None) -> None:
+        """Make the directories of a new snapshot; *owner* is that of its parent's root."""
         home = self._root / str(number)
         if home.exists():  # from a transaction that was not committed
-            remove_tree(home)
+            self.retire(number)
         home.mkdir(mode=0o700)
         try:
             fs = home / "fs"
             fs.mkdir()
             fs.chmod(0o755)  # whatever the umask is
-            if like is not None:
-                status = os.stat(like)
-                os.chown(fs, status.st_uid, status.st_gid)
+            if owner is not None:
+                os.chown(fs, *owner)
             if work:
                 (home / "work").mkdir(mode=0o711)
         except BaseException:
-            remove_tree(home)
+            self.retire(number)
             raise
 
-    def link(self, number: int, lower: Sequence[Path]) -> list[Path]:
+    def links(self, number: int, count: int) -> list[Path]:
+        """The names that :meth:`link` gives to so many directories."""
+        return [self._root / str(number) / "lower" / str(index) for index in range(count)]
+
+    def link(self, number: int, lower: Sequence[Path]) -> None:
         """Short names for directories: links in one directory of the snapshot."""
-        links = self._root / str(number) / "lower"
-        links.mkdir(parents=True, exist_ok=True)
-        found = []
-        for index, path in enumerate(lower):
-            link = links / str(index)
+        links = self.links(number, len(lower))
+        links[0].parent.mkdir(exist_ok=True)
+        for link, path in zip(links, lower, strict=True):
             if not link.is_symlink() or link.readlink() != path:
-                link.unlink(missing_ok=True)
-                link.symlink_to(path)
-            found.append(link)
-        return found
+                new = link.with_name(f"new-{link.name}")
+                new.unlink(missing_ok=True)
+                new.symlink_to(path)
+                new.replace(link)  # containerd may mount by it at this moment
 
     def numbers(self) -> set[int]:
         """Those that have a directory."""
         return {int(name) for name in os.listdir(self._root) if name.isdecimal()}
 
-    def remove(self, number: int) -> None:
-        """Delete the directory of a snapshot that is gone."""
-        remove_tree(self._root / str(number))
+    def retire(self, number: int) -> None:
+        """Take the name from a snapshot's directory, which :meth:`remove_retired` deletes."""
+        (self._root / str(number)).rename(self._root / f"gone-{secrets.token_hex(8)}")
+
+    def remove_retired(self) -> int:
+        """Delete what was retired; how many directories. One that fails does not keep the others: its error comes last."""
+        failed: Exception | None = None
+        count = 0
+        for path in self._root.glob("gone-*"):
+            if self._stopping.is_set():
+                break
+            try:
+                remove_tree(path)
+                count += 1
+            except (AfsError, OSError) as error:
+                log.error("cannot remove all of %s: %s", path, error)
+                failed = failed or error
+        if failed is not None:
+            raise failed
+        return count
 
     def usage(self, number: int) -> Usage:
-        """What the files take now."""
-        return disk_usage(self.fs(number))
+        """What the files take now. Cancelled if it is told to stop."""
+        return disk_usage(self.fs(number), self._stopping)
 
 
-def disk_usage(directory: Path) -> Usage:
-    """What *directory* and all below it take; what vanishes meanwhile is not counted."""
+def disk_usage(directory: Path, stopping: threading.Event | None = None) -> Usage:
+    """What *directory* and all below it take; what vanishes meanwhile is not counted. Whoever writes there may be hostile."""
     try:
-        return _walk(directory)
+        return _walk(directory, stopping or threading.Event())
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
+        if error.errno != errno.EMFILE:
             raise
-    # Deeper than a path can be long; fts(3) goes by directories.
+    # Deeper than we may have descriptors; fts(3) goes up by "..", and looks where that leads.
     return Usage(_du(directory, "--block-size=1"), _du(directory, "--inodes"))
 
 
 def _du(directory: Path, what: str) -> int:
-    return int(run(["du", "--summarize", "--one-file-system", what, "--", str(directory)]).split()[0])
+    # It fails if something vanishes, and has the sum all the same.
+    argv = ["du", "--summarize", "--one-file-system", what, "--", str(directory)]
+    answer = ask(argv, stdin=b"", timeout=_DU_S)
+    found = answer.stdout.split()
+    if not found:
+        raise CommandFailed(argv, answer.returncode, answer.stderr.decode(errors="replace"))
+    return int(found[0])
 
 
-def _walk(directory: Path) -> Usage:
-    found = directory.lstat()
-    seen = {(found.st_dev, found.st_ino)}
-    size, inodes = found.st_blocks * 512, 1
-    pending = [os.fspath(directory)]
-    while pending:
+def _walk(directory: Path, stopping: threading.Event) -> Usage:
+    """By descriptors: a directory that becomes a link must not lead elsewhere."""
+    seen: set[tuple[int, int]] = set()
+    above: list[tuple[int, Any]] = []  # the directories on the way down: a descriptor, and what is left of the entries
+
+    def enter(name: str | Path, dir_fd: int | None = None) -> None:
+        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
         try:
-            with os.scandir(pending.pop()) as entries:
-                for entry in entries:
-                    try:
-                        status = entry.stat(follow_symlinks=False)
-                    except FileNotFoundError:
-                        continue
-                    is_directory = entry.is_dir(follow_symlinks=False)
-                    if not is_directory and status.st_nlink > 1:
-                        key = status.st_dev, status.st_ino
-                        if key in seen:
-                            continue
-                        seen.add(key)
-                    size += status.st_blocks * 512
-                    inodes += 1
-                    if is_directory:
-                        pending.append(entry.path)
-        except FileNotFoundError:
-            continue
+            above.append((fd, os.scandir(fd)))
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def leave() -> None:
+        fd, entries = above.pop()
+        entries.close()
+        os.close(fd)
+
+    enter(directory)
+    try:
+        size, inodes = os.fstat(above[0][0]).st_blocks * 512, 1
+        while above:
+            if stopping.is_set():
+                raise Cancelled(f"{directory} is not counted: the service stops")
+            fd, entries = above[-1]
+            if (entry := next(entries, None)) is None:
+                leave()
+                continue
+            try:
+                status = entry.stat(follow_symlinks=False)
+                if stat.S_ISDIR(status.st_mode):
+                    enter(entry.name, fd)
+            except OSError as error:
+                if error.errno not in _VANISHED:
+                    raise
+                continue
+            if not stat.S_ISDIR(status.st_mode) and status.st_nlink > 1:
+                if (status.st_dev, status.st_ino) in seen:
+                    continue
+                seen.add((status.st_dev, status.st_ino))
+            size += status.st_blocks * 512
+            inodes += 1
+    finally:
+        while above:
+            leave()
     return Usage(size, inodes)
-
-
-def remove_all(numbers: Sequence[int], remove: Callable[[int], None]) -> None:
-    """Remove each; one that fails does not keep the others, and its error is raised at the end."""
-    failed: Exception | None = None
-    for number in numbers:
-        try:
-            remove(number)
-        except (AfsError, OSError) as error:
-            log.error("cannot remove all of snapshot %d: %s", number, error)
-            failed = failed or error
-    if failed is not None:
-        raise failed

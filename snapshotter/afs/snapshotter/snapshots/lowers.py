@@ -26,6 +26,7 @@ from afs.snapshotter.snapshots.directories import Directories
 from afs.snapshotter.snapshots.metadata import LayerMount, Snapshot
 
 log = logging.getLogger(__name__)
+OPEN_TIMEOUT_S = 60.0  # to have layers for a container that were evicted; their pulls go on behind it
 
 
 @dataclass(slots=True)
@@ -55,24 +56,27 @@ class Lowers:
         """How many snapshots hold mounts."""
         return len(self._held)
 
-    async def acquire(self, chain: Sequence[Snapshot]) -> Held:
-        """Mount what a snapshot on *chain* (topmost first) needs; the caller keeps it or closes its stack."""
+    async def acquire(self, chain: Sequence[Snapshot], timeout: float = OPEN_TIMEOUT_S) -> Held:
+        """Mount what a snapshot on *chain* (topmost first) needs; the caller keeps it or closes its stack.
+
+        DeadlineExceeded after *timeout* seconds.
+        """
         held = Held()
-        try:
-            await self._open(held, _layers(chain))
-        except BaseException:
-            await held.stack.aclose()
-            raise
+        await self._open(held, _layers(chain), timeout)
         return held
 
-    async def _open(self, held: Held, layers: Sequence[ClusterLayer]) -> list[LayerMount]:
+    async def _open(
+        self, held: Held, layers: Sequence[ClusterLayer], timeout: float = OPEN_TIMEOUT_S
+    ) -> list[LayerMount]:
         """Mount *layers*, topmost first; the mounts."""
         if not layers:
             return []
         bottom_up = [layer.message() for layer in reversed(layers)]
-        found = await self._opener.open_layers(held.stack, bottom_up)
-        if self._keep_mounts:
-            held.stack.enter_context(self._mounts.keeping({layer.diff_id for layer in found}))
+        async with contextlib.AsyncExitStack() as stack:
+            found = await self._opener.open_layers(stack, bottom_up, timeout)
+            if self._keep_mounts:
+                stack.enter_context(self._mounts.keeping({layer.diff_id for layer in found}))
+            held.stack.push_async_exit(stack.pop_all())
         held.layers.update({layer.diff_id: layer for layer in found})
         return [LayerMount(layer.diff_id, str(layer.path)) for layer in found]
 
@@ -81,37 +85,59 @@ class Lowers:
         if held.layers:
             self._held[number] = held
 
-    async def restore(self, mounts: Mapping[int, Sequence[LayerMount]]) -> None:
-        """Take over the adopted mounts that snapshots used before this process began; at start.
+    async def restore(self, mounts: Mapping[int, Sequence[LayerMount]]) -> dict[int, list[LayerMount]]:
+        """Take over the adopted mounts that snapshots used before this process began, at start; those of which some are gone.
 
-        One that is gone is no error: it is mounted anew when somebody asks for the snapshot's mounts.
+        That is no error: they are mounted anew when somebody asks for the snapshot's mounts.
         """
+        changed: dict[int, list[LayerMount]] = {}
         for number, needed in mounts.items():
-            held = Held()
+            held, found = Held(), []
             for one in needed:
                 try:
                     claim = self._mounts.claiming(Path(one.path), one.diff_id)
                     held.layers[one.diff_id] = await held.stack.enter_async_context(claim)
+                    found.append(one)
                 except NotFound as error:
                     log.info("snapshot %d: %s", number, error.line)
             if self._keep_mounts:
                 held.stack.enter_context(self._mounts.keeping(held.layers))
             self.keep(number, held)
+            if len(found) < len(needed):
+                changed[number] = found
+        return changed
 
     async def current(self, number: int, chain: Sequence[Snapshot]) -> tuple[list[Path], list[LayerMount]]:
         """The lower directories of a snapshot on *chain*, topmost first, and what had to be mounted for that now."""
         layers = _layers(chain)
         if not layers:
             return self.directories(chain, Held()), []
-        held = self._held.setdefault(number, Held())
-        async with held.lock:
-            usable = {diff_id for diff_id, layer in held.layers.items() if layer.is_usable()}
-            # All of them: the layerstore tells an image by its layers.
-            new = [] if usable.issuperset(layer.diff_id for layer in layers) else await self._open(held, layers)
-            if self._held.get(number) is not held:  # removed meanwhile
-                await held.stack.aclose()
-                raise NotFound("the snapshot was removed while its layers were mounted")
-        return self.directories(chain, held), new
+        while True:
+            held = self._held.setdefault(number, Held())
+            async with held.lock:
+                if self._held.get(number) is held:  # else it was dropped while we waited
+                    new = await self._renew(number, held, layers)
+                    return self.directories(chain, held), new
+
+    async def _renew(self, number: int, held: Held, layers: Sequence[ClusterLayer]) -> list[LayerMount]:
+        """Mount all of *layers* again if one cannot be used any more; under the lock of *held*."""
+        usable = {diff_id for diff_id, layer in held.layers.items() if layer.is_usable()}
+        if usable.issuperset(layer.diff_id for layer in layers):
+            return []
+        try:
+            new = await self._open(held, layers)  # all: the layerstore tells an image by its layers
+        finally:
+            await self._drop_lost(number, held)
+        if self._held.get(number) is not held:
+            raise NotFound("the snapshot was removed while its layers were mounted")
+        return new
+
+    async def _drop_lost(self, number: int, held: Held) -> None:
+        """Under the lock: a snapshot that was removed meanwhile left it to us to release what it held."""
+        if self._held.get(number) is not held:
+            await held.stack.aclose()
+        elif not held.layers:  # nothing could be mounted
+            del self._held[number]
 
     def directories(self, chain: Sequence[Snapshot], held: Held) -> list[Path]:
         """The directories of *chain*, topmost first, as overlayfs takes them.

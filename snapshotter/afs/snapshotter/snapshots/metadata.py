@@ -5,12 +5,17 @@ and a snapshot that it knows and we do not makes every pull of the image fail fr
 one fsync(2) for a change. Methods block; one thread calls them all.
 
 Names, keys and labels are the client's; nothing of them becomes the name of a file. A snapshot's files are in a directory
-with the number of its row, and AUTOINCREMENT never gives a number twice.
+with the number of its row, which no later row gets. (A transaction that fails gives its number back.)
+
+If the disk is full nothing can be written, so nothing removed, so nothing freed. A file beside the database keeps some room,
+which :meth:`Metadata.remove` gives up in that case.
 """
 
 import contextlib
 import enum
 import json
+import logging
+import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,7 +34,9 @@ from afs.core.errors import (
 )
 from afs.snapshotter.snapshots.clusterlayer import ClusterLayer
 
+log = logging.getLogger(__name__)
 _VERSION = 1
+_RESERVE = 1 << 20  # bytes
 _SCHEMA = f"""
 BEGIN;
 CREATE TABLE snapshots (
@@ -60,7 +67,6 @@ _FROM = "FROM snapshots s LEFT JOIN snapshots p ON p.id = s.parent"
 _ERRORS = {
     sqlite3.SQLITE_CORRUPT: DataLoss,
     sqlite3.SQLITE_NOTADB: DataLoss,
-    sqlite3.SQLITE_IOERR: DataLoss,
     sqlite3.SQLITE_FULL: ResourceExhausted,
 }
 _Row = tuple[int, str, str, int, int, int, str, str | None, int | None, int | None]
@@ -109,6 +115,7 @@ class Metadata:
 
     def __init__(self, file: Path) -> None:
         self._file = file
+        self._reserve = file.with_name(f"{file.name}-reserve")
         with self.errors():
             self._db = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
             try:
@@ -118,6 +125,8 @@ class Metadata:
                 raise
 
     def _open(self) -> None:
+        # One process has it, so it needs no index of the log that processes share: that file needs room on the disk at each start.
+        self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")
         self._db.execute("PRAGMA foreign_keys = ON")
@@ -129,6 +138,15 @@ class Metadata:
         (found,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
         if found != "ok":
             raise DataLoss(f"{self._file} is damaged: {found}")
+        self.keep_reserve()
+
+    def keep_reserve(self) -> None:
+        """Take the room for removals, if it is to be had."""
+        try:
+            with self._reserve.open("ab") as file:
+                os.posix_fallocate(file.fileno(), 0, _RESERVE)
+        except OSError as error:
+            log.warning("no reserve for removals on a full disk: %s", error)
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
@@ -154,6 +172,15 @@ class Metadata:
                 self._db.execute("ROLLBACK")
             raise
 
+    @contextlib.contextmanager
+    def _relaxed(self) -> Iterator[None]:
+        """What is written in the block may be gone after a crash of the machine."""
+        self._db.execute("PRAGMA synchronous = NORMAL")
+        try:
+            yield
+        finally:
+            self._db.execute("PRAGMA synchronous = FULL")
+
     # Looking
 
     def stat(self, name: str) -> Snapshot:
@@ -164,10 +191,9 @@ class Metadata:
         return _snapshot(row)
 
     def snapshots(self, reference: tuple[str, str] | None = None) -> list[Snapshot]:
-        """All of them, or those that have a label *reference* with that value, parents first."""
+        """All of them, or those that have a label *reference* with that value, the oldest first."""
         where, values = "", cast("tuple[str, ...]", ())
         if reference is not None:
-            # Compared as text too: json_extract() for a key with dots needs quotes, and each row's labels parsed.
             where = (
                 "WHERE s.id IN (SELECT s2.id FROM snapshots s2, json_each(s2.labels) l WHERE l.key = ? AND l.value = ?)"
             )
@@ -202,7 +228,8 @@ class Metadata:
         """A new snapshot, AlreadyExists if *name* is taken, on *parent* ("" for none), which has to be a committed one.
 
         *make* makes the files of the number that it gets; before the transaction is committed, so that there is no row
-        without files, whatever happens. *mounts* as for :meth:`add_mounts`.
+        without files: fsync(2) of the log writes what is before it in the file system's journal, too, on ext4 and xfs. *mounts*
+        as for :meth:`add_mounts`.
         """
         now = time.time_ns()
         with self._transaction() as db:
@@ -262,6 +289,15 @@ class Metadata:
 
     def remove(self, name: str) -> Snapshot:
         """Forget a snapshot; FailedPrecondition if others are on it. What was removed."""
+        try:
+            return self._remove(name)
+        except sqlite3.OperationalError:
+            if not self._reserve.exists():
+                raise
+            self._reserve.unlink()
+            return self._remove(name)
+
+    def _remove(self, name: str) -> Snapshot:
         with self._transaction() as db:
             found = self.stat(name)
             if db.execute("SELECT 1 FROM snapshots WHERE parent = ?", (found.id,)).fetchone():
@@ -278,14 +314,18 @@ class Metadata:
             db.execute("UPDATE snapshots SET labels = ?, updated = ? WHERE id = ?", (labels, time.time_ns(), found.id))
         return self.stat(name)
 
+    def set_layer(self, name: str, labels: Mapping[str, str], layer: ClusterLayer) -> None:
+        """Replace what is known of a layer of the cluster."""
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE snapshots SET labels = ?, layer = ?, updated = ? WHERE name = ? AND layer IS NOT NULL",
+                (json.dumps(dict(labels)), layer.to_json(), time.time_ns(), name),
+            )
+
     def set_usage(self, id_: int, size: int, inodes: int) -> None:
         """What a committed snapshot's directory takes. Not durable at once: it can be counted again."""
-        self._db.execute("PRAGMA synchronous = NORMAL")
-        try:
-            with self._transaction() as db:
-                db.execute("UPDATE snapshots SET size = ?, inodes = ? WHERE id = ?", (size, inodes, id_))
-        finally:
-            self._db.execute("PRAGMA synchronous = FULL")
+        with self._relaxed(), self._transaction() as db:
+            db.execute("UPDATE snapshots SET size = ?, inodes = ? WHERE id = ?", (size, inodes, id_))
 
     # Layer mounts
 
@@ -300,6 +340,12 @@ class Metadata:
         self._db.executemany(
             "INSERT INTO layer_mounts VALUES (?, ?, ?, ?)", [(id_, one.diff_id, one.path, boot) for one in mounts]
         )
+
+    def set_mounts(self, id_: int, mounts: Sequence[LayerMount], boot: str) -> None:
+        """A snapshot needs these and no others. Not durable at once, as above."""
+        with self._relaxed(), self._transaction() as db:
+            db.execute("DELETE FROM layer_mounts WHERE snapshot = ?", (id_,))
+            self._insert_mounts(id_, mounts, boot)
 
     def mounts(self, boot: str) -> dict[int, list[LayerMount]]:
         """What snapshots need, oldest first, by number; what earlier boots had is forgotten."""

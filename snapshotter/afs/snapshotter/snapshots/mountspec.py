@@ -10,7 +10,8 @@ from afs.snapshotter.overlay import in_user_namespace
 
 # containerd changes into the directory that all lower ones are in, and gives their names relative to it, if its options
 # take more than a page less 512 bytes; and mount(2) takes less than a page.
-_LONG = os.sysconf("SC_PAGESIZE") - 512
+_PAGE = os.sysconf("SC_PAGESIZE")
+_LONG = _PAGE - 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +39,14 @@ def overlay(lower: Sequence[Path], upper: Path | None = None, work: Path | None 
 
 def is_too_long(mount: Mount) -> bool:
     """Whether containerd could not make *mount* because the names of its lower directories have too little in common."""
-    if sum(len(os.fsencode(option)) + 1 for option in mount.options) < _LONG:
+    total = sum(len(os.fsencode(option)) + 1 for option in mount.options)
+    if total < _LONG:
         return False
     lower = mount.options[-1].removeprefix("lowerdir=").split(":")
-    return os.path.dirname(os.path.commonprefix(lower)) in ("", "/")  # noqa: RUF071 - as containerd does it
+    common = os.path.dirname(os.path.commonprefix(lower))  # noqa: RUF071 - as containerd does it
+    if common not in ("", "/"):
+        total -= len(lower) * (len(os.fsencode(common)) + 1)
+    return total >= _PAGE
 
 
 @cache

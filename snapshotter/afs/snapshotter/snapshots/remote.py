@@ -4,9 +4,10 @@ The layer becomes a committed snapshot that containerd finds by List, under the 
 Whatever speaks against that, the answer is an ordinary snapshot, and the reason a line in the log: a cluster that cannot
 help must not keep a container from starting.
 
-State (one event loop): ``_committing`` is single flight by name: clients in two namespaces may ask for one layer at once.
-``_pausing`` has until when, by the names of an image, nobody is asked about its layers, because the last question took all the time there
-is for one: containerd has begun to fetch them by then, and would wait as long again for each.
+State (one event loop): ``_committing`` is single flight: clients in two namespaces may ask for one layer at once.
+``_pausing`` has until when nobody is asked about the layers of an image, because the last question took all the time there is
+for one: containerd has begun to fetch them by then, and would wait as long again for each. The image is known by the names that
+the labels tell, or without any by the chain id of the layer below. ``_away_until``: the layerstore does not answer at all.
 """
 
 import asyncio
@@ -17,7 +18,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 
 from afs.core.digests import is_digest
-from afs.core.errors import AfsError, AlreadyExists, DeadlineExceeded, InvalidArgument, NotFound
+from afs.core.errors import AfsError, AlreadyExists, DeadlineExceeded, InvalidArgument, NotFound, Unavailable
 from afs.core.singleflight import SingleFlight
 from afs.proto.v1 import layerstore_pb2 as pb
 from afs.snapshotter.opening import Opener
@@ -27,6 +28,7 @@ from afs.snapshotter.snapshots.metadata import Snapshot
 
 log = logging.getLogger(__name__)
 _PAUSE_S = 30.0
+_AWAY_S = 5.0
 _MOST_PAUSES = 1000
 
 
@@ -64,8 +66,8 @@ def remote_name(chain_id: str, parent: str) -> str:
     return f"{chain_id}@{hashlib.sha256(parent.encode()).hexdigest()[:16]}"
 
 
-Create = Callable[[str, str, Mapping[str, str], ClusterLayer], Awaitable[None]]
-"""Makes a committed snapshot, or finds the one that is it: (name, parent, labels, layer); AlreadyExists for another one."""
+Create = Callable[[str, str, ClusterLayer], Awaitable[None]]
+"""Makes a committed snapshot, or finds the one that is it: (name, parent, layer); AlreadyExists for another one."""
 
 
 class RemoteLayers:
@@ -76,8 +78,9 @@ class RemoteLayers:
         self._missing = _MISSING[on_missing]
         self._timeout = timeout
         self._create = create
-        self._committing: SingleFlight[str, bool] = SingleFlight()
+        self._committing: SingleFlight[tuple[str, ...], bool] = SingleFlight()
         self._pausing: dict[tuple[str, ...], float] = {}
+        self._away_until = 0.0
         self.counts: Counter[str] = Counter()  # how often: lazy, fallback
 
     async def commit(self, labels: Mapping[str, str], parent: Snapshot | None) -> bool:
@@ -87,14 +90,19 @@ class RemoteLayers:
             return False
         above = "" if parent is None else parent.name
         name = remote_name(hint.chain_id, above)
-        done = await self._committing.run(name, lambda: self._commit(name, above, labels, hint))
+        key = (name, *hint.names)  # what fails with these names need not fail with others
+        done = await self._committing.run(key, lambda: self._commit(name, above, hint))
         self.counts["lazy" if done else "fallback"] += 1
         return done
 
-    async def _commit(self, name: str, parent: str, labels: Mapping[str, str], hint: Hint) -> bool:
-        loop = asyncio.get_running_loop()
-        if loop.time() < self._pausing.get(hint.names, 0.0):
+    async def _commit(self, name: str, parent: str, hint: Hint) -> bool:
+        now = asyncio.get_running_loop().time
+        if now() < self._away_until:
+            log.info("layer %s: not asked for, for the layerstore does not answer", hint.chain_id)
+            return False
+        if (until := self._pausing.get(hint.names or (hint.parent_chain_id,), 0.0)) > now():
             log.info("layer %s: not asked for, for the layer before took too long", hint.chain_id)
+            self._pause(hint, now(), until)
             return False
         try:
             found = await self._opener.supply_layer(hint.message(), self._missing, self._timeout)
@@ -104,20 +112,22 @@ class RemoteLayers:
         except AfsError as error:
             log.warning("layer %s: %s; leaving it to containerd", hint.chain_id, error.line)
             if isinstance(error, DeadlineExceeded):
-                self._pause(hint.names, loop.time())
+                self._pause(hint, now(), now() + _PAUSE_S)
+            elif isinstance(error, Unavailable):
+                self._away_until = now() + _AWAY_S
             return False
         try:
-            await self._create(name, parent, labels, ClusterLayer.from_message(found))
+            await self._create(name, parent, ClusterLayer.from_message(found))
         except (AlreadyExists, NotFound) as error:  # NotFound: the parent was removed meanwhile
             log.warning("layer %s: %s; leaving it to containerd", hint.chain_id, error.line)
             return False
         log.info("layer %s: from the cluster", hint.chain_id)
         return True
 
-    def _pause(self, names: tuple[str, ...], now: float) -> None:
+    def _pause(self, hint: Hint, now: float, until: float) -> None:
         if len(self._pausing) >= _MOST_PAUSES:
-            self._pausing = {key: until for key, until in self._pausing.items() if until > now}
-        self._pausing[names] = now + _PAUSE_S
+            self._pausing = {key: each for key, each in self._pausing.items() if each > now}
+        self._pausing[hint.names or (hint.chain_id,)] = until
 
     async def close(self) -> None:
         """End what is under way."""

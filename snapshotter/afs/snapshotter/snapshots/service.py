@@ -1,6 +1,6 @@
 """containerd.services.snapshots.v1.Snapshots: messages in, messages out."""
 
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grpc.aio
@@ -18,6 +18,7 @@ from afs.snapshotter.snapshots.snapshots import Snapshots
 
 Context = grpc.aio.ServicerContext[Any, Any]
 _PER_MESSAGE = 100  # of List, as containerd's own service
+_MESSAGE_BYTES = 1 << 20
 _LABELS = "labels"
 _KINDS = {Kind.VIEW: pb.VIEW, Kind.ACTIVE: pb.ACTIVE, Kind.COMMITTED: pb.COMMITTED}
 
@@ -31,13 +32,13 @@ class SnapshotsService(snapshots_pb2_grpc.SnapshotsServicer):
     @override
     async def Prepare(self, request: pb.PrepareSnapshotRequest, context: Context) -> pb.PrepareSnapshotResponse:
         _need(request.key, "key")
-        mounts = await self._snapshots.prepare(request.key, request.parent, request.labels)
+        mounts = await self._snapshots.prepare(request.key, request.parent, _check_labels(request.labels))
         return pb.PrepareSnapshotResponse(mounts=_mounts(mounts))
 
     @override
     async def View(self, request: pb.ViewSnapshotRequest, context: Context) -> pb.ViewSnapshotResponse:
         _need(request.key, "key")
-        mounts = await self._snapshots.view(request.key, request.parent, request.labels)
+        mounts = await self._snapshots.view(request.key, request.parent, _check_labels(request.labels))
         return pb.ViewSnapshotResponse(mounts=_mounts(mounts))
 
     @override
@@ -47,7 +48,7 @@ class SnapshotsService(snapshots_pb2_grpc.SnapshotsServicer):
     @override
     async def Commit(self, request: pb.CommitSnapshotRequest, context: Context) -> Empty:
         _need(request.name, "name")
-        await self._snapshots.commit(request.name, request.key, request.labels, request.parent)
+        await self._snapshots.commit(request.name, request.key, _check_labels(request.labels), request.parent)
         return Empty()
 
     @override
@@ -61,7 +62,7 @@ class SnapshotsService(snapshots_pb2_grpc.SnapshotsServicer):
 
     @override
     async def Update(self, request: pb.UpdateSnapshotRequest, context: Context) -> pb.UpdateSnapshotResponse:
-        paths, given = tuple(request.update_mask.paths), dict(request.info.labels)
+        paths, given = tuple(request.update_mask.paths), dict(_check_labels(request.info.labels))
         for path in paths:
             if path != _LABELS and not path.startswith(f"{_LABELS}."):
                 raise InvalidArgument(f"{path} of snapshot {request.info.name} cannot be changed")
@@ -71,8 +72,8 @@ class SnapshotsService(snapshots_pb2_grpc.SnapshotsServicer):
     @override
     async def List(self, request: pb.ListSnapshotsRequest, context: Context) -> AsyncIterator[pb.ListSnapshotsResponse]:
         found = await self._snapshots.list(parse_filters(request.filters))
-        for start in range(0, len(found), _PER_MESSAGE):
-            yield pb.ListSnapshotsResponse(info=map(_info, found[start : start + _PER_MESSAGE]))
+        for part in _parts(map(_info, found)):
+            yield pb.ListSnapshotsResponse(info=part)
 
     @override
     async def Usage(self, request: pb.UsageRequest, context: Context) -> pb.UsageResponse:
@@ -83,6 +84,27 @@ class SnapshotsService(snapshots_pb2_grpc.SnapshotsServicer):
     async def Cleanup(self, request: pb.CleanupRequest, context: Context) -> Empty:
         await self._snapshots.cleanup()
         return Empty()
+
+
+def _parts(infos: Iterable[pb.Info]) -> Iterator[list[pb.Info]]:
+    """Messages of a size that clients take: labels may be long."""
+    part: list[pb.Info] = []
+    size = 0
+    for info in infos:
+        if part and (len(part) == _PER_MESSAGE or size + info.ByteSize() > _MESSAGE_BYTES):
+            yield part
+            part, size = [], 0
+        part.append(info)
+        size += info.ByteSize()
+    if part:
+        yield part
+
+
+def _check_labels(labels: Mapping[str, str]) -> Mapping[str, str]:
+    """InvalidArgument for more than a message of List could tell."""
+    if (size := sum(len(key) + len(value) for key, value in labels.items())) > _MESSAGE_BYTES:
+        raise InvalidArgument(f"labels of {size} characters; {_MESSAGE_BYTES} are possible")
+    return labels
 
 
 def _need(value: str, what: str) -> None:

@@ -3,10 +3,12 @@
 State and locks (one event loop). The database is the truth; one thread makes all its transactions, in the order in which they
 are asked for. Around them:
 
-- a snapshot's directory is made before its row is committed and removed after the row is gone, by :meth:`Snapshots.cleanup`
-  alone. That lists directories first and rows then: a row that is being made meanwhile is seen.
-- the layer mounts of an active snapshot are held before its row is committed, and given back after that is gone. The steps
-  from the transaction on run to their end even if the client goes away (``_unstopped``).
+- a snapshot's directory is made before its row is committed. It loses its name after the row is gone, in the thread of the
+  database as well: the number may be given again. What has lost its name is deleted in other threads.
+- the layer mounts of an active snapshot are held before its row is committed, and given back after that is gone, behind the
+  answer: containerd waits for Commit and Remove within a transaction of its own. The steps from the transaction on run to their
+  end even if the client goes away (``_unstopped``).
+- ``_used`` is what layers of the cluster took when the layerstore was asked last.
 - ``_counting`` is single flight for what a committed directory takes: Commit is called within a transaction of containerd's,
   so counting 25,000 files (0.15 s) happens behind its back.
 """
@@ -14,12 +16,13 @@ are asked for. Around them:
 import asyncio
 import functools
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, ParamSpec, TypeVar
 
-from afs.core.errors import AfsError, AlreadyExists, FailedPrecondition, NotFound
+from afs.core.errors import AfsError, AlreadyExists, DeadlineExceeded, FailedPrecondition, NotFound, Unavailable
 from afs.core.mounts import boot_id
 from afs.core.singleflight import SingleFlight
 from afs.core.together import Unstopped
@@ -27,10 +30,10 @@ from afs.snapshotter.layermounts import LayerMounts
 from afs.snapshotter.opening import Opener
 from afs.snapshotter.snapshots import mountspec
 from afs.snapshotter.snapshots.clusterlayer import ClusterLayer
-from afs.snapshotter.snapshots.directories import Directories, Usage, remove_all
+from afs.snapshotter.snapshots.directories import Directories, Usage
 from afs.snapshotter.snapshots.filters import Fields, Filter, matches
 from afs.snapshotter.snapshots.hints import REFERENCE
-from afs.snapshotter.snapshots.lowers import Held, Lowers
+from afs.snapshotter.snapshots.lowers import OPEN_TIMEOUT_S, Held, Lowers
 from afs.snapshotter.snapshots.metadata import Kind, LayerMount, Metadata, Snapshot
 from afs.snapshotter.snapshots.mountspec import Mount
 
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from afs.snapshotter.snapshots.remote import RemoteLayers
 
 log = logging.getLogger(__name__)
+EXTRACT_TIMEOUT_S = 10.0  # to have the layers below one that containerd unpacks: it holds a lock meanwhile
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -58,20 +62,28 @@ class Snapshots:
         self._unstopped = Unstopped()
         self._counting: SingleFlight[int, Usage] = SingleFlight()
         self._cleaning = asyncio.Lock()
+        self._used: dict[str, int] = {}
 
     async def restore(self) -> None:
         """Take over what an earlier process left; the layer mounts have been adopted."""
-        await self._lowers.restore(await self._do(self._metadata.mounts, self._boot))
+        changed = await self._lowers.restore(await self._do(self._metadata.mounts, self._boot))
+        for number, mounts in changed.items():
+            await self._do(self._metadata.set_mounts, number, mounts, self._boot)
 
     async def close(self) -> None:
         """End what is under way, and close the database."""
+        self._directories.stop()
         if self.remote is not None:
             await self.remote.close()
-        await self._unstopped.close()
         await self._counting.close(cancel=True)
+        await self.settled()
         await self._lowers.close()
         self._thread.shutdown()
         self._metadata.close()
+
+    async def settled(self) -> None:
+        """Wait for what goes on behind the answers."""
+        await self._unstopped.close()
 
     async def _do(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """A transaction, in the thread of the database."""
@@ -98,7 +110,8 @@ class Snapshots:
 
     async def _make(self, kind: Kind, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
         chain = await self._do(self._metadata.chain, parent) if parent else []
-        held = await self._lowers.acquire(chain)
+        limit = EXTRACT_TIMEOUT_S if REFERENCE in labels else OPEN_TIMEOUT_S
+        held = await self._lowers.acquire(chain, limit)
         return await self._unstopped.run(self._make_on(held, chain, kind, key, parent, labels))
 
     async def _make_on(
@@ -107,11 +120,15 @@ class Snapshots:
         """A snapshot that is given *held*, or gives it back."""
         try:
             lower = self._lowers.directories(chain, held)
-            make = functools.partial(
-                self._directories.make,
-                work=kind is Kind.ACTIVE and bool(lower),
-                like=lower[0] if lower else None,
-            )
+            # In a thread of its own, for it may be a layer that is slow to answer; the database's must not wait for that.
+            status = await asyncio.to_thread(os.stat, lower[0]) if lower else None
+            owner = None if status is None else (status.st_uid, status.st_gid)
+
+            def make(number: int) -> None:
+                self._directories.make(number, work=kind is Kind.ACTIVE and bool(lower), owner=owner)
+                if self._mount(number, kind, lower).long:
+                    self._directories.link(number, lower)
+
             snapshot = await self._do(
                 self._metadata.create, kind, key, parent, labels, make=make, mounts=held.mounts(), boot=self._boot
             )
@@ -119,26 +136,31 @@ class Snapshots:
             await held.stack.aclose()
             raise
         self._lowers.keep(snapshot.id, held)
-        return self._mounts(snapshot, lower)
+        return [self._mount(snapshot.id, kind, lower).mount]
 
-    async def create_remote(self, name: str, parent: str, labels: Mapping[str, str], layer: ClusterLayer) -> None:
-        """A committed snapshot that is a layer of the cluster; AlreadyExists if the name is another one's."""
+    async def create_remote(self, name: str, parent: str, layer: ClusterLayer) -> None:
+        """A committed snapshot that is a layer of the cluster; AlreadyExists if the name is another one's.
+
+        It has no label but the one by which clients look for it: all namespaces share it. Whoever asks for it again may know
+        more names of images, so these come first from then on.
+        """
+        labels = {REFERENCE: layer.chain_id}
         try:
             await self._do(self._metadata.create, Kind.COMMITTED, name, parent, labels, layer=layer)
         except AlreadyExists:
             found = await self._do(self._metadata.stat, name)
             if found.layer is None or found.parent != parent:
                 raise
-            if found.labels.get(REFERENCE) != layer.chain_id:  # by which the client looks for it
-                reference = {REFERENCE: layer.chain_id}
-                await self._do(self._metadata.set_labels, name, lambda labels: {**labels, **reference})
+            merged = layer.with_names(found.layer.names)
+            if merged != found.layer or found.labels.get(REFERENCE) != layer.chain_id:
+                await self._do(self._metadata.set_layer, name, {**found.labels, **labels}, merged)
 
     async def commit(self, name: str, key: str, labels: Mapping[str, str], parent: str) -> None:
         """Turn an active snapshot into a committed one."""
 
         async def steps() -> None:
             committed = await self._do(self._metadata.commit, name, key, labels, parent)
-            await self._release(committed)
+            self._unstopped.begin(self._release(committed))
             self._count_later(committed.id)
 
         await self._unstopped.run(steps())
@@ -167,7 +189,10 @@ class Snapshots:
         lower, new = await self._lowers.current(snapshot.id, chain)
         if new:
             await self._unstopped.run(self._remember(snapshot, new))
-        return self._mounts(snapshot, lower)
+        mount, long = self._mount(snapshot.id, snapshot.kind, lower)
+        if long:
+            await asyncio.to_thread(self._directories.link, snapshot.id, lower)
+        return [mount]
 
     async def _remember(self, snapshot: Snapshot, new: Sequence[LayerMount]) -> None:
         try:
@@ -176,17 +201,18 @@ class Snapshots:
             await self._lowers.release(snapshot.id)
             raise
 
-    def _mounts(self, snapshot: Snapshot, lower: Sequence[Path]) -> list[Mount]:
-        number, writable = snapshot.id, snapshot.kind is Kind.ACTIVE
+    def _mount(self, number: int, kind: Kind, lower: Sequence[Path]) -> "_Mount":
+        """What containerd mounts."""
+        writable = kind is Kind.ACTIVE
         if not lower:
-            return [mountspec.bind(self._directories.fs(number), writable=writable)]
+            return _Mount(mountspec.bind(self._directories.fs(number), writable=writable), long=False)
         if not writable and len(lower) == 1:
-            return [mountspec.bind(lower[0], writable=False)]
+            return _Mount(mountspec.bind(lower[0], writable=False), long=False)
         upper = (self._directories.fs(number), self._directories.work(number)) if writable else ()
         mount = mountspec.overlay(lower, *upper)
-        if mountspec.is_too_long(mount):
-            mount = mountspec.overlay(self._directories.link(number, lower), *upper)
-        return [mount]
+        if not mountspec.is_too_long(mount):
+            return _Mount(mount, long=False)
+        return _Mount(mountspec.overlay(self._directories.links(number, len(lower)), *upper), long=True)
 
     async def stat(self, name: str) -> Snapshot:
         """What is known of a snapshot."""
@@ -196,6 +222,10 @@ class Snapshots:
         """All that one of *filters* matches."""
         reference = next((r for r in map(_reference, filters)), None) if len(filters) == 1 else None
         found = await self._do(self._metadata.snapshots, reference)
+        if reference is not None:
+            # The client takes the first one: that is to be the layer of the cluster that it was told of, and not one that
+            # somebody unpacked, or says to have unpacked, in another namespace.
+            found.sort(key=lambda snapshot: snapshot.layer is None)
         return [snapshot for snapshot in found if matches(filters, _fields(snapshot))]
 
     async def update(self, name: str, change: Callable[[Mapping[str, str]], Mapping[str, str]]) -> Snapshot:
@@ -206,14 +236,26 @@ class Snapshots:
         """What a snapshot takes of this node's disk, without its parents: of a layer of the cluster, what is here."""
         snapshot = await self.stat(name)
         if snapshot.layer is not None:
-            used = await self._opener.layer_usage([snapshot.layer.diff_id])
-            size = used.get(snapshot.layer.diff_id, 0)
-            return Usage(size, 1 if size else 0)
-        if snapshot.kind is not Kind.COMMITTED:
-            return await asyncio.to_thread(self._directories.usage, snapshot.id)
+            return await self._layer_usage(snapshot.layer.diff_id)
         if snapshot.size is not None and snapshot.inodes is not None:
             return Usage(snapshot.size, snapshot.inodes)
-        return await self._counting.run(snapshot.id, functools.partial(self._count, snapshot.id))
+        try:
+            if snapshot.kind is Kind.COMMITTED:
+                return await self._counting.run(snapshot.id, functools.partial(self._count, snapshot.id))
+            return await asyncio.to_thread(self._directories.usage, snapshot.id)
+        except FileNotFoundError:
+            raise NotFound(f"snapshot {name} was removed") from None
+
+    async def _layer_usage(self, diff_id: str) -> Usage:
+        try:
+            self._used[diff_id] = (await self._opener.layer_usage([diff_id])).get(diff_id, 0)
+        except (Unavailable, DeadlineExceeded) as error:
+            # Clients that list all end with the first error; a layerstore that restarts holds what it held.
+            if diff_id not in self._used:
+                raise
+            log.warning("layer %s: %s; telling what it took before", diff_id, error.line)
+        size = self._used[diff_id]
+        return Usage(size, 1 if size else 0)
 
     # Removing
 
@@ -221,24 +263,36 @@ class Snapshots:
         """Forget a snapshot; its files go with the next :meth:`cleanup`."""
 
         async def steps() -> None:
-            await self._release(await self._do(self._metadata.remove, name))
+            removed = await self._do(self._metadata.remove, name)
+            self._unstopped.begin(self._release(removed))
 
         await self._unstopped.run(steps())
 
     async def _release(self, snapshot: Snapshot) -> None:
         try:
             await self._lowers.release(snapshot.id)
-        except OSError as error:  # an unmount, which the layer mounts try again
+        except (AfsError, OSError) as error:  # an unmount, which the layer mounts try again
             log.error("snapshot %s: %s", snapshot.name, error)
 
     async def cleanup(self) -> None:
         """Delete the directories of snapshots that are gone."""
         async with self._cleaning:
-            numbers = await asyncio.to_thread(self._directories.numbers)
-            gone = sorted(numbers - await self._do(self._metadata.ids))
-            await asyncio.to_thread(remove_all, gone, self._directories.remove)
-            if gone:
-                log.info("removed the directories of %d snapshots", len(gone))
+            await self._do(self._retire_gone)
+            count = await asyncio.to_thread(self._directories.remove_retired)
+            if count:
+                log.info("removed the directories of %d snapshots", count)
+            await self._do(self._metadata.keep_reserve)
+
+    def _retire_gone(self) -> None:
+        for number in self._directories.numbers() - self._metadata.ids():
+            self._directories.retire(number)
+
+
+class _Mount(NamedTuple):
+    """*long*: its lower directories are links, which have to be made."""
+
+    mount: Mount
+    long: bool
 
 
 def open_snapshots(root: Path, opener: Opener, mounts: LayerMounts, *, keep: bool) -> Snapshots:
