@@ -91,6 +91,10 @@ class LocalOpener(Opener):
         return found
 
     @override
+    def is_connected(self) -> bool:
+        return not isinstance(self.failing, Unavailable)
+
+    @override
     async def layer_usage(self, diff_ids: Sequence[str]) -> dict[str, int]:
         if self.away:
             raise Unavailable("no layerstore")
@@ -291,6 +295,8 @@ async def test_a_layerstore_that_is_away_is_not_asked_for_each_layer(directory: 
         for number in range(3):
             await running.prepare(f"{number}", **{REF: CHAINS[0]})
         assert len(running.opener.asked) == 1
+        running.opener.failing = None
+        await running.lazy(1)
 
 
 async def test_two_namespaces_at_once(directory: Path) -> None:

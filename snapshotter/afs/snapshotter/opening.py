@@ -19,7 +19,7 @@ from afs.proto.v1.layerstore_pb2_grpc import LayerstoreNodeStub
 from afs.snapshotter.layermount import MountedLayer
 from afs.snapshotter.layermounts import LayerMounts
 
-CONNECT_S = 1.5  # channel() tries to connect at least once a second
+CONNECT_S = 1.5  # a layerstore that restarts is back by then
 USAGE_TIMEOUT_S = 5.0
 ASK_S = 5.0
 _MOST_ASKED = 1000
@@ -105,9 +105,13 @@ class Opener:
         with calling(self._peer):
             return dict((await self._stub.LayerUsage(request, timeout=USAGE_TIMEOUT_S)).used_bytes)
 
+    def is_connected(self) -> bool:
+        """Whether the layerstore could be asked now; if not, it will be tried soon."""
+        return self._channel.get_state(try_to_connect=True) is ChannelConnectivity.READY
+
     async def _connect(self) -> None:
         # gRPC fails calls at once between two tries to connect, and a layerstore that restarts is back before the next.
-        if self._channel.get_state() is not ChannelConnectivity.READY:
+        if not self.is_connected():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CONNECT_S):
                     await self._channel.channel_ready()

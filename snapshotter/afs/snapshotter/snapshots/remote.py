@@ -7,7 +7,7 @@ help must not keep a container from starting.
 State (one event loop): ``_committing`` is single flight: clients in two namespaces may ask for one layer at once.
 ``_pausing`` has until when nobody is asked about the layers of an image, because the last question took all the time there is
 for one: containerd has begun to fetch them by then, and would wait as long again for each. The image is known by the names that
-the labels tell, or without any by the chain id of the layer below. ``_away_until``: the layerstore does not answer at all.
+the labels tell, or without any by the chain id of the layer below. ``_away``: the layerstore did not answer at all; nobody waits for it then until it is back.
 """
 
 import asyncio
@@ -28,7 +28,6 @@ from afs.snapshotter.snapshots.metadata import Snapshot
 
 log = logging.getLogger(__name__)
 _PAUSE_S = 30.0
-_AWAY_S = 5.0
 _MOST_PAUSES = 1000
 
 
@@ -80,7 +79,7 @@ class RemoteLayers:
         self._create = create
         self._committing: SingleFlight[tuple[str, ...], bool] = SingleFlight()
         self._pausing: dict[tuple[str, ...], float] = {}
-        self._away_until = 0.0
+        self._away = False
         self.counts: Counter[str] = Counter()  # how often: lazy, fallback
 
     async def commit(self, labels: Mapping[str, str], parent: Snapshot | None) -> bool:
@@ -97,7 +96,7 @@ class RemoteLayers:
 
     async def _commit(self, name: str, parent: str, hint: Hint) -> bool:
         now = asyncio.get_running_loop().time
-        if now() < self._away_until:
+        if self._away and not self._opener.is_connected():
             log.info("layer %s: not asked for, for the layerstore does not answer", hint.chain_id)
             return False
         if (until := self._pausing.get(hint.names or (hint.parent_chain_id,), 0.0)) > now():
@@ -106,6 +105,7 @@ class RemoteLayers:
             return False
         try:
             found = await self._opener.supply_layer(hint.message(), self._missing, self._timeout)
+            self._away = False
         except NotFound as error:
             log.info("layer %s: %s; leaving it to containerd", hint.chain_id, error.line)
             return False
@@ -114,7 +114,7 @@ class RemoteLayers:
             if isinstance(error, DeadlineExceeded):
                 self._pause(hint, now(), now() + _PAUSE_S)
             elif isinstance(error, Unavailable):
-                self._away_until = now() + _AWAY_S
+                self._away = True
             return False
         try:
             await self._create(name, parent, ClusterLayer.from_message(found))
