@@ -33,6 +33,7 @@ PULLS, RUNS, REQUESTS = 3, 31, 300
 IMAGES, LAYERS = 100, 10
 AFS, OVERLAYFS = "AFS", "overlayfs"
 _STARGZ = "containerd.io/snapshot/remote/stargz.reference"
+_PATIENCE_S = 120.0
 _names = itertools.count()
 
 
@@ -44,7 +45,8 @@ def pull(name: str, samples: int | None) -> measure.Report:
     with Registry() as registry:
         reference = image.push(registry)
         for _ in range(samples or PULLS):
-            with held_elsewhere(reference) as containerd:
+            with ExitStack() as stack:
+                _, containerd = held_elsewhere(reference, stack)
                 _pull_and_run(taken, AFS, containerd, reference, work)
             with Containerd() as containerd:
                 _pull_and_run(taken, OVERLAYFS, containerd, reference, work)
@@ -78,9 +80,14 @@ def runs(name: str, samples: int | None) -> measure.Report:
     image = subjects.image(name)
     with Registry() as registry:
         reference = image.push(registry)
-        with held_elsewhere(reference) as containerd:
+        with ExitStack() as stack:
+            running, containerd = held_elsewhere(reference, stack)
             rpull(containerd, reference)
             subjects.ctr_pull(containerd, reference)
+            # Layers in use become whole files of the node, behind what it does; that is not to disturb.
+            containerd.ctr("run", "--detach", "--snapshotter", "afs", reference, "keep", "/bin/sleep", "1000")
+            _wait_until_complete(running)
+            containerd.end_containers()
             taken = measure.interleave(
                 {
                     on: measure.plain(lambda on=on: ctr_run(containerd, on, reference))  # type: ignore[misc]
@@ -165,21 +172,31 @@ def _resident_mib(pid: int) -> float:
     return int(found.group(1)) / 1024
 
 
-@contextmanager
-def held_elsewhere(reference: str) -> Iterator[Containerd]:
-    """A containerd whose node has nothing of an image that another node of its cluster holds."""
-    with ExitStack() as stack:
-        running = stack.enter_context(cluster(2, proxy=False))
-        _hold(running, reference)
-        socket = running.nodes[1].run_dir / "snapshotter.sock"
-        yield stack.enter_context(Containerd(proxy_plugin(socket)))
-
-
-def _hold(running: RealCluster, reference: str) -> None:
-    with grpc.insecure_channel(f"unix:{running.nodes[0].run_dir}/layerstore.sock") as channel:
+def held_elsewhere(reference: str, stack: ExitStack) -> tuple[RealCluster, Containerd]:
+    """A containerd whose node, the second of its cluster, has nothing of an image that the first one holds."""
+    running = stack.enter_context(cluster(2, proxy=False))
+    with _layerstore(running, 0) as stub:
         request = pb.OpenImageRequest(name=pb.ImageName(image=reference), force_local_fetch=True)
-        answer = LayerstoreNodeStub(channel).OpenImage(request, timeout=600)
+        answer = stub.OpenImage(request, timeout=600)
     assert all(layer.path for layer in answer.layers)
+    socket = running.nodes[1].run_dir / "snapshotter.sock"
+    return running, stack.enter_context(Containerd(proxy_plugin(socket)))
+
+
+@contextmanager
+def _layerstore(running: RealCluster, node: int) -> Iterator[LayerstoreNodeStub]:
+    with grpc.insecure_channel(f"unix:{running.nodes[node].run_dir}/layerstore.sock") as channel:
+        yield LayerstoreNodeStub(channel)
+
+
+def _wait_until_complete(running: RealCluster) -> None:
+    """Until the layers in use are whole files of the second node."""
+    deadline = time.monotonic() + _PATIENCE_S
+    with _layerstore(running, 1) as stub:
+        while not all(layer.complete for layer in stub.CacheStatus(pb.CacheStatusRequest()).layers):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the layers are not complete after {_PATIENCE_S:.0f} s")
+            time.sleep(0.5)
 
 
 def rpull(containerd: Containerd, reference: str) -> None:

@@ -90,8 +90,24 @@ async def abort(context: "grpc.aio.ServicerContext[Any, Any]", error: BaseExcept
 class _ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Maps exceptions of every handler; handlers themselves just raise AfsErrors."""
 
+    def __init__(self) -> None:
+        self._guarded: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}  # by method; made once, not for each call
+
     @override
     async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any] | None"]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> "grpc.RpcMethodHandler[Any, Any] | None":
+        method = str(handler_call_details.method)
+        if method not in self._guarded:
+            handler = await self._guard(continuation, handler_call_details)
+            if handler is None:
+                return None
+            self._guarded[method] = handler
+        return self._guarded[method]
+
+    async def _guard(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any] | None"]],
         handler_call_details: grpc.HandlerCallDetails,

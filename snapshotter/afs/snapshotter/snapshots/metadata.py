@@ -220,6 +220,7 @@ class Metadata:
         parent: str,
         labels: Mapping[str, str],
         *,
+        parent_id: int | None = None,
         layer: ClusterLayer | None = None,
         make: Callable[[int], None] = lambda _: None,
         mounts: Sequence[LayerMount] = (),
@@ -227,6 +228,7 @@ class Metadata:
     ) -> Snapshot:
         """A new snapshot, AlreadyExists if *name* is taken, on *parent* ("" for none), which has to be a committed one.
 
+        NotFound if the parent does not have the number *parent_id*, if that is given: what is below a number never changes.
         *make* makes the files of the number that it gets; before the transaction is committed, so that there is no row
         without files: fsync(2) of the log writes what is before it in the file system's journal, too, on ext4 and xfs. *mounts*
         as for :meth:`add_mounts`.
@@ -234,6 +236,8 @@ class Metadata:
         now = time.time_ns()
         with self._transaction() as db:
             above = self._parent(parent)
+            if parent_id is not None and above != parent_id:
+                raise NotFound(f"parent {parent} is another snapshot now")
             try:
                 cursor = db.execute(
                     "INSERT INTO snapshots (name, parent, kind, created, updated, labels, layer) VALUES (?, ?, ?, ?, ?, ?, ?)",

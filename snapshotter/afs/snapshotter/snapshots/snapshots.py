@@ -8,6 +8,9 @@ are asked for. Around them:
 - the layer mounts of an active snapshot are held before its row is committed, and given back after that is gone, behind the
   answer: containerd waits for Commit and Remove within a transaction of its own. The steps from the transaction on run to their
   end even if the client goes away (``_unstopped``).
+- ``_chains`` has the snapshots below a name, and ``_mounted`` what is below active snapshots and views that this process made.
+  Both spare a look into the database. A name may be another snapshot's by now, so the transaction that makes one on it
+  checks the number; an entry of ``_mounted`` goes before the snapshot does.
 - ``_used`` is what layers of the cluster took when the layerstore was asked last.
 - ``_counting`` is single flight for what a committed directory takes: Commit is called within a transaction of containerd's,
   so counting 25,000 files (0.15 s) happens behind its back.
@@ -26,6 +29,7 @@ from afs.core.errors import AfsError, AlreadyExists, DeadlineExceeded, FailedPre
 from afs.core.mounts import boot_id
 from afs.core.singleflight import SingleFlight
 from afs.core.together import Unstopped
+from afs.snapshotter.backends import Backend
 from afs.snapshotter.layermounts import LayerMounts
 from afs.snapshotter.opening import Opener
 from afs.snapshotter.snapshots import mountspec
@@ -42,6 +46,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 EXTRACT_TIMEOUT_S = 10.0  # to have the layers below one that containerd unpacks: it holds a lock meanwhile
+_MOST_CHAINS = 1000
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -63,6 +68,8 @@ class Snapshots:
         self._counting: SingleFlight[int, Usage] = SingleFlight()
         self._cleaning = asyncio.Lock()
         self._used: dict[str, int] = {}
+        self._chains: dict[str, list[Snapshot]] = {}
+        self._mounted: dict[str, tuple[Snapshot, list[Snapshot]]] = {}
 
     async def restore(self) -> None:
         """Take over what an earlier process left; the layer mounts have been adopted."""
@@ -109,10 +116,26 @@ class Snapshots:
         return await self._make(Kind.VIEW, key, parent, labels)
 
     async def _make(self, kind: Kind, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
-        chain = await self._do(self._metadata.chain, parent) if parent else []
         limit = EXTRACT_TIMEOUT_S if REFERENCE in labels else OPEN_TIMEOUT_S
+        known = self._chains.get(parent)
+        chain = known or await self._look_up(parent)
         held = await self._lowers.acquire(chain, limit)
-        return await self._unstopped.run(self._make_on(held, chain, kind, key, parent, labels))
+        try:
+            return await self._unstopped.run(self._make_on(held, chain, kind, key, parent, labels))
+        except NotFound:
+            if self._chains.pop(parent, None) is None or known is None:
+                raise
+        return await self._make(kind, key, parent, labels)
+
+    async def _look_up(self, parent: str) -> list[Snapshot]:
+        """The snapshot *parent* and all below it, topmost first."""
+        if not parent:
+            return []
+        chain = await self._do(self._metadata.chain, parent)
+        if len(self._chains) >= _MOST_CHAINS:
+            self._chains.clear()
+        self._chains[parent] = chain
+        return chain
 
     async def _make_on(
         self, held: Held, chain: Sequence[Snapshot], kind: Kind, key: str, parent: str, labels: Mapping[str, str]
@@ -120,9 +143,7 @@ class Snapshots:
         """A snapshot that is given *held*, or gives it back."""
         try:
             lower = self._lowers.directories(chain, held)
-            # In a thread of its own, for it may be a layer that is slow to answer; the database's must not wait for that.
-            status = await asyncio.to_thread(os.stat, lower[0]) if lower else None
-            owner = None if status is None else (status.st_uid, status.st_gid)
+            owner = await _owner(lower[0], held) if lower else None
 
             def make(number: int) -> None:
                 self._directories.make(number, work=kind is Kind.ACTIVE and bool(lower), owner=owner)
@@ -130,12 +151,21 @@ class Snapshots:
                     self._directories.link(number, lower)
 
             snapshot = await self._do(
-                self._metadata.create, kind, key, parent, labels, make=make, mounts=held.mounts(), boot=self._boot
+                self._metadata.create,
+                kind,
+                key,
+                parent,
+                labels,
+                parent_id=chain[0].id if chain else None,
+                make=make,
+                mounts=held.mounts(),
+                boot=self._boot,
             )
         except BaseException:
             await held.stack.aclose()
             raise
         self._lowers.keep(snapshot.id, held)
+        self._mounted[key] = snapshot, list(chain)
         return [self._mount(snapshot.id, kind, lower).mount]
 
     async def create_remote(self, name: str, parent: str, layer: ClusterLayer) -> None:
@@ -159,6 +189,7 @@ class Snapshots:
         """Turn an active snapshot into a committed one."""
 
         async def steps() -> None:
+            self._mounted.pop(key, None)
             committed = await self._do(self._metadata.commit, name, key, labels, parent)
             self._unstopped.begin(self._release(committed))
             self._count_later(committed.id)
@@ -183,7 +214,10 @@ class Snapshots:
 
     async def mounts(self, key: str) -> list[Mount]:
         """What containerd has to mount for an active snapshot or view, as often as it asks."""
-        snapshot, *chain = await self._do(self._metadata.chain, key)
+        if key in self._mounted:
+            snapshot, chain = self._mounted[key]
+        else:
+            snapshot, *chain = await self._do(self._metadata.chain, key)
         if snapshot.kind is Kind.COMMITTED:
             raise FailedPrecondition(f"snapshot {key} is committed, and has no mounts")
         lower, new = await self._lowers.current(snapshot.id, chain)
@@ -263,6 +297,8 @@ class Snapshots:
         """Forget a snapshot; its files go with the next :meth:`cleanup`."""
 
         async def steps() -> None:
+            self._mounted.pop(name, None)
+            self._chains.pop(name, None)
             removed = await self._do(self._metadata.remove, name)
             self._unstopped.begin(self._release(removed))
 
@@ -293,6 +329,16 @@ class _Mount(NamedTuple):
 
     mount: Mount
     long: bool
+
+
+async def _owner(directory: Path, held: Held) -> tuple[int, int]:
+    """Of the directory that a new root is to look like."""
+    layer = next((layer for layer in held.layers.values() if layer.path == directory), None)
+    if layer is not None and layer.backend is Backend.TREE:  # afs_fused answers, and may be slow
+        status = await asyncio.to_thread(os.stat, directory)
+    else:
+        status = os.stat(directory)  # in memory: it is the root of what is mounted there, or a directory of ours
+    return status.st_uid, status.st_gid
 
 
 def open_snapshots(root: Path, opener: Opener, mounts: LayerMounts, *, keep: bool) -> Snapshots:
