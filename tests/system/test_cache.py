@@ -263,6 +263,7 @@ def test_a_disk_that_runs_full(images: Images, small_disk: Path, busybox_image: 
         asyncio.run(scenario(running.nodes[0]))
 
 
+@pytest.mark.slow
 def test_evicting_a_partial_layer_gives_its_space_back(images: Images) -> None:
     """afs_fused must not keep the files of what is not mounted any more open."""
     # Far from each other and backwards, so that nobody reads ahead and the layer stays partial.

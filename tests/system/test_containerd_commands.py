@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from tests.testbed.cluster import RealCluster
 
-pytestmark = [pytest.mark.root, pytest.mark.containerd]
+pytestmark = [pytest.mark.root, pytest.mark.containerd, pytest.mark.slow]
 PROGRAM = str(BIN / "afs_snapshotter")
 OLD = "io.containerd.grpc.v1.cri"
 DEBIAN = f"""# Debian's file

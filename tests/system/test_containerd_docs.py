@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tests.testbed.images import BusyboxImage
     from tests.testbed.registry import Registry
 
-pytestmark = [pytest.mark.root, pytest.mark.containerd]
+pytestmark = [pytest.mark.root, pytest.mark.containerd, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "containerd.md").read_text()
 DEBIAN = """version = 2

@@ -178,6 +178,7 @@ async def test_encodings_and_manifests_over_http(
     assert session_registry.blob_fetches()[layer.digest] == 1
 
 
+@pytest.mark.slow
 def test_a_layer_in_use_is_completed_and_its_story_is_told(registry: Registry, big_image: BigImage) -> None:
     """While a container runs on it, and without a word from anybody."""
 
@@ -217,6 +218,7 @@ def test_a_layer_in_use_is_completed_and_its_story_is_told(registry: Registry, b
     assert registry.blob_fetches()[big_image.layer.digest] == 1
 
 
+@pytest.mark.slow
 def test_reader_goes_on_when_the_peer_s_layerstore_comes_back(big_image: BigImage) -> None:
     script = "echo ready; while ! test -e /go; do usleep 10000; done; sha256sum /big/*"
 

@@ -110,6 +110,7 @@ async def test_the_snapshotter_of_readers_is_killed(net: NetworkCluster, rng: ra
         await net.all_right(readers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", HOW)
 async def test_discovery_is_restarted_and_has_forgotten_all(net: NetworkCluster, rng: random.Random, how: str) -> None:
     first = net.nodes[0]

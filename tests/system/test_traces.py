@@ -66,6 +66,7 @@ async def open_image(node: NodeProcesses, image: str) -> pb.OpenImageResponse:
         return await LayerstoreNodeStub(opened).OpenImage(pb.OpenImageRequest(name=pb.ImageName(image=image)))
 
 
+@pytest.mark.slow
 def test_a_node_has_what_another_one_s_start_read(
     registry: Registry, busybox_image: BusyboxImage, tmp_path: Path
 ) -> None:
