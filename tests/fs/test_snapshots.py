@@ -440,6 +440,28 @@ async def test_mounts_go_when_nobody_needs_them(directory: Path) -> None:
             await running.snapshots.remove(top)
 
 
+async def test_a_name_that_is_another_snapshot_by_now(directory: Path) -> None:
+    """What is remembered of names is compared with the database when it matters."""
+    async with snapshotter(directory) as running:
+        await running.committed("base", files={"old": ""})
+        await running.prepare("c", "base")
+        old = running.snapshots._chains["base"]
+        await running.snapshots.remove("c")
+        with pytest.raises(NotFound):
+            await running.snapshots.mounts("c")
+        await running.snapshots.remove("base")
+        await running.committed("base", files={"new": ""})
+        running.snapshots._chains["base"] = old  # a Prepare that looked just before
+        (mount,) = await running.prepare("c", "base")
+        with mounted(mount, directory / "m") as root:
+            assert os.listdir(root) == ["new"]
+        assert await running.snapshots.mounts("c") == [mount]
+        await running.snapshots.remove("c")
+        await running.snapshots.remove("base")
+        with pytest.raises(NotFound, match="base"):
+            await running.prepare("c", "base")
+
+
 async def test_mounting_once_more_while_it_is_removed(directory: Path) -> None:
     async with snapshotter(directory) as running:
         (mount,) = await running.prepare("c", await running.lazy())
