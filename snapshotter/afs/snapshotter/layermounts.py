@@ -12,7 +12,7 @@ layerstore of them. A mount that is ``leaving`` is being unmounted, and nobody g
 of the calls OpenImage and OpenLayers whose layers are on their way into ``_all``, and the layers once they are known: a layerstore that
 starts anew in between knows nothing of its answer, so they count as in use.
 ``_stuck`` are those of ``_all`` that left the map and whose unmount failed; :meth:`LayerMounts.release` tries again.
-``changed`` is set whenever what :meth:`LayerMounts.leases` says has changed, ``asked`` with it after :meth:`LayerMounts.release`.
+``changed`` is set whenever what :meth:`LayerMounts.leases` says has changed.
 """
 
 import asyncio
@@ -59,7 +59,7 @@ class LayerMounts:
         self._opening: dict[int, frozenset[str]] = {}
         self._kept: Counter[str] = Counter()  # what roots need that outlive this process
         self._last_opened = time.time_ns()  # ascends over restarts
-        self.changed, self.asked = asyncio.Event(), asyncio.Event()
+        self.changed = asyncio.Event()
         self.on_mounted: Callable[[], None] = lambda: None  # called for each new mount
         self._next = 0
         self._going: set[asyncio.Task[None]] = set()
@@ -340,7 +340,6 @@ class LayerMounts:
             await self._unmount_all(stuck)
         finally:
             self.changed.set()  # an answer, even if nothing could go
-            self.asked.set()
 
     async def _unmount_all(self, layers: Iterable[MountedLayer]) -> None:
         await asyncio.gather(*(asyncio.shield(task) for task in [self._start_unmount(layer) for layer in layers]))

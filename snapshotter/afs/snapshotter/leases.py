@@ -22,7 +22,6 @@ if TYPE_CHECKING:  # a class of the stub file only
     from afs.proto.v1.layerstore_pb2_grpc import LayerstoreNodeAsyncStub
 
 log = logging.getLogger(__name__)
-GATHER_S = 0.2
 RECONNECT_S = 0.2  # after a stream that ended; connecting itself waits for the socket
 
 
@@ -65,9 +64,3 @@ async def _report(call: "grpc.aio.StreamStreamCall[pb.LeaseUpdate, pb.LeaseReque
             mounts.changed.clear()
             await call.write(mounts.leases())
             await mounts.changed.wait()
-            # A container that starts and ends changes them twice. What is mounted anew is the layerstore's to keep for a minute
-            # as it is; only what it waits for is told at once.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(GATHER_S):
-                    await mounts.asked.wait()
-            mounts.asked.clear()
