@@ -36,6 +36,92 @@ FILE_TYPE_FILE: FileType.ValueType  # 1
 FILE_TYPE_SYMLINK: FileType.ValueType  # 2
 Global___FileType: _TypeAlias = FileType  # noqa: Y015
 
+class _NetworkMode:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _NetworkModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NetworkMode.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    NETWORK_DEFAULT: _NetworkMode.ValueType  # 0
+    """what the node's operator chose"""
+    NETWORK_NONE: _NetworkMode.ValueType  # 1
+    """loopback only"""
+    NETWORK_BRIDGE: _NetworkMode.ValueType  # 2
+    """an interface of its own behind NAT"""
+    NETWORK_HOST: _NetworkMode.ValueType  # 3
+    """the node's own network"""
+
+class NetworkMode(_NetworkMode, metaclass=_NetworkModeEnumTypeWrapper): ...
+
+NETWORK_DEFAULT: NetworkMode.ValueType  # 0
+"""what the node's operator chose"""
+NETWORK_NONE: NetworkMode.ValueType  # 1
+"""loopback only"""
+NETWORK_BRIDGE: NetworkMode.ValueType  # 2
+"""an interface of its own behind NAT"""
+NETWORK_HOST: NetworkMode.ValueType  # 3
+"""the node's own network"""
+Global___NetworkMode: _TypeAlias = NetworkMode  # noqa: Y015
+
+class _UploadMode:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _UploadModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_UploadMode.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    UPLOAD_LAYER: _UploadMode.ValueType  # 0
+    """a read-only layer over the image: uploaded files are in the diff only if the command changed them"""
+    UPLOAD_COPY: _UploadMode.ValueType  # 1
+    """in the writable layer, as if the command had written them"""
+
+class UploadMode(_UploadMode, metaclass=_UploadModeEnumTypeWrapper): ...
+
+UPLOAD_LAYER: UploadMode.ValueType  # 0
+"""a read-only layer over the image: uploaded files are in the diff only if the command changed them"""
+UPLOAD_COPY: UploadMode.ValueType  # 1
+"""in the writable layer, as if the command had written them"""
+Global___UploadMode: _TypeAlias = UploadMode  # noqa: Y015
+
+class _DiffFormat:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DiffFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DiffFormat.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DIFF_GZIP: _DiffFormat.ValueType  # 0
+    DIFF_ZSTD: _DiffFormat.ValueType  # 1
+    DIFF_NONE: _DiffFormat.ValueType  # 2
+    """no diff: neither tar_header nor tar_chunks"""
+
+class DiffFormat(_DiffFormat, metaclass=_DiffFormatEnumTypeWrapper): ...
+
+DIFF_GZIP: DiffFormat.ValueType  # 0
+DIFF_ZSTD: DiffFormat.ValueType  # 1
+DIFF_NONE: DiffFormat.ValueType  # 2
+"""no diff: neither tar_header nor tar_chunks"""
+Global___DiffFormat: _TypeAlias = DiffFormat  # noqa: Y015
+
+class _UserNamespace:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _UserNamespaceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_UserNamespace.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    USER_NAMESPACE_DEFAULT: _UserNamespace.ValueType  # 0
+    """what the node's operator chose"""
+    USER_NAMESPACE_OFF: _UserNamespace.ValueType  # 1
+    USER_NAMESPACE_ON: _UserNamespace.ValueType  # 2
+    """root in the container is an unprivileged user outside"""
+
+class UserNamespace(_UserNamespace, metaclass=_UserNamespaceEnumTypeWrapper): ...
+
+USER_NAMESPACE_DEFAULT: UserNamespace.ValueType  # 0
+"""what the node's operator chose"""
+USER_NAMESPACE_OFF: UserNamespace.ValueType  # 1
+USER_NAMESPACE_ON: UserNamespace.ValueType  # 2
+"""root in the container is an unprivileged user outside"""
+Global___UserNamespace: _TypeAlias = UserNamespace  # noqa: Y015
+
 class _Outcome:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -49,9 +135,17 @@ class _OutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Outcome.Value
     OUTCOME_OUT_OF_MEMORY: _Outcome.ValueType  # 4
     OUTCOME_COMMAND_NOT_FOUND: _Outcome.ValueType  # 5
     OUTCOME_COMMAND_NOT_EXECUTABLE: _Outcome.ValueType  # 6
+    OUTCOME_CANCELLED: _Outcome.ValueType  # 7
+    """by the client, or by Runs.Cancel"""
+    OUTCOME_REJECTED: _Outcome.ValueType  # 8
+    """never started: the request is wrong, or there is no room"""
+    OUTCOME_INFRASTRUCTURE_ERROR: _Outcome.ValueType  # 9
+    """a fault of AFS, a registry or a node"""
 
 class Outcome(_Outcome, metaclass=_OutcomeEnumTypeWrapper):
-    """Why a run ended. Only EXITED says something about the command's own success."""
+    """Why a run ended. Only EXITED says something about the command's own success. CANCELLED, REJECTED and
+    INFRASTRUCTURE_ERROR never come as a response, only with the call's status.
+    """
 
 OUTCOME_UNSPECIFIED: Outcome.ValueType  # 0
 OUTCOME_EXITED: Outcome.ValueType  # 1
@@ -60,6 +154,12 @@ OUTCOME_TIMED_OUT: Outcome.ValueType  # 3
 OUTCOME_OUT_OF_MEMORY: Outcome.ValueType  # 4
 OUTCOME_COMMAND_NOT_FOUND: Outcome.ValueType  # 5
 OUTCOME_COMMAND_NOT_EXECUTABLE: Outcome.ValueType  # 6
+OUTCOME_CANCELLED: Outcome.ValueType  # 7
+"""by the client, or by Runs.Cancel"""
+OUTCOME_REJECTED: Outcome.ValueType  # 8
+"""never started: the request is wrong, or there is no room"""
+OUTCOME_INFRASTRUCTURE_ERROR: Outcome.ValueType  # 9
+"""a fault of AFS, a registry or a node"""
 Global___Outcome: _TypeAlias = Outcome  # noqa: Y015
 
 @_typing.final
@@ -70,6 +170,17 @@ class ExecuteRequest(_message.Message):
     FILE_BEGIN_FIELD_NUMBER: _builtins.int
     FILE_CHUNK_FIELD_NUMBER: _builtins.int
     FILE_END_FIELD_NUMBER: _builtins.int
+    UPLOAD_END_FIELD_NUMBER: _builtins.int
+    STDIN_FIELD_NUMBER: _builtins.int
+    STDIN_END_FIELD_NUMBER: _builtins.int
+    TERMINAL_SIZE_FIELD_NUMBER: _builtins.int
+    upload_end: _builtins.bool
+    """One of these, in a request without payload. Only after a start that asked for it.
+    with start.stdin: the command may run; what follows is standard input
+    """
+    stdin: _builtins.bytes
+    stdin_end: _builtins.bool
+    """end of file on standard input; half-closing says the same"""
     @_builtins.property
     def start(self) -> Global___StartRequest: ...
     @_builtins.property
@@ -78,6 +189,10 @@ class ExecuteRequest(_message.Message):
     def file_chunk(self) -> Global___FileChunk: ...
     @_builtins.property
     def file_end(self) -> Global___FileEntryEnd: ...
+    @_builtins.property
+    def terminal_size(self) -> Global___TerminalSize:
+        """with start.tty: the terminal has another size now"""
+
     def __init__(
         self,
         *,
@@ -85,10 +200,14 @@ class ExecuteRequest(_message.Message):
         file_begin: Global___FileEntryBegin | None = ...,
         file_chunk: Global___FileChunk | None = ...,
         file_end: Global___FileEntryEnd | None = ...,
+        upload_end: _builtins.bool = ...,
+        stdin: _builtins.bytes = ...,
+        stdin_end: _builtins.bool = ...,
+        terminal_size: Global___TerminalSize | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["file_begin", b"file_begin", "file_chunk", b"file_chunk", "file_end", b"file_end", "payload", b"payload", "start", b"start"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["file_begin", b"file_begin", "file_chunk", b"file_chunk", "file_end", b"file_end", "payload", b"payload", "start", b"start", "terminal_size", b"terminal_size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["file_begin", b"file_begin", "file_chunk", b"file_chunk", "file_end", b"file_end", "payload", b"payload", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file_begin", b"file_begin", "file_chunk", b"file_chunk", "file_end", b"file_end", "payload", b"payload", "start", b"start", "stdin", b"stdin", "stdin_end", b"stdin_end", "terminal_size", b"terminal_size", "upload_end", b"upload_end"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["start", "file_begin", "file_chunk", "file_end"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
@@ -97,8 +216,50 @@ class ExecuteRequest(_message.Message):
 Global___ExecuteRequest: _TypeAlias = ExecuteRequest  # noqa: Y015
 
 @_typing.final
+class TerminalSize(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: _builtins.int
+    COLUMNS_FIELD_NUMBER: _builtins.int
+    rows: _builtins.int
+    columns: _builtins.int
+    def __init__(
+        self,
+        *,
+        rows: _builtins.int = ...,
+        columns: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TerminalSize: _TypeAlias = TerminalSize  # noqa: Y015
+
+@_typing.final
 class StartRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     IMAGE_FIELD_NUMBER: _builtins.int
     TAG_FIELD_NUMBER: _builtins.int
@@ -116,6 +277,33 @@ class StartRequest(_message.Message):
     PROXY_DISPATCH_BACKOFF_MS_FIELD_NUMBER: _builtins.int
     ENV_FIELD_NUMBER: _builtins.int
     FUSE_MAX_READ_AHEAD_BYTES_FIELD_NUMBER: _builtins.int
+    CPU_MILLIS_FIELD_NUMBER: _builtins.int
+    CWD_FIELD_NUMBER: _builtins.int
+    USER_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
+    HOSTNAME_FIELD_NUMBER: _builtins.int
+    PIDS_LIMIT_FIELD_NUMBER: _builtins.int
+    DISK_MB_FIELD_NUMBER: _builtins.int
+    STDIN_FIELD_NUMBER: _builtins.int
+    TTY_FIELD_NUMBER: _builtins.int
+    TERMINAL_SIZE_FIELD_NUMBER: _builtins.int
+    NETWORK_FIELD_NUMBER: _builtins.int
+    EGRESS_ALLOW_FIELD_NUMBER: _builtins.int
+    USER_NAMESPACE_FIELD_NUMBER: _builtins.int
+    MAX_OUTPUT_BYTES_FIELD_NUMBER: _builtins.int
+    BYTES_ONLY_FIELD_NUMBER: _builtins.int
+    UPLOAD_MODE_FIELD_NUMBER: _builtins.int
+    DIFF_FORMAT_FIELD_NUMBER: _builtins.int
+    DIFF_INCLUDE_FIELD_NUMBER: _builtins.int
+    DIFF_EXCLUDE_FIELD_NUMBER: _builtins.int
+    DIFF_MAX_BYTES_FIELD_NUMBER: _builtins.int
+    TERM_GRACE_MS_FIELD_NUMBER: _builtins.int
+    QUEUE_TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
     image: _builtins.str
     tag: _builtins.str
     """a tag or a digest; empty if `image` holds it"""
@@ -137,6 +325,43 @@ class StartRequest(_message.Message):
     proxy_dispatch_backoff_ms: _builtins.int
     fuse_max_read_ahead_bytes: _builtins.int
     """accepted for old clients; mounts are shared, so a run cannot set it"""
+    cpu_millis: _builtins.int
+    """thousandths of a core, instead of cpu_cores"""
+    cwd: _builtins.str
+    """instead of the image's WorkingDir"""
+    user: _builtins.str
+    """USER[:GROUP], names or numbers, instead of the image's User"""
+    hostname: _builtins.str
+    pids_limit: _builtins.int
+    """processes and threads; 0: the node's default, which it cannot exceed"""
+    disk_mb: _builtins.int
+    """MiB that may be written to the root; 0: the node's default, which it cannot exceed"""
+    stdin: _builtins.bool
+    """standard input comes in the requests; else it is /dev/null"""
+    tty: _builtins.bool
+    """a terminal: all output is stdout"""
+    network: Global___NetworkMode.ValueType
+    user_namespace: Global___UserNamespace.ValueType
+    max_output_bytes: _builtins.int
+    """of each stream; the rest is dropped and marked; 0: no limit"""
+    bytes_only: _builtins.bool
+    """LogMessage.message stays empty"""
+    upload_mode: Global___UploadMode.ValueType
+    diff_format: Global___DiffFormat.ValueType
+    diff_max_bytes: _builtins.int
+    """of the uncompressed diff; what has more ends early, see Done.diff_error; 0: the node's limit"""
+    term_grace_ms: _builtins.int
+    """between SIGTERM and SIGKILL after the timeout; 0: the node's default"""
+    queue_timeout_ms: _builtins.int
+    """how long to wait for room; 0: as long as the call lives"""
+    priority: _builtins.int
+    """higher ones are dispatched first; -100 to 100"""
+    tenant: _builtins.str
+    """who the run is for; room is shared fairly between tenants"""
+    idempotency_key: _builtins.str
+    """at the proxy: requests of a tenant with one key are one run"""
+    progress: _builtins.bool
+    """`progress` responses are understood"""
     @_builtins.property
     def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """empty: the image's Entrypoint and Cmd"""
@@ -144,6 +369,26 @@ class StartRequest(_message.Message):
     @_builtins.property
     def env(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """NAME=value, over the image's"""
+
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """supplementary groups, names or numbers, besides the user's own"""
+
+    @_builtins.property
+    def terminal_size(self) -> Global___TerminalSize: ...
+    @_builtins.property
+    def egress_allow(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """with NETWORK_BRIDGE: ADDRESS[/BITS][:PORT]; if empty, all that the operator allows"""
+
+    @_builtins.property
+    def diff_include(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """globs of paths in the root, as gitignore has them; empty: all"""
+
+    @_builtins.property
+    def diff_exclude(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """for lists and logs; no meaning to AFS"""
 
     def __init__(
         self,
@@ -164,10 +409,37 @@ class StartRequest(_message.Message):
         proxy_dispatch_backoff_ms: _builtins.int = ...,
         env: _abc.Iterable[_builtins.str] | None = ...,
         fuse_max_read_ahead_bytes: _builtins.int = ...,
+        cpu_millis: _builtins.int = ...,
+        cwd: _builtins.str = ...,
+        user: _builtins.str = ...,
+        groups: _abc.Iterable[_builtins.str] | None = ...,
+        hostname: _builtins.str = ...,
+        pids_limit: _builtins.int = ...,
+        disk_mb: _builtins.int = ...,
+        stdin: _builtins.bool = ...,
+        tty: _builtins.bool = ...,
+        terminal_size: Global___TerminalSize | None = ...,
+        network: Global___NetworkMode.ValueType = ...,
+        egress_allow: _abc.Iterable[_builtins.str] | None = ...,
+        user_namespace: Global___UserNamespace.ValueType = ...,
+        max_output_bytes: _builtins.int = ...,
+        bytes_only: _builtins.bool = ...,
+        upload_mode: Global___UploadMode.ValueType = ...,
+        diff_format: Global___DiffFormat.ValueType = ...,
+        diff_include: _abc.Iterable[_builtins.str] | None = ...,
+        diff_exclude: _abc.Iterable[_builtins.str] | None = ...,
+        diff_max_bytes: _builtins.int = ...,
+        term_grace_ms: _builtins.int = ...,
+        queue_timeout_ms: _builtins.int = ...,
+        priority: _builtins.int = ...,
+        tenant: _builtins.str = ...,
+        idempotency_key: _builtins.str = ...,
+        progress: _builtins.bool = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["terminal_size", b"terminal_size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "cpu_cores", b"cpu_cores", "discovery_addr", b"discovery_addr", "env", b"env", "force_local_fetch", b"force_local_fetch", "fuse_max_read_ahead_bytes", b"fuse_max_read_ahead_bytes", "image", b"image", "memory_mb", b"memory_mb", "node_id", b"node_id", "platform_arch", b"platform_arch", "platform_os", b"platform_os", "platform_variant", b"platform_variant", "proxy_dispatch_backoff_ms", b"proxy_dispatch_backoff_ms", "proxy_dispatch_max_retries", b"proxy_dispatch_max_retries", "tag", b"tag", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_only", b"bytes_only", "command", b"command", "cpu_cores", b"cpu_cores", "cpu_millis", b"cpu_millis", "cwd", b"cwd", "diff_exclude", b"diff_exclude", "diff_format", b"diff_format", "diff_include", b"diff_include", "diff_max_bytes", b"diff_max_bytes", "discovery_addr", b"discovery_addr", "disk_mb", b"disk_mb", "egress_allow", b"egress_allow", "env", b"env", "force_local_fetch", b"force_local_fetch", "fuse_max_read_ahead_bytes", b"fuse_max_read_ahead_bytes", "groups", b"groups", "hostname", b"hostname", "idempotency_key", b"idempotency_key", "image", b"image", "labels", b"labels", "max_output_bytes", b"max_output_bytes", "memory_mb", b"memory_mb", "network", b"network", "node_id", b"node_id", "pids_limit", b"pids_limit", "platform_arch", b"platform_arch", "platform_os", b"platform_os", "platform_variant", b"platform_variant", "priority", b"priority", "progress", b"progress", "proxy_dispatch_backoff_ms", b"proxy_dispatch_backoff_ms", "proxy_dispatch_max_retries", b"proxy_dispatch_max_retries", "queue_timeout_ms", b"queue_timeout_ms", "stdin", b"stdin", "tag", b"tag", "tenant", b"tenant", "term_grace_ms", b"term_grace_ms", "terminal_size", b"terminal_size", "timeout_ms", b"timeout_ms", "tty", b"tty", "upload_mode", b"upload_mode", "user", b"user", "user_namespace", b"user_namespace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -257,6 +529,7 @@ class ExecuteResponse(_message.Message):
     TAR_CHUNK_FIELD_NUMBER: _builtins.int
     DONE_FIELD_NUMBER: _builtins.int
     ACCEPTED_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def log(self) -> Global___LogMessage: ...
     @_builtins.property
@@ -269,6 +542,10 @@ class ExecuteResponse(_message.Message):
     def done(self) -> Global___Done: ...
     @_builtins.property
     def accepted(self) -> Global___Accepted: ...
+    @_builtins.property
+    def progress(self) -> Global___Progress:
+        """in a response without payload, if start.progress asked for it"""
+
     def __init__(
         self,
         *,
@@ -278,10 +555,11 @@ class ExecuteResponse(_message.Message):
         tar_chunk: Global___TarChunk | None = ...,
         done: Global___Done | None = ...,
         accepted: Global___Accepted | None = ...,
+        progress: Global___Progress | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "done", b"done", "log", b"log", "payload", b"payload", "result", b"result", "tar_chunk", b"tar_chunk", "tar_header", b"tar_header"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "done", b"done", "log", b"log", "payload", b"payload", "progress", b"progress", "result", b"result", "tar_chunk", b"tar_chunk", "tar_header", b"tar_header"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "done", b"done", "log", b"log", "payload", b"payload", "result", b"result", "tar_chunk", b"tar_chunk", "tar_header", b"tar_header"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "done", b"done", "log", b"log", "payload", b"payload", "progress", b"progress", "result", b"result", "tar_chunk", b"tar_chunk", "tar_header", b"tar_header"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["log", "result", "tar_header", "tar_chunk", "done", "accepted"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
@@ -290,22 +568,85 @@ class ExecuteResponse(_message.Message):
 Global___ExecuteResponse: _TypeAlias = ExecuteResponse  # noqa: Y015
 
 @_typing.final
+class Progress(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Phase:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _PhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Progress._Phase.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        PHASE_UNSPECIFIED: Progress._Phase.ValueType  # 0
+        PHASE_QUEUED: Progress._Phase.ValueType  # 1
+        """waiting for a node, or for room on it"""
+        PHASE_IMAGE: Progress._Phase.ValueType  # 2
+        PHASE_UPLOAD: Progress._Phase.ValueType  # 3
+        PHASE_RUNNING: Progress._Phase.ValueType  # 4
+        """the command has been started"""
+        PHASE_DIFF: Progress._Phase.ValueType  # 5
+
+    class Phase(_Phase, metaclass=_PhaseEnumTypeWrapper): ...
+    PHASE_UNSPECIFIED: Progress.Phase.ValueType  # 0
+    PHASE_QUEUED: Progress.Phase.ValueType  # 1
+    """waiting for a node, or for room on it"""
+    PHASE_IMAGE: Progress.Phase.ValueType  # 2
+    PHASE_UPLOAD: Progress.Phase.ValueType  # 3
+    PHASE_RUNNING: Progress.Phase.ValueType  # 4
+    """the command has been started"""
+    PHASE_DIFF: Progress.Phase.ValueType  # 5
+
+    PHASE_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    QUEUED_FIELD_NUMBER: _builtins.int
+    BYTES_DONE_FIELD_NUMBER: _builtins.int
+    BYTES_TOTAL_FIELD_NUMBER: _builtins.int
+    phase: Global___Progress.Phase.ValueType
+    position: _builtins.int
+    """while queued: 1 is next"""
+    queued: _builtins.int
+    """while queued: how many wait"""
+    bytes_done: _builtins.int
+    bytes_total: _builtins.int
+    """0: not known"""
+    def __init__(
+        self,
+        *,
+        phase: Global___Progress.Phase.ValueType = ...,
+        position: _builtins.int = ...,
+        queued: _builtins.int = ...,
+        bytes_done: _builtins.int = ...,
+        bytes_total: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_done", b"bytes_done", "bytes_total", b"bytes_total", "phase", b"phase", "position", b"position", "queued", b"queued"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Progress: _TypeAlias = Progress  # noqa: Y015
+
+@_typing.final
 class Accepted(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ACCEPTED_FIELD_NUMBER: _builtins.int
     NODE_ID_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
     accepted: _builtins.bool
     node_id: _builtins.str
+    run_id: _builtins.str
+    """what Runs.List and Runs.Cancel call it"""
     def __init__(
         self,
         *,
         accepted: _builtins.bool = ...,
         node_id: _builtins.str = ...,
+        run_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "node_id", b"node_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "node_id", b"node_id", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -318,22 +659,26 @@ class LogMessage(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    TRUNCATED_FIELD_NUMBER: _builtins.int
     source: _builtins.str
     """stdout or stderr"""
     message: _builtins.str
     """`data` as text, undecodable bytes replaced"""
     data: _builtins.bytes
     """what the command wrote, byte for byte"""
+    truncated: _builtins.bool
+    """the stream has reached max_output_bytes: nothing of it follows"""
     def __init__(
         self,
         *,
         source: _builtins.str = ...,
         message: _builtins.str = ...,
         data: _builtins.bytes = ...,
+        truncated: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "message", b"message", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "message", b"message", "source", b"source", "truncated", b"truncated"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -351,6 +696,14 @@ class Result(_message.Message):
     TIMINGS_FIELD_NUMBER: _builtins.int
     PEAK_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     CPU_TIME_US_FIELD_NUMBER: _builtins.int
+    RETRYABLE_FIELD_NUMBER: _builtins.int
+    BYTES_FETCHED_FIELD_NUMBER: _builtins.int
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    STDOUT_BYTES_FIELD_NUMBER: _builtins.int
+    STDERR_BYTES_FIELD_NUMBER: _builtins.int
+    STDOUT_DROPPED_BYTES_FIELD_NUMBER: _builtins.int
+    STDERR_DROPPED_BYTES_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
     success: _builtins.bool
     """exit_code is 0"""
     exit_code: _builtins.int
@@ -362,6 +715,19 @@ class Result(_message.Message):
     """with OUTCOME_SIGNALLED"""
     peak_memory_bytes: _builtins.int
     cpu_time_us: _builtins.int
+    retryable: _builtins.bool
+    """with REJECTED and INFRASTRUCTURE_ERROR: the same request may succeed later, or on another node"""
+    bytes_fetched: _builtins.int
+    """of the image, from peers, since the run began; runs of one image at one time share them"""
+    node_id: _builtins.str
+    """empty if no node took the run"""
+    stdout_bytes: _builtins.int
+    """what the command wrote, dropped bytes included"""
+    stderr_bytes: _builtins.int
+    stdout_dropped_bytes: _builtins.int
+    stderr_dropped_bytes: _builtins.int
+    replayed: _builtins.bool
+    """the run ended before; this is its result again, without output and diff"""
     @_builtins.property
     def timings(self) -> Global___Timings: ...
     def __init__(
@@ -375,10 +741,18 @@ class Result(_message.Message):
         timings: Global___Timings | None = ...,
         peak_memory_bytes: _builtins.int = ...,
         cpu_time_us: _builtins.int = ...,
+        retryable: _builtins.bool = ...,
+        bytes_fetched: _builtins.int = ...,
+        node_id: _builtins.str = ...,
+        stdout_bytes: _builtins.int = ...,
+        stderr_bytes: _builtins.int = ...,
+        stdout_dropped_bytes: _builtins.int = ...,
+        stderr_dropped_bytes: _builtins.int = ...,
+        replayed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_time_us", b"cpu_time_us", "error", b"error", "exit_code", b"exit_code", "outcome", b"outcome", "peak_memory_bytes", b"peak_memory_bytes", "signal", b"signal", "success", b"success", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_fetched", b"bytes_fetched", "cpu_time_us", b"cpu_time_us", "error", b"error", "exit_code", b"exit_code", "node_id", b"node_id", "outcome", b"outcome", "peak_memory_bytes", b"peak_memory_bytes", "replayed", b"replayed", "retryable", b"retryable", "signal", b"signal", "stderr_bytes", b"stderr_bytes", "stderr_dropped_bytes", b"stderr_dropped_bytes", "stdout_bytes", b"stdout_bytes", "stdout_dropped_bytes", b"stdout_dropped_bytes", "success", b"success", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -394,6 +768,8 @@ class Timings(_message.Message):
     UPLOAD_US_FIELD_NUMBER: _builtins.int
     ROOT_US_FIELD_NUMBER: _builtins.int
     RUN_US_FIELD_NUMBER: _builtins.int
+    QUEUE_US_FIELD_NUMBER: _builtins.int
+    DIFF_US_FIELD_NUMBER: _builtins.int
     image_us: _builtins.int
     """until the image's layers are mounted (beside the upload)"""
     upload_us: _builtins.int
@@ -402,6 +778,10 @@ class Timings(_message.Message):
     """making the root file system"""
     run_us: _builtins.int
     """from starting the runtime to its end"""
+    queue_us: _builtins.int
+    """waiting for room, at the proxy and on the node"""
+    diff_us: _builtins.int
+    """making and sending the diff; only in Done"""
     def __init__(
         self,
         *,
@@ -409,10 +789,12 @@ class Timings(_message.Message):
         upload_us: _builtins.int = ...,
         root_us: _builtins.int = ...,
         run_us: _builtins.int = ...,
+        queue_us: _builtins.int = ...,
+        diff_us: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["image_us", b"image_us", "root_us", b"root_us", "run_us", b"run_us", "upload_us", b"upload_us"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["diff_us", b"diff_us", "image_us", b"image_us", "queue_us", b"queue_us", "root_us", b"root_us", "run_us", b"run_us", "upload_us", b"upload_us"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -460,12 +842,28 @@ Global___TarChunk: _TypeAlias = TarChunk  # noqa: Y015
 class Done(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    TIMINGS_FIELD_NUMBER: _builtins.int
+    DIFF_BYTES_FIELD_NUMBER: _builtins.int
+    DIFF_ENTRIES_FIELD_NUMBER: _builtins.int
+    DIFF_ERROR_FIELD_NUMBER: _builtins.int
+    diff_bytes: _builtins.int
+    """compressed"""
+    diff_entries: _builtins.int
+    diff_error: _builtins.str
+    """why the diff is not whole: it exceeds the request's diff_max_bytes"""
+    @_builtins.property
+    def timings(self) -> Global___Timings: ...
     def __init__(
         self,
+        *,
+        timings: Global___Timings | None = ...,
+        diff_bytes: _builtins.int = ...,
+        diff_entries: _builtins.int = ...,
+        diff_error: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["diff_bytes", b"diff_bytes", "diff_entries", b"diff_entries", "diff_error", b"diff_error", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -498,6 +896,14 @@ class GetRuntimeStatusResponse(_message.Message):
     AVAILABLE_CPU_CORES_FIELD_NUMBER: _builtins.int
     AVAILABLE_MEMORY_MB_FIELD_NUMBER: _builtins.int
     NODE_ID_FIELD_NUMBER: _builtins.int
+    LIMIT_CPU_MILLIS_FIELD_NUMBER: _builtins.int
+    USED_CPU_MILLIS_FIELD_NUMBER: _builtins.int
+    LIMIT_DISK_MB_FIELD_NUMBER: _builtins.int
+    USED_DISK_MB_FIELD_NUMBER: _builtins.int
+    LIMIT_RUNS_FIELD_NUMBER: _builtins.int
+    QUEUED_RUNS_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
+    IMAGES_FIELD_NUMBER: _builtins.int
     running_containers: _builtins.int
     limit_cpu_cores: _builtins.int
     limit_memory_mb: _builtins.int
@@ -506,6 +912,22 @@ class GetRuntimeStatusResponse(_message.Message):
     available_cpu_cores: _builtins.int
     available_memory_mb: _builtins.int
     node_id: _builtins.str
+    limit_cpu_millis: _builtins.int
+    """the same in thousandths of a core: runs may have fractions"""
+    used_cpu_millis: _builtins.int
+    limit_disk_mb: _builtins.int
+    """what runs may write; 0: not limited"""
+    used_disk_mb: _builtins.int
+    limit_runs: _builtins.int
+    """how many runs at once; 0: not limited"""
+    queued_runs: _builtins.int
+    """accepted by nobody yet: they wait on the node"""
+    draining: _builtins.bool
+    """takes no more runs"""
+    @_builtins.property
+    def images(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """what has run here lately, see afs.afslet.requests.image_hash; in Runs.Watch only"""
+
     def __init__(
         self,
         *,
@@ -517,10 +939,18 @@ class GetRuntimeStatusResponse(_message.Message):
         available_cpu_cores: _builtins.int = ...,
         available_memory_mb: _builtins.int = ...,
         node_id: _builtins.str = ...,
+        limit_cpu_millis: _builtins.int = ...,
+        used_cpu_millis: _builtins.int = ...,
+        limit_disk_mb: _builtins.int = ...,
+        used_disk_mb: _builtins.int = ...,
+        limit_runs: _builtins.int = ...,
+        queued_runs: _builtins.int = ...,
+        draining: _builtins.bool = ...,
+        images: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_cpu_cores", b"available_cpu_cores", "available_memory_mb", b"available_memory_mb", "limit_cpu_cores", b"limit_cpu_cores", "limit_memory_mb", b"limit_memory_mb", "node_id", b"node_id", "running_containers", b"running_containers", "used_cpu_cores", b"used_cpu_cores", "used_memory_mb", b"used_memory_mb"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_cpu_cores", b"available_cpu_cores", "available_memory_mb", b"available_memory_mb", "draining", b"draining", "images", b"images", "limit_cpu_cores", b"limit_cpu_cores", "limit_cpu_millis", b"limit_cpu_millis", "limit_disk_mb", b"limit_disk_mb", "limit_memory_mb", b"limit_memory_mb", "limit_runs", b"limit_runs", "node_id", b"node_id", "queued_runs", b"queued_runs", "running_containers", b"running_containers", "used_cpu_cores", b"used_cpu_cores", "used_cpu_millis", b"used_cpu_millis", "used_disk_mb", b"used_disk_mb", "used_memory_mb", b"used_memory_mb"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -51,7 +51,11 @@ class AfsletServicer:
 
     def Execute(self, request_iterator, context):
         """The first request is `start`; then files, each file_begin [file_chunk ...] file_end; then the client half-closes and
-        the command runs. The first response is `accepted`; then logs, result, tar_header, tar_chunks, done.
+        the command runs. With `start.stdin` the upload ends with `upload_end` instead, and standard input follows.
+        The first response is `accepted`; then logs, result, tar_header, tar_chunks, done. What came before and between them,
+        `progress`, only those get who asked for it. The call is the run's lease: when it ends, so does the run.
+        A run that AFS could not finish ends with a status other than OK; its trailing metadata `afs-result-bin` is a Result
+        whose outcome is CANCELLED, REJECTED or INFRASTRUCTURE_ERROR.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

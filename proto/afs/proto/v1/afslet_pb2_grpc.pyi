@@ -33,7 +33,11 @@ class AfsletStub:
     def __new__(cls, channel: _aio.Channel) -> AfsletAsyncStub: ...
     Execute: _grpc.StreamStreamMultiCallable[_afslet_pb2.ExecuteRequest, _afslet_pb2.ExecuteResponse]
     """The first request is `start`; then files, each file_begin [file_chunk ...] file_end; then the client half-closes and
-    the command runs. The first response is `accepted`; then logs, result, tar_header, tar_chunks, done.
+    the command runs. With `start.stdin` the upload ends with `upload_end` instead, and standard input follows.
+    The first response is `accepted`; then logs, result, tar_header, tar_chunks, done. What came before and between them,
+    `progress`, only those get who asked for it. The call is the run's lease: when it ends, so does the run.
+    A run that AFS could not finish ends with a status other than OK; its trailing metadata `afs-result-bin` is a Result
+    whose outcome is CANCELLED, REJECTED or INFRASTRUCTURE_ERROR.
     """
     GetRuntimeStatus: _grpc.UnaryUnaryMultiCallable[_afslet_pb2.GetRuntimeStatusRequest, _afslet_pb2.GetRuntimeStatusResponse]
 
@@ -42,7 +46,11 @@ class AfsletAsyncStub(AfsletStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Execute: _aio.StreamStreamMultiCallable[_afslet_pb2.ExecuteRequest, _afslet_pb2.ExecuteResponse]  # type: ignore[assignment]
     """The first request is `start`; then files, each file_begin [file_chunk ...] file_end; then the client half-closes and
-    the command runs. The first response is `accepted`; then logs, result, tar_header, tar_chunks, done.
+    the command runs. With `start.stdin` the upload ends with `upload_end` instead, and standard input follows.
+    The first response is `accepted`; then logs, result, tar_header, tar_chunks, done. What came before and between them,
+    `progress`, only those get who asked for it. The call is the run's lease: when it ends, so does the run.
+    A run that AFS could not finish ends with a status other than OK; its trailing metadata `afs-result-bin` is a Result
+    whose outcome is CANCELLED, REJECTED or INFRASTRUCTURE_ERROR.
     """
     GetRuntimeStatus: _aio.UnaryUnaryMultiCallable[_afslet_pb2.GetRuntimeStatusRequest, _afslet_pb2.GetRuntimeStatusResponse]  # type: ignore[assignment]
 
@@ -54,7 +62,11 @@ class AfsletServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_afslet_pb2.ExecuteResponse], _abc.AsyncIterator[_afslet_pb2.ExecuteResponse]]:
         """The first request is `start`; then files, each file_begin [file_chunk ...] file_end; then the client half-closes and
-        the command runs. The first response is `accepted`; then logs, result, tar_header, tar_chunks, done.
+        the command runs. With `start.stdin` the upload ends with `upload_end` instead, and standard input follows.
+        The first response is `accepted`; then logs, result, tar_header, tar_chunks, done. What came before and between them,
+        `progress`, only those get who asked for it. The call is the run's lease: when it ends, so does the run.
+        A run that AFS could not finish ends with a status other than OK; its trailing metadata `afs-result-bin` is a Result
+        whose outcome is CANCELLED, REJECTED or INFRASTRUCTURE_ERROR.
         """
 
     @_abc_1.abstractmethod

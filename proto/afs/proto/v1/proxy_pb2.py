@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x61\x66s/proto/v1/proxy.proto\x12\x0b\x61\x66sproxy.v1\"E\n\rStatusRequest\x12\x1b\n\x13include_layerstores\x18\x01 \x01(\x08\x12\x17\n\x0finclude_afslets\x18\x02 \x01(\x08\"\x91\x01\n\x1cReconcileImageReplicaRequest\x12\r\n\x05image\x18\x01 \x01(\t\x12\x0b\n\x03tag\x18\x02 \x01(\t\x12\x13\n\x0bplatform_os\x18\x03 \x01(\t\x12\x15\n\rplatform_arch\x18\x04 \x01(\t\x12\x18\n\x10platform_variant\x18\x05 \x01(\t\x12\x0f\n\x07replica\x18\x06 \x01(\x05\"\xae\x01\n\x1dReconcileImageReplicaResponse\x12\x11\n\timage_key\x18\x01 \x01(\t\x12\x17\n\x0f\x63urrent_replica\x18\x02 \x01(\x05\x12\x19\n\x11requested_replica\x18\x03 \x01(\x05\x12\x0f\n\x07\x65nsured\x18\x04 \x01(\x08\x12\x35\n\x06layers\x18\x05 \x03(\x0b\x32%.afsproxy.v1.ReconciledLayerPlacement\"\\\n\x18ReconciledLayerPlacement\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x30\n\tinstances\x18\x02 \x03(\x0b\x32\x1d.afsproxy.v1.LayerstoreTarget\"5\n\x10LayerstoreTarget\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\"w\n\rStatusSummary\x12\x1c\n\x14layerstore_instances\x18\x01 \x01(\x03\x12\x18\n\x10\x61\x66slet_instances\x18\x02 \x01(\x03\x12\x18\n\x10\x61\x66slet_reachable\x18\x03 \x01(\x03\x12\x14\n\x0ctotal_layers\x18\x04 \x01(\x03\"\xa7\x01\n\x12LayerstoreInstance\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\x12\x16\n\x0elast_seen_unix\x18\x03 \x01(\x03\x12\x17\n\x0f\x63\x61\x63he_max_bytes\x18\x04 \x01(\x03\x12&\n\x06layers\x18\x05 \x03(\x0b\x32\x16.afsproxy.v1.LayerInfo\x12\x15\n\rcached_images\x18\x06 \x03(\t\"-\n\tLayerInfo\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x10\n\x08\x61\x66s_size\x18\x02 \x01(\x03\"\xfc\x01\n\x0e\x41\x66sletInstance\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\x11\n\treachable\x18\x02 \x01(\x08\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x1a\n\x12running_containers\x18\x04 \x01(\x03\x12\x17\n\x0flimit_cpu_cores\x18\x05 \x01(\x03\x12\x17\n\x0flimit_memory_mb\x18\x06 \x01(\x03\x12\x16\n\x0eused_cpu_cores\x18\x07 \x01(\x03\x12\x16\n\x0eused_memory_mb\x18\x08 \x01(\x03\x12\x1b\n\x13\x61vailable_cpu_cores\x18\t \x01(\x03\x12\x1b\n\x13\x61vailable_memory_mb\x18\n \x01(\x03\".\n\x0bStatusError\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xdb\x01\n\x0eStatusResponse\x12-\n\x07summary\x18\x01 \x01(\x0b\x32\x1a.afsproxy.v1.StatusSummaryH\x00\x12\x35\n\nlayerstore\x18\x02 \x01(\x0b\x32\x1f.afsproxy.v1.LayerstoreInstanceH\x00\x12-\n\x06\x61\x66slet\x18\x03 \x01(\x0b\x32\x1b.afsproxy.v1.AfsletInstanceH\x00\x12)\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x18.afsproxy.v1.StatusErrorH\x00\x42\t\n\x07payload2\xbf\x01\n\x08\x41\x66sProxy\x12\x43\n\x06Status\x12\x1a.afsproxy.v1.StatusRequest\x1a\x1b.afsproxy.v1.StatusResponse0\x01\x12n\n\x15ReconcileImageReplica\x12).afsproxy.v1.ReconcileImageReplicaRequest\x1a*.afsproxy.v1.ReconcileImageReplicaResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x61\x66s/proto/v1/proxy.proto\x12\x0b\x61\x66sproxy.v1\"X\n\rStatusRequest\x12\x1b\n\x13include_layerstores\x18\x01 \x01(\x08\x12\x17\n\x0finclude_afslets\x18\x02 \x01(\x08\x12\x11\n\tfollow_ms\x18\x64 \x01(\x03\"\x91\x01\n\x1cReconcileImageReplicaRequest\x12\r\n\x05image\x18\x01 \x01(\t\x12\x0b\n\x03tag\x18\x02 \x01(\t\x12\x13\n\x0bplatform_os\x18\x03 \x01(\t\x12\x15\n\rplatform_arch\x18\x04 \x01(\t\x12\x18\n\x10platform_variant\x18\x05 \x01(\t\x12\x0f\n\x07replica\x18\x06 \x01(\x05\"\xae\x01\n\x1dReconcileImageReplicaResponse\x12\x11\n\timage_key\x18\x01 \x01(\t\x12\x17\n\x0f\x63urrent_replica\x18\x02 \x01(\x05\x12\x19\n\x11requested_replica\x18\x03 \x01(\x05\x12\x0f\n\x07\x65nsured\x18\x04 \x01(\x08\x12\x35\n\x06layers\x18\x05 \x03(\x0b\x32%.afsproxy.v1.ReconciledLayerPlacement\"\\\n\x18ReconciledLayerPlacement\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x30\n\tinstances\x18\x02 \x03(\x0b\x32\x1d.afsproxy.v1.LayerstoreTarget\"5\n\x10LayerstoreTarget\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\"\xe8\x01\n\rStatusSummary\x12\x1c\n\x14layerstore_instances\x18\x01 \x01(\x03\x12\x18\n\x10\x61\x66slet_instances\x18\x02 \x01(\x03\x12\x18\n\x10\x61\x66slet_reachable\x18\x03 \x01(\x03\x12\x14\n\x0ctotal_layers\x18\x04 \x01(\x03\x12\x0f\n\x07running\x18\x64 \x01(\x03\x12\x0e\n\x06queued\x18\x65 \x01(\x03\x12\x14\n\x0cpeers_queued\x18\x66 \x01(\x03\x12)\n\x07tenants\x18g \x03(\x0b\x32\x18.afsproxy.v1.TenantQueue\x12\r\n\x05peers\x18h \x01(\x03\">\n\x0bTenantQueue\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0e\n\x06queued\x18\x02 \x01(\x03\x12\x0f\n\x07running\x18\x03 \x01(\x03\"\xa7\x01\n\x12LayerstoreInstance\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\x12\x16\n\x0elast_seen_unix\x18\x03 \x01(\x03\x12\x17\n\x0f\x63\x61\x63he_max_bytes\x18\x04 \x01(\x03\x12&\n\x06layers\x18\x05 \x03(\x0b\x32\x16.afsproxy.v1.LayerInfo\x12\x15\n\rcached_images\x18\x06 \x03(\t\"-\n\tLayerInfo\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x10\n\x08\x61\x66s_size\x18\x02 \x01(\x03\"\xa8\x03\n\x0e\x41\x66sletInstance\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\x11\n\treachable\x18\x02 \x01(\x08\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x1a\n\x12running_containers\x18\x04 \x01(\x03\x12\x17\n\x0flimit_cpu_cores\x18\x05 \x01(\x03\x12\x17\n\x0flimit_memory_mb\x18\x06 \x01(\x03\x12\x16\n\x0eused_cpu_cores\x18\x07 \x01(\x03\x12\x16\n\x0eused_memory_mb\x18\x08 \x01(\x03\x12\x1b\n\x13\x61vailable_cpu_cores\x18\t \x01(\x03\x12\x1b\n\x13\x61vailable_memory_mb\x18\n \x01(\x03\x12\x0f\n\x07node_id\x18\x64 \x01(\t\x12\x18\n\x10limit_cpu_millis\x18\x65 \x01(\x03\x12\x17\n\x0fused_cpu_millis\x18\x66 \x01(\x03\x12\x15\n\rlimit_disk_mb\x18g \x01(\x03\x12\x14\n\x0cused_disk_mb\x18h \x01(\x03\x12\x12\n\nlimit_runs\x18i \x01(\x03\x12\x13\n\x0bqueued_runs\x18j \x01(\x03\x12\x10\n\x08\x64raining\x18k \x01(\x08\".\n\x0bStatusError\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xdb\x01\n\x0eStatusResponse\x12-\n\x07summary\x18\x01 \x01(\x0b\x32\x1a.afsproxy.v1.StatusSummaryH\x00\x12\x35\n\nlayerstore\x18\x02 \x01(\x0b\x32\x1f.afsproxy.v1.LayerstoreInstanceH\x00\x12-\n\x06\x61\x66slet\x18\x03 \x01(\x0b\x32\x1b.afsproxy.v1.AfsletInstanceH\x00\x12)\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x18.afsproxy.v1.StatusErrorH\x00\x42\t\n\x07payload2\xbf\x01\n\x08\x41\x66sProxy\x12\x43\n\x06Status\x12\x1a.afsproxy.v1.StatusRequest\x1a\x1b.afsproxy.v1.StatusResponse0\x01\x12n\n\x15ReconcileImageReplica\x12).afsproxy.v1.ReconcileImageReplicaRequest\x1a*.afsproxy.v1.ReconcileImageReplicaResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,27 +32,29 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'afs.proto.v1.proxy_pb2', _g
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_STATUSREQUEST']._serialized_start=41
-  _globals['_STATUSREQUEST']._serialized_end=110
-  _globals['_RECONCILEIMAGEREPLICAREQUEST']._serialized_start=113
-  _globals['_RECONCILEIMAGEREPLICAREQUEST']._serialized_end=258
-  _globals['_RECONCILEIMAGEREPLICARESPONSE']._serialized_start=261
-  _globals['_RECONCILEIMAGEREPLICARESPONSE']._serialized_end=435
-  _globals['_RECONCILEDLAYERPLACEMENT']._serialized_start=437
-  _globals['_RECONCILEDLAYERPLACEMENT']._serialized_end=529
-  _globals['_LAYERSTORETARGET']._serialized_start=531
-  _globals['_LAYERSTORETARGET']._serialized_end=584
-  _globals['_STATUSSUMMARY']._serialized_start=586
-  _globals['_STATUSSUMMARY']._serialized_end=705
-  _globals['_LAYERSTOREINSTANCE']._serialized_start=708
-  _globals['_LAYERSTOREINSTANCE']._serialized_end=875
-  _globals['_LAYERINFO']._serialized_start=877
-  _globals['_LAYERINFO']._serialized_end=922
-  _globals['_AFSLETINSTANCE']._serialized_start=925
-  _globals['_AFSLETINSTANCE']._serialized_end=1177
-  _globals['_STATUSERROR']._serialized_start=1179
-  _globals['_STATUSERROR']._serialized_end=1225
-  _globals['_STATUSRESPONSE']._serialized_start=1228
-  _globals['_STATUSRESPONSE']._serialized_end=1447
-  _globals['_AFSPROXY']._serialized_start=1450
-  _globals['_AFSPROXY']._serialized_end=1641
+  _globals['_STATUSREQUEST']._serialized_end=129
+  _globals['_RECONCILEIMAGEREPLICAREQUEST']._serialized_start=132
+  _globals['_RECONCILEIMAGEREPLICAREQUEST']._serialized_end=277
+  _globals['_RECONCILEIMAGEREPLICARESPONSE']._serialized_start=280
+  _globals['_RECONCILEIMAGEREPLICARESPONSE']._serialized_end=454
+  _globals['_RECONCILEDLAYERPLACEMENT']._serialized_start=456
+  _globals['_RECONCILEDLAYERPLACEMENT']._serialized_end=548
+  _globals['_LAYERSTORETARGET']._serialized_start=550
+  _globals['_LAYERSTORETARGET']._serialized_end=603
+  _globals['_STATUSSUMMARY']._serialized_start=606
+  _globals['_STATUSSUMMARY']._serialized_end=838
+  _globals['_TENANTQUEUE']._serialized_start=840
+  _globals['_TENANTQUEUE']._serialized_end=902
+  _globals['_LAYERSTOREINSTANCE']._serialized_start=905
+  _globals['_LAYERSTOREINSTANCE']._serialized_end=1072
+  _globals['_LAYERINFO']._serialized_start=1074
+  _globals['_LAYERINFO']._serialized_end=1119
+  _globals['_AFSLETINSTANCE']._serialized_start=1122
+  _globals['_AFSLETINSTANCE']._serialized_end=1546
+  _globals['_STATUSERROR']._serialized_start=1548
+  _globals['_STATUSERROR']._serialized_end=1594
+  _globals['_STATUSRESPONSE']._serialized_start=1597
+  _globals['_STATUSRESPONSE']._serialized_end=1816
+  _globals['_AFSPROXY']._serialized_start=1819
+  _globals['_AFSPROXY']._serialized_end=2010
 # @@protoc_insertion_point(module_scope)

@@ -24,17 +24,21 @@ class StatusRequest(_message.Message):
 
     INCLUDE_LAYERSTORES_FIELD_NUMBER: _builtins.int
     INCLUDE_AFSLETS_FIELD_NUMBER: _builtins.int
+    FOLLOW_MS_FIELD_NUMBER: _builtins.int
     include_layerstores: _builtins.bool
     include_afslets: _builtins.bool
+    follow_ms: _builtins.int
+    """say it all again every so many milliseconds, as long as the call lives; 0: once"""
     def __init__(
         self,
         *,
         include_layerstores: _builtins.bool = ...,
         include_afslets: _builtins.bool = ...,
+        follow_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["include_afslets", b"include_afslets", "include_layerstores", b"include_layerstores"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["follow_ms", b"follow_ms", "include_afslets", b"include_afslets", "include_layerstores", b"include_layerstores"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -162,10 +166,25 @@ class StatusSummary(_message.Message):
     AFSLET_INSTANCES_FIELD_NUMBER: _builtins.int
     AFSLET_REACHABLE_FIELD_NUMBER: _builtins.int
     TOTAL_LAYERS_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
+    QUEUED_FIELD_NUMBER: _builtins.int
+    PEERS_QUEUED_FIELD_NUMBER: _builtins.int
+    TENANTS_FIELD_NUMBER: _builtins.int
+    PEERS_FIELD_NUMBER: _builtins.int
     layerstore_instances: _builtins.int
     afslet_instances: _builtins.int
     afslet_reachable: _builtins.int
     total_layers: _builtins.int
+    running: _builtins.int
+    """runs that this proxy has dispatched and that have not ended"""
+    queued: _builtins.int
+    """runs that wait at this proxy"""
+    peers_queued: _builtins.int
+    """runs that wait at the other proxies"""
+    peers: _builtins.int
+    """other proxies that answer"""
+    @_builtins.property
+    def tenants(self) -> _containers.RepeatedCompositeFieldContainer[Global___TenantQueue]: ...
     def __init__(
         self,
         *,
@@ -173,14 +192,44 @@ class StatusSummary(_message.Message):
         afslet_instances: _builtins.int = ...,
         afslet_reachable: _builtins.int = ...,
         total_layers: _builtins.int = ...,
+        running: _builtins.int = ...,
+        queued: _builtins.int = ...,
+        peers_queued: _builtins.int = ...,
+        tenants: _abc.Iterable[Global___TenantQueue] | None = ...,
+        peers: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["afslet_instances", b"afslet_instances", "afslet_reachable", b"afslet_reachable", "layerstore_instances", b"layerstore_instances", "total_layers", b"total_layers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["afslet_instances", b"afslet_instances", "afslet_reachable", b"afslet_reachable", "layerstore_instances", b"layerstore_instances", "peers", b"peers", "peers_queued", b"peers_queued", "queued", b"queued", "running", b"running", "tenants", b"tenants", "total_layers", b"total_layers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StatusSummary: _TypeAlias = StatusSummary  # noqa: Y015
+
+@_typing.final
+class TenantQueue(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    QUEUED_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    queued: _builtins.int
+    running: _builtins.int
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        queued: _builtins.int = ...,
+        running: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["queued", b"queued", "running", b"running", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TenantQueue: _TypeAlias = TenantQueue  # noqa: Y015
 
 @_typing.final
 class LayerstoreInstance(_message.Message):
@@ -256,6 +305,14 @@ class AfsletInstance(_message.Message):
     USED_MEMORY_MB_FIELD_NUMBER: _builtins.int
     AVAILABLE_CPU_CORES_FIELD_NUMBER: _builtins.int
     AVAILABLE_MEMORY_MB_FIELD_NUMBER: _builtins.int
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    LIMIT_CPU_MILLIS_FIELD_NUMBER: _builtins.int
+    USED_CPU_MILLIS_FIELD_NUMBER: _builtins.int
+    LIMIT_DISK_MB_FIELD_NUMBER: _builtins.int
+    USED_DISK_MB_FIELD_NUMBER: _builtins.int
+    LIMIT_RUNS_FIELD_NUMBER: _builtins.int
+    QUEUED_RUNS_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
     endpoint: _builtins.str
     reachable: _builtins.bool
     error: _builtins.str
@@ -266,6 +323,14 @@ class AfsletInstance(_message.Message):
     used_memory_mb: _builtins.int
     available_cpu_cores: _builtins.int
     available_memory_mb: _builtins.int
+    node_id: _builtins.str
+    limit_cpu_millis: _builtins.int
+    used_cpu_millis: _builtins.int
+    limit_disk_mb: _builtins.int
+    used_disk_mb: _builtins.int
+    limit_runs: _builtins.int
+    queued_runs: _builtins.int
+    draining: _builtins.bool
     def __init__(
         self,
         *,
@@ -279,10 +344,18 @@ class AfsletInstance(_message.Message):
         used_memory_mb: _builtins.int = ...,
         available_cpu_cores: _builtins.int = ...,
         available_memory_mb: _builtins.int = ...,
+        node_id: _builtins.str = ...,
+        limit_cpu_millis: _builtins.int = ...,
+        used_cpu_millis: _builtins.int = ...,
+        limit_disk_mb: _builtins.int = ...,
+        used_disk_mb: _builtins.int = ...,
+        limit_runs: _builtins.int = ...,
+        queued_runs: _builtins.int = ...,
+        draining: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_cpu_cores", b"available_cpu_cores", "available_memory_mb", b"available_memory_mb", "endpoint", b"endpoint", "error", b"error", "limit_cpu_cores", b"limit_cpu_cores", "limit_memory_mb", b"limit_memory_mb", "reachable", b"reachable", "running_containers", b"running_containers", "used_cpu_cores", b"used_cpu_cores", "used_memory_mb", b"used_memory_mb"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_cpu_cores", b"available_cpu_cores", "available_memory_mb", b"available_memory_mb", "draining", b"draining", "endpoint", b"endpoint", "error", b"error", "limit_cpu_cores", b"limit_cpu_cores", "limit_cpu_millis", b"limit_cpu_millis", "limit_disk_mb", b"limit_disk_mb", "limit_memory_mb", b"limit_memory_mb", "limit_runs", b"limit_runs", "node_id", b"node_id", "queued_runs", b"queued_runs", "reachable", b"reachable", "running_containers", b"running_containers", "used_cpu_cores", b"used_cpu_cores", "used_cpu_millis", b"used_cpu_millis", "used_disk_mb", b"used_disk_mb", "used_memory_mb", b"used_memory_mb"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
