@@ -111,6 +111,9 @@ class MountRoot(_message.Message):
     UPPER_DIR_FIELD_NUMBER: _builtins.int
     PROC_DEV_FIELD_NUMBER: _builtins.int
     SUID_FIELD_NUMBER: _builtins.int
+    DISK_BYTES_FIELD_NUMBER: _builtins.int
+    ID_FIRST_FIELD_NUMBER: _builtins.int
+    ID_COUNT_FIELD_NUMBER: _builtins.int
     read_only: _builtins.bool
     """no upper directory"""
     target: _builtins.bytes
@@ -123,6 +126,15 @@ class MountRoot(_message.Message):
     """with /proc, /dev and a read-only /sys, for a chroot"""
     suid: _builtins.bool
     """With a target: programs of the image that are setuid-root are so for every user of this machine who can reach it."""
+    disk_bytes: _builtins.int
+    """At most so many bytes can be written to the root, by a file system of its own for the upper directory; 0: as the
+    file system of the snapshotter's directory has room.
+    """
+    id_first: _builtins.int
+    """User and group n of the image, below id_count, appear as id_first + n: for a user namespace that maps them back.
+    id_count 0: as they are.
+    """
+    id_count: _builtins.int
     @_builtins.property
     def extra_dirs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """read-only directories over the image, topmost first"""
@@ -136,10 +148,13 @@ class MountRoot(_message.Message):
         upper_dir: _builtins.bytes = ...,
         proc_dev: _builtins.bool = ...,
         suid: _builtins.bool = ...,
+        disk_bytes: _builtins.int = ...,
+        id_first: _builtins.int = ...,
+        id_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["extra_dirs", b"extra_dirs", "proc_dev", b"proc_dev", "read_only", b"read_only", "suid", b"suid", "target", b"target", "upper_dir", b"upper_dir"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["disk_bytes", b"disk_bytes", "extra_dirs", b"extra_dirs", "id_count", b"id_count", "id_first", b"id_first", "proc_dev", b"proc_dev", "read_only", b"read_only", "suid", b"suid", "target", b"target", "upper_dir", b"upper_dir"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
