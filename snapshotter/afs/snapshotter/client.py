@@ -106,10 +106,14 @@ class Mounts:
         """Close the channel; calls on it end."""
         await self._channel.close()
 
+    def hold(self) -> Hold:
+        """A new call of Mounts.Hold, for the caller to release."""
+        return Hold(self._stub.Hold(), self._peer)
+
     @contextlib.asynccontextmanager
     async def holding(self) -> AsyncIterator[Hold]:
         """A hold that is released at the end of the block, whatever ends it."""
-        hold = Hold(self._stub.Hold(), self._peer)
+        hold = self.hold()
         try:
             yield hold
         finally:
