@@ -52,8 +52,8 @@ def cgroup_parent(node_id: str, root: Path) -> str:
 async def serve(config: Config, stop: asyncio.Event) -> None:
     """Serve until *stop* is set."""
     from afs.afslet.admission import Admission, Capacity
-    from afs.afslet.cgroups import clean_up
     from afs.afslet.bundle import CAPABILITIES
+    from afs.afslet.cgroups import clean_up
     from afs.afslet.command import Commands
     from afs.afslet.execution import Node, RunSettings
     from afs.afslet.fastattach import FastAttach
@@ -61,10 +61,10 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
     from afs.afslet.runtimebinary import RuntimeBinary
     from afs.afslet.seccomp import load_filter
     from afs.afslet.server import AfsletService
+    from afs.afslet.warmroots import WarmRoots
     from afs.core.files import locked, remove_tree
     from afs.core.rpc import serving
     from afs.proto.v1.afslet_pb2_grpc import add_AfsletServicer_to_server
-    from afs.afslet.warmroots import WarmRoots
     from afs.snapshotter.client import Mounts
 
     node_id = config.node_id or socket.gethostname()

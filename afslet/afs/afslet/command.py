@@ -28,7 +28,7 @@ _REMEMBERED = 1000
 class _Wanted:
     """All that the look-up depends on, but for the root itself."""
 
-    image: str
+    where: str
     user: str
     groups: tuple[str, ...]
     cwd: str
@@ -50,14 +50,14 @@ class Commands:
         self._known: OrderedDict[tuple[str, _Wanted], _Found] = OrderedDict()
 
     def prepare(
-        self, start: pb.StartRequest, settings: dict[str, Any], root: Path, unchanged: str
+        self, start: pb.StartRequest, settings: dict[str, Any], root: Path, unchanged: str, where: str
     ) -> tuple[Process, Command]:
         """What to run, and whether it can be. Blocking: it reads files of the image, which a peer may have to send first.
 
-        *settings* are the image's; *unchanged* is its manifest digest if *root* is the image as it is, else "".
+        *settings* are the image's, *where* is its name in errors; *unchanged* is its manifest digest if *root* is the image as it is, else "".
         InvalidArgument if image or request name no command, or an unknown user.
         """
-        wanted = _wanted(start, settings)
+        wanted = _wanted(start, settings, where)
         found = self._known.pop((unchanged, wanted), None) or _look_up(root, wanted)
         if unchanged:
             self._known[unchanged, wanted] = found
@@ -66,13 +66,13 @@ class Commands:
         if not found.has_cwd:
             with open_root(root) as fd:
                 if not make_directories(fd, wanted.cwd, found.user.uid, found.user.gid):
-                    raise InvalidArgument(f"image {start.image}: the working directory {wanted.cwd} is not a directory")
+                    raise InvalidArgument(f"{where}: the working directory {wanted.cwd} is not a directory")
         argv, env = command_line(settings, start.command), _environment(start, settings, found.user.home)
         return Process(argv, env, wanted.cwd, found.user), found.command
 
-    def knows(self, start: pb.StartRequest, settings: dict[str, Any], unchanged: str) -> bool:
+    def knows(self, start: pb.StartRequest, settings: dict[str, Any], unchanged: str, where: str) -> bool:
         """Whether :meth:`prepare` would touch nothing in the root."""
-        found = self._known.get((unchanged, _wanted(start, settings))) if unchanged else None
+        found = self._known.get((unchanged, _wanted(start, settings, where))) if unchanged else None
         return found is not None and found.has_cwd
 
 
@@ -83,13 +83,13 @@ def _environment(start: pb.StartRequest, settings: dict[str, Any], home: str) ->
     return merge_env(settings.get("Env") or (), start.env, usual)
 
 
-def _wanted(start: pb.StartRequest, settings: dict[str, Any]) -> _Wanted:
+def _wanted(start: pb.StartRequest, settings: dict[str, Any], where: str) -> _Wanted:
     argv = command_line(settings, start.command)
     if not argv:
-        raise InvalidArgument(f"image {start.image} has neither Entrypoint nor Cmd: give a command")
+        raise InvalidArgument(f"{where} has neither Entrypoint nor Cmd: give a command")
     env = _environment(start, settings, "/")
     return _Wanted(
-        start.image,
+        where,
         start.user or str(settings.get("User") or ""),
         tuple(start.groups),
         start.cwd or str(settings.get("WorkingDir") or "/"),
@@ -103,7 +103,7 @@ def _look_up(root: Path, wanted: _Wanted) -> _Found:
         try:
             user = find_groups(fd, find_user(fd, wanted.user), wanted.groups)
         except UnknownUser as error:
-            raise InvalidArgument(f"image {wanted.image}: {error}") from None
+            raise InvalidArgument(f"{wanted.where}: {error}") from None
         cwd = stat_inside(fd, wanted.cwd)
         has_cwd = cwd is not None and stat.S_ISDIR(cwd.st_mode)
         return _Found(user, has_cwd, find_command(fd, wanted.name, wanted.cwd, wanted.path, user))

@@ -188,13 +188,14 @@ class Execution:
         """Output while the command runs, then its result. Closing it early kills the container."""
         start, node = self._start, self._node
         unchanged = warm.manifest_digest if root is warm.root else ""
-        look = (start, warm.settings, root.path, unchanged)
-        if node.commands.knows(start, warm.settings, unchanged):
+        where = f"image {start.image}"
+        look = (start, warm.settings, root.path, unchanged, where)
+        if node.commands.knows(start, warm.settings, unchanged, where):
             process, command = node.commands.prepare(*look)
         else:
             process, command = await asyncio.to_thread(node.commands.prepare, *look)
         timeout = start.timeout_ms / 1000 or node.settings.default_timeout
-        subject = Subject(process.argv[0], start.image, timeout, start.memory_mb << 20)
+        subject = Subject(process.argv[0], where, timeout, start.memory_mb << 20)
         if not command.executable:
             yield self._finish(cannot_run(subject, command), None)
             return
