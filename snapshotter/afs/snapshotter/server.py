@@ -172,4 +172,5 @@ def _root_request(request: pb.MountRoot) -> RootRequest:
         upper_dir=request.upper_dir,
         proc_dev=request.proc_dev,
         suid=request.suid,
+        disk_bytes=request.disk_bytes,
     )
