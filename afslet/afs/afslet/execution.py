@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from afs.afslet.admission import Admission
-from afs.afslet.bundle import Process, command_line, merge_env, runtime_config
+from afs.afslet.bundle import Process, Sandbox, command_line, merge_env, runtime_config
 from afs.afslet.cgroups import Limits
 from afs.afslet.diff import diff_chunks
 from afs.afslet.requests import check_start
@@ -180,7 +180,7 @@ class Execution:
             await queue.put(pb.LogMessage(source=source, message=decoders[source].decode(data), data=data))
 
         async def run() -> Ended:
-            config = runtime_config(process, str(root), self._node.runtime.max_files)
+            config = runtime_config(process, str(root), Sandbox(self._node.runtime.max_files))
             try:
                 with self._timed("run_us"):
                     return await run_container(self._node.runtime, self._name, bundle, config, limits, timeout, output)

@@ -21,11 +21,12 @@ async def run(
     rootfs: Path, argv: tuple[str, ...], cpus: float, memory: int, timeout: float, env: tuple[str, ...]
 ) -> int:
     """The exit code: the command's, 124 after a timeout, 137 when memory ran out."""
-    from afs.afslet.bundle import Process, merge_env, runtime_config
+    from afs.afslet.bundle import CAPABILITIES, Process, Sandbox, merge_env, runtime_config
     from afs.afslet.cgroups import Limits, clean_up
     from afs.afslet.execution import KILLED, NOT_EXECUTABLE, NOT_FOUND, TIMED_OUT
     from afs.afslet.rootfs import User, find_command, open_root
     from afs.afslet.runc import Runtime, run_container
+    from afs.afslet.seccomp import load_filter
 
     async def output(source: str, data: bytes) -> None:
         stream = sys.stdout if source == "stdout" else sys.stderr
@@ -42,6 +43,7 @@ async def run(
         return NOT_EXECUTABLE if command.found else NOT_FOUND
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     name = secrets.token_hex(8)
+    seccomp = load_filter("", CAPABILITIES)
     parent = f"afs-runc-{name}"
     with tempfile.TemporaryDirectory(prefix="afs-runc-") as temporary:
         bundle, state = Path(temporary, "bundle"), Path(temporary, "state")
@@ -51,7 +53,7 @@ async def run(
                 Runtime("runc", state, parent, 2.0, files),
                 name,
                 bundle,
-                runtime_config(process, str(rootfs), files),
+                runtime_config(process, str(rootfs), Sandbox(files, seccomp=seccomp)),
                 Limits(cpus, memory, 4096),
                 timeout,
                 output,
