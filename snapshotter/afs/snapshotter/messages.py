@@ -38,8 +38,13 @@ def root_request(
     upper_dir: str | Path = "",
     proc_dev: bool = False,
     suid: bool = False,
+    ids: tuple[int, int] | None = None,
 ) -> pb.MountRoot:
-    """What kind of root is wanted, see MountRoot in mounts.proto; paths are absolute, *extra_dirs* topmost first."""
+    """What kind of root is wanted, see MountRoot in mounts.proto; paths are absolute, *extra_dirs* topmost first.
+
+    *ids*: id_first and id_count.
+    """
+    id_first, id_count = ids or (0, 0)
     return pb.MountRoot(
         extra_dirs=[os.fsencode(path) for path in extra_dirs],
         read_only=read_only,
@@ -47,4 +52,6 @@ def root_request(
         upper_dir=os.fsencode(upper_dir),
         proc_dev=proc_dev,
         suid=suid,
+        id_first=id_first,
+        id_count=id_count,
     )
