@@ -11,6 +11,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from afs.afslet.isolation import DEFAULT_ID_COUNT, DEFAULT_ID_FIRST, OFF, load_isolation, parse_user_namespace
 from afs.core.cli import daemon_command
 from afs.core.config import setting
 from afs.core.service import notify
@@ -37,6 +38,14 @@ class Config:
     max_pids: int = setting(4096, "Processes and threads of one run.")
     default_timeout: float = setting(3600.0, "Timeout of a run that asks for none.", parse_duration)
     term_grace: float = setting(2.0, "Time between SIGTERM and SIGKILL after a timeout.", parse_duration)
+    seccomp: str = setting(
+        "", "Seccomp profile: a file, or unconfined. If empty, /usr/share/containers/seccomp.json, made stricter."
+    )
+    user_namespace: str = setting(
+        OFF, "User namespaces: off or on, unless the request says otherwise, or required.", parse_user_namespace
+    )
+    id_first: int = setting(DEFAULT_ID_FIRST, "User and group that root of a user namespace is outside.")
+    id_count: int = setting(DEFAULT_ID_COUNT, "How many ids a user namespace has.")
     insecure: bool = setting(False, "Serve other than loopback addresses in the clear.")
     log_level: str = setting("INFO", "Least level to log.")
 
@@ -80,7 +89,9 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         limit = Capacity(config.cpu_cores or os.cpu_count() or 1, config.memory_mb or total * 9 // 10)
         files = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], MAX_FILES)
         runtime = Runtime(config.runtime, state, parent, config.term_grace, files)
-        node = Node(node_id, scratch, mounts, Admission(limit), runtime, config.default_timeout, config.max_pids)
+        isolation = load_isolation(config.seccomp, config.user_namespace, config.id_first, config.id_count)
+        admission = Admission(limit)
+        node = Node(node_id, scratch, mounts, admission, runtime, config.default_timeout, config.max_pids, isolation)
         service = AfsletService(node)
         stack.push_async_callback(service.drained)
         bound = await stack.enter_async_context(

@@ -19,6 +19,7 @@ from afs.afslet.admission import Admission
 from afs.afslet.bundle import Process, Sandbox, command_line, merge_env, runtime_config
 from afs.afslet.cgroups import Limits
 from afs.afslet.diff import diff_chunks
+from afs.afslet.isolation import Isolation
 from afs.afslet.requests import check_start
 from afs.afslet.rootfs import Command, UnknownUser, find_command, find_user, make_directories, open_root
 from afs.afslet.runc import Ended, Runtime, run_container
@@ -47,6 +48,7 @@ class Node:
     runtime: Runtime
     default_timeout: float
     max_pids: int
+    isolation: Isolation
 
 
 class Execution:
@@ -60,6 +62,8 @@ class Execution:
         self._home = node.scratch / self._name
         self._timings = pb.Timings()
         self._staging: Staging | None = None
+        self._ids = node.isolation.ids_for(start.user_namespace)
+        self._shift = (self._ids.first, self._ids.count) if self._ids else None
 
     @contextlib.contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -152,10 +156,10 @@ class Execution:
     async def _make_root(self, hold: Hold, staging: Staging | None) -> MountedRoot:
         with self._timed("root_us"):
             if staging is None:
-                return await hold.mount()
+                return await hold.mount(root_request(ids=self._shift))
             view = await hold.mount(root_request(read_only=True))
             await asyncio.to_thread(staging.settle, view.path)
-            return await hold.mount(root_request([staging.directory]))
+            return await hold.mount(root_request([staging.directory], ids=self._shift))
 
     async def _run(
         self, hold: Hold, image: dict[str, Any], root: Path
@@ -180,7 +184,9 @@ class Execution:
             await queue.put(pb.LogMessage(source=source, message=decoders[source].decode(data), data=data))
 
         async def run() -> Ended:
-            config = runtime_config(process, str(root), Sandbox(self._node.runtime.max_files))
+            node = self._node
+            sandbox = Sandbox(node.runtime.max_files, ids=self._ids, seccomp=node.isolation.seccomp)
+            config = runtime_config(process, str(root), sandbox)
             try:
                 with self._timed("run_us"):
                     return await run_container(self._node.runtime, self._name, bundle, config, limits, timeout, output)
@@ -214,7 +220,7 @@ class Execution:
             except UnknownUser as error:
                 raise InvalidArgument(f"image {self._start.image}: {error}") from None
             cwd = str(image.get("WorkingDir") or "/")
-            if not make_directories(fd, cwd, user.uid, user.gid):
+            if not make_directories(fd, cwd, user.uid, user.gid, self._ids.first if self._ids else 0):
                 raise InvalidArgument(f"image {self._start.image}: its working directory {cwd} is not a directory")
         return Process(argv, merge_env(image.get("Env") or (), self._start.env, user.home), cwd, user)
 
@@ -222,7 +228,8 @@ class Execution:
         """Say what is wrong before the runtime starts: its own messages would mix with the command's stderr."""
         path = next((entry[5:] for entry in process.env if entry.startswith("PATH=")), "")
         with open_root(root) as fd:
-            command = find_command(fd, process.argv[0], process.cwd, path, process.user)
+            first_id = self._ids.first if self._ids else 0
+            command = find_command(fd, process.argv[0], process.cwd, path, process.user, first_id)
         return None if command.executable else _cannot_run(process.argv[0], self._start.image, command)
 
     def _result(self, process: Process, ended: Ended, timeout: float) -> pb.Result:
