@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from afs.afslet.bundle import CAPABILITIES, IdMap, Process, Sandbox, runtime_config
-from afs.afslet.cgroups import Limits, clean_up
+from afs.afslet.bundle import CAPABILITIES, IdMap, Sandbox
 from afs.afslet.rootfs import User, find_command, make_directories, open_root
-from afs.afslet.runc import Ended, Runtime, run_container
 from afs.afslet.seccomp import load_filter
 from afs.core import syscalls
 from afs.core.errors import FailedPrecondition, InvalidArgument
@@ -23,10 +21,11 @@ from afs.core.mounts import list_mounts
 from afs.snapshotter import shiftedids
 from afs.snapshotter.rootmount import RootRequest
 from afs.snapshotter.shiftedids import Ids
-from tests.testbed import capabilities, leaks, tars
+from tests.testbed import capabilities, tars
 from tests.testbed.fillsource import FillSource
 from tests.testbed.images import BUSYBOX
 from tests.testbed.ourmounts import Kind, layer_mounts, roots_over
+from tests.testbed.sandboxed import run_in
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -183,27 +182,9 @@ async def test_looking_into_a_shifted_root(source: FillSource) -> None:
         await asyncio.to_thread(look, root)
 
 
-async def run_in(root: Path, script: str, uid: int = 0) -> tuple[Ended, dict[str, str]]:
-    """Run a script in a user namespace, as afslet would."""
-    heard = {"stdout": "", "stderr": ""}
-
-    async def output(name: str, data: bytes) -> None:
-        heard[name] += data.decode()
-
-    process = Process(("/bin/sh", "-c", script), ("PATH=/bin",), "/", User(uid, uid, (), "/"))
-    sandbox = Sandbox(1024, ids=IdMap(IDS.first, IDS.count), seccomp=load_filter("", CAPABILITIES))
-    parent = f"afs-{leaks.tag()}"
-    with tempfile.TemporaryDirectory(prefix="afs-test-") as directory:
-        bundle = Path(directory, "bundle")
-        bundle.mkdir()
-        try:
-            runtime = Runtime("runc", Path(directory, "state"), parent, 1.0, 1024)
-            limits = Limits(1.0, 64 << 20, 64)
-            config = runtime_config(process, str(root), sandbox)
-            ended = await run_container(runtime, "run", bundle, config, limits, 30.0, output)
-        finally:
-            await asyncio.to_thread(clean_up, parent)
-    return ended, heard
+def sandbox() -> Sandbox:
+    """As strict as runs are."""
+    return Sandbox(1024, ids=IdMap(IDS.first, IDS.count), seccomp=load_filter("", CAPABILITIES))
 
 
 async def test_a_container_in_a_user_namespace(source: FillSource) -> None:
@@ -219,9 +200,9 @@ async def test_a_container_in_a_user_namespace(source: FillSource) -> None:
         $b mount -t tmpfs none /tmp || echo no mount
     """
     async with rooted(source, kind, RootRequest(ids=IDS)) as root:
-        ended, heard = await run_in(root.path, script)
-        assert (ended.status, ended.start_error) == (0, ""), heard
-        lines = heard["stdout"].split("\n")
+        heard = await run_in(root.path, ["/bin/sh", "-c", script], sandbox())
+        assert (heard.ended.status, heard.ended.start_error) == (0, ""), heard
+        lines = heard.stdout.split("\n")
         assert lines[:3] == ["0", "1000:1001", "root's"]
         assert lines[3].split() == ["0", str(IDS.first), str(IDS.count)]
         assert lines[4:6] == ["4", "no mknod"]
@@ -239,8 +220,8 @@ async def test_a_user_in_a_user_namespace(source: FillSource) -> None:
     kind.require(source.directory)
     script = "/bin/busybox cat /rootly; echo w > /home/me/new && /bin/busybox cat /home/me/mine /home/me/new"
     async with rooted(source, kind, RootRequest(ids=IDS)) as root:
-        ended, heard = await run_in(root.path, script, uid=1000)
-        assert (ended.status, heard["stdout"]) == (0, "#!/bin/sh\nw\n"), heard
-        assert "Permission denied" in heard["stderr"]
+        heard = await run_in(root.path, ["/bin/sh", "-c", script], sandbox(), uid=1000)
+        assert (heard.ended.status, heard.stdout) == (0, "#!/bin/sh\nw\n"), heard
+        assert "Permission denied" in heard.stderr
         assert root.upper is not None
         assert owner(root.upper / "home/me/new") == (1000, 1000)

@@ -21,7 +21,15 @@ from afs.afslet.cgroups import Limits
 from afs.afslet.diff import diff_chunks
 from afs.afslet.isolation import Isolation
 from afs.afslet.requests import check_start
-from afs.afslet.rootfs import Command, UnknownUser, find_command, find_user, make_directories, open_root
+from afs.afslet.rootfs import (
+    Command,
+    UnknownUser,
+    find_bad_mount_point,
+    find_command,
+    find_user,
+    make_directories,
+    open_root,
+)
 from afs.afslet.runc import Ended, Runtime, run_container
 from afs.afslet.upload import Attributes, Staging
 from afs.core.errors import Internal, InvalidArgument
@@ -215,6 +223,8 @@ class Execution:
         if not argv:
             raise InvalidArgument(f"image {self._start.image} has neither Entrypoint nor Cmd: give a command")
         with open_root(root) as fd:
+            if bad := find_bad_mount_point(fd):
+                raise InvalidArgument(f"image {self._start.image}, with the upload: {bad} is not a directory")
             try:
                 user = find_user(fd, str(image.get("User") or ""))
             except UnknownUser as error:

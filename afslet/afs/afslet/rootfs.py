@@ -18,6 +18,7 @@ from afs.core import syscalls
 _INSIDE = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS
 _MAX_PASSWD = 8 << 20
 _MAX_INTERPRETERS = 5
+_MOUNT_POINTS = ("dev", "proc", "sys")
 _BINFMT = "/proc/sys/fs/binfmt_misc"
 _PT_INTERP = 3
 
@@ -70,6 +71,22 @@ def stat_inside(root: int, path: str) -> os.stat_result | None:
         return os.fstat(fd)
     finally:
         os.close(fd)
+
+
+def find_bad_mount_point(root: int) -> str:
+    """Which of the directories that the runtime mounts on is something else; "" if they are what they should be.
+
+    runc mounts on what they lead to inside the root, but then makes the links in /dev (fd, stdin, ptmx, ...) by its plain
+    path: with /dev a symlink, in whatever directory of the machine it names (runc 1.1.5). What is missing runc makes.
+    """
+    for name in _MOUNT_POINTS:
+        try:
+            status = os.stat(name, dir_fd=root, follow_symlinks=False)
+        except FileNotFoundError:
+            continue
+        if not stat.S_ISDIR(status.st_mode):
+            return f"/{name}"
+    return ""
 
 
 def make_directories(root: int, path: str, uid: int, gid: int, first_id: int = 0) -> bool:

@@ -24,7 +24,7 @@ async def run(
     from afs.afslet.bundle import CAPABILITIES, Process, Sandbox, merge_env, runtime_config
     from afs.afslet.cgroups import Limits, clean_up
     from afs.afslet.execution import KILLED, NOT_EXECUTABLE, NOT_FOUND, TIMED_OUT
-    from afs.afslet.rootfs import User, find_command, open_root
+    from afs.afslet.rootfs import User, find_bad_mount_point, find_command, open_root
     from afs.afslet.runc import Runtime, run_container
     from afs.afslet.seccomp import load_filter
 
@@ -34,6 +34,8 @@ async def run(
 
     process = Process(argv, merge_env((), env, "/root"), "/", User(0, 0, (), "/root"))
     with open_root(rootfs) as fd:
+        if bad := find_bad_mount_point(fd):
+            raise FailedPrecondition(f"{bad} is not a directory in {rootfs}")
         path = next(entry[5:] for entry in process.env if entry.startswith("PATH="))
         command = find_command(fd, argv[0], "/", path, process.user)
     if not command.executable:
