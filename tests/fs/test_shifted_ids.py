@@ -18,7 +18,7 @@ from afs.afslet.seccomp import load_filter
 from afs.core import syscalls
 from afs.core.errors import FailedPrecondition, InvalidArgument
 from afs.core.mounts import list_mounts
-from afs.snapshotter import shiftedids
+from afs.snapshotter import overlay, shiftedids
 from afs.snapshotter.rootmount import RootRequest
 from afs.snapshotter.shiftedids import Ids
 from tests.testbed import capabilities, tars
@@ -112,6 +112,21 @@ async def test_a_root_without_an_upper_directory(source: FillSource) -> None:
     kind.require(source.directory)
     async with rooted(source, kind, RootRequest(read_only=True, ids=IDS)) as root:
         assert owner(root.path / "rootly") == (IDS.first, IDS.first)
+
+
+async def test_by_the_options_of_an_older_kernel(source: FillSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before Linux 6.13 overlayfs takes paths only, and many of them in a thread of its own."""
+    monkeypatch.setattr(overlay, "best_way", lambda: "page")
+    extra = [source.directory / f"{number}-{'x' * 100}" for number in range(40)]
+    for directory in extra:
+        directory.mkdir()
+    kind = Kind("erofs-file-complete")
+    kind.require(source.directory)
+    async with rooted(source, kind, RootRequest(list(map(str, extra)), ids=IDS)) as root:
+        assert owner(root.path / "home/me/mine") == (IDS.first + 1000, IDS.first + 1001)
+        (root.path / "rootly").write_bytes(b"changed")
+        assert root.upper is not None
+        assert owner(root.upper / "rootly") == (0, 0)
 
 
 async def test_trees_of_a_worker_cannot_be_shifted(source: FillSource) -> None:

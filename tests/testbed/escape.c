@@ -75,11 +75,7 @@ static int do_clone3_user(void)
 		_exit(0);
 	return pid < 0 ? -1 : 0;
 }
-static int do_setns(void)
-{
-	int fd = open("/proc/1/ns/net", O_RDONLY);
-	return fd < 0 ? -1 : setns(fd, 0);
-}
+static int do_setns(void) { return setns(open("/proc/1/ns/net", O_RDONLY), 0); }
 #ifdef __x86_64__
 /* The same by the calls of 32-bit programs, which have other numbers. */
 static int do_unshare_user_i386(void)
@@ -89,7 +85,11 @@ static int do_unshare_user_i386(void)
 	return (int)result < 0 ? refuse(-(int)result) : 0;
 }
 static int do_unshare_user_x32(void) { return syscall(0x40000000L | SYS_unshare, CLONE_NEWUSER); }
+static int do_iopl(void) { return syscall(SYS_iopl, 3); }
+static int do_ioperm(void) { return syscall(SYS_ioperm, 0x80, 1, 1); }
 #else
+static int do_iopl(void) { return refuse(EPERM); }
+static int do_ioperm(void) { return refuse(EPERM); }
 static int do_unshare_user_i386(void) { return refuse(ENOSYS); }
 static int do_unshare_user_x32(void) { return refuse(ENOSYS); }
 #endif
@@ -106,10 +106,6 @@ static int do_handle(void) /* what the exploit "shocker" did */
 	}
 	return open_by_handle_at(mount, &handle.head, O_RDONLY) < 0 ? -1 : 0;
 }
-static int reaches_marker(void)
-{
-	return access(marker, F_OK) == 0 || access(marker + 1, F_OK) == 0;
-}
 static int do_chroot(void)
 {
 	int fd = open("/", O_RDONLY | O_DIRECTORY);
@@ -119,9 +115,7 @@ static int do_chroot(void)
 	for (int i = 0; i < 64; i++)
 		if (chdir(".."))
 			return -1;
-	if (chroot("."))
-		return -1;
-	return reaches_marker() ? 0 : refuse(ENOENT);
+	return chroot(".") ? -1 : access(marker, F_OK);
 }
 static int do_proc_root(void)
 {
@@ -186,20 +180,13 @@ static int do_read_memory(void)
 	struct iovec local = {&byte, 1}, remote = {(void *)0x400000, 1};
 	return process_vm_readv(outside, &local, 1, &remote, 1, 0) < 0 ? -1 : 0;
 }
-static int do_kill_all(void) /* all that pid 1's namespace has but us and it: nothing */
-{
-	return kill(-1, 0) == 0 ? 0 : -1;
-}
+static int do_kill_all(void) { return kill(-1, 0); } /* all of pid 1's namespace but us and it: nothing */
 
 /* The kernel */
 static int do_add_key(void) { return syscall(SYS_add_key, "user", "afs", "x", 1, -2 /* process keyring */); }
 static int do_keyctl(void) { return syscall(SYS_keyctl, 0 /* KEYCTL_GET_KEYRING_ID */, -4 /* user keyring */, 0); }
 static int do_bpf(void) { char attributes[64] = {0}; return syscall(SYS_bpf, 0, attributes, sizeof attributes); }
-static int do_perf(void)
-{
-	unsigned attributes[32] = {1 /* software */, sizeof attributes};
-	return syscall(SYS_perf_event_open, attributes, -1, 0, -1, 0);
-}
+static int do_perf(void) { unsigned of[32] = {1, sizeof of}; return syscall(SYS_perf_event_open, of, -1, 0, -1, 0); }
 static int do_kexec(void) { return syscall(SYS_kexec_load, 0, 0, NULL, ~0L); }
 static int do_init_module(void) { return syscall(SYS_init_module, NULL, 0, ""); }
 static int do_finit_module(void) { return syscall(SYS_finit_module, -1, "", 0); }
@@ -214,13 +201,6 @@ static int do_adjtimex(void)
 	time.modes = ADJ_TICK; /* the tick that it has */
 	return adjtimex(&time) < 0 ? -1 : 0;
 }
-#ifdef __x86_64__
-static int do_iopl(void) { return syscall(SYS_iopl, 3); }
-static int do_ioperm(void) { return syscall(SYS_ioperm, 0x80, 1, 1); }
-#else
-static int do_iopl(void) { return refuse(ENOSYS); }
-static int do_ioperm(void) { return refuse(ENOSYS); }
-#endif
 static int do_personality(void) { return syscall(SYS_personality, 0x0040000 /* ADDR_NO_RANDOMIZE */); }
 static int do_userfaultfd(void) { return syscall(SYS_userfaultfd, 0); }
 static int do_io_uring(void) { char parameters[256] = {0}; return syscall(SYS_io_uring_setup, 1, parameters); }
@@ -251,11 +231,7 @@ static int do_files(void)
 }
 static int do_priority(void) { return setpriority(PRIO_PROCESS, 0, -5); }
 static int do_realtime(void) { struct sched_param first = {1}; return sched_setscheduler(0, SCHED_FIFO, &first); }
-static int do_oom_score(void)
-{
-	int fd = open("/proc/self/oom_score_adj", O_WRONLY);
-	return fd < 0 ? -1 : write(fd, "-1000", 5) < 0 ? -1 : 0;
-}
+static int do_oom_score(void) { return write(open("/proc/self/oom_score_adj", O_WRONLY), "-1000", 5) < 0 ? -1 : 0; }
 
 /* Networks */
 static int do_vsock(void) { return socket(40 /* AF_VSOCK */, SOCK_STREAM, 0) < 0 ? -1 : 0; }
@@ -395,12 +371,8 @@ static int rights(void)
 
 int main(int argc, char **argv)
 {
-	if (argc == 2 && strcmp(argv[1], "rights") == 0)
-		return rights();
-	if (argc == 2 && strcmp(argv[1], "forks") == 0)
-		return forks();
-	if (argc == 2 && strcmp(argv[1], "files") == 0)
-		return files();
+	if (argc == 2)
+		return strcmp(argv[1], "rights") == 0 ? rights() : strcmp(argv[1], "forks") == 0 ? forks() : files();
 	if (argc < 6)
 		return 2;
 	outside = atoi(argv[1]);

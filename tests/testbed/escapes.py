@@ -121,5 +121,5 @@ async def execute(address: str, start: pb.StartRequest) -> Ran:
 
 def execute_now(address: str, image: str, command: list[str], **fields: Any) -> Ran:
     """:func:`execute` of a small request, from a test that is not on an event loop."""
-    small = {"cpu_cores": 1, "memory_mb": 256, "timeout_ms": 60_000}
+    small: dict[str, Any] = {"cpu_cores": 1, "memory_mb": 256, "timeout_ms": 60_000}
     return asyncio.run(execute(address, pb.StartRequest(image=image, command=command, **small | fields)))
