@@ -11,6 +11,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from afs.afslet.isolation import DEFAULT_ID_COUNT, DEFAULT_ID_FIRST, OFF, load_isolation, parse_user_namespace
 from afs.core.cli import daemon_command
 from afs.core.config import setting
 from afs.core.service import notify
@@ -38,7 +39,14 @@ class Config:
     default_timeout: float = setting(3600.0, "Timeout of a run that asks for none.", parse_duration)
     term_grace: float = setting(2.0, "Time between SIGTERM and SIGKILL after a timeout.", parse_duration)
     warm_roots: int = setting(8, "Unused roots that are kept mounted for the next runs of their images.")
-    seccomp: str = setting("", "Seccomp profile, of Docker's or the runtime spec's form; unconfined for none.")
+    seccomp: str = setting(
+        "", "Seccomp profile: a file, or unconfined. If empty, /usr/share/containers/seccomp.json, made stricter."
+    )
+    user_namespace: str = setting(
+        OFF, "User namespaces: off or on, unless the request says otherwise, or required.", parse_user_namespace
+    )
+    id_first: int = setting(DEFAULT_ID_FIRST, "User and group that root of a user namespace is outside.")
+    id_count: int = setting(DEFAULT_ID_COUNT, "How many ids a user namespace has.")
     insecure: bool = setting(False, "Serve other than loopback addresses in the clear.")
     log_level: str = setting("INFO", "Least level to log.")
 
@@ -52,14 +60,12 @@ def cgroup_parent(node_id: str, root: Path) -> str:
 async def serve(config: Config, stop: asyncio.Event) -> None:
     """Serve until *stop* is set."""
     from afs.afslet.admission import Admission, Capacity
-    from afs.afslet.bundle import CAPABILITIES
     from afs.afslet.cgroups import clean_up
     from afs.afslet.command import Commands
     from afs.afslet.execution import Node, RunSettings
     from afs.afslet.fastattach import FastAttach
     from afs.afslet.runc import Runtime, become_subreaper
     from afs.afslet.runtimebinary import RuntimeBinary
-    from afs.afslet.seccomp import load_filter
     from afs.afslet.server import AfsletService
     from afs.afslet.warmroots import WarmRoots
     from afs.core.files import locked, remove_tree
@@ -94,16 +100,17 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         stack.callback(attach.close)
         roots = WarmRoots(mounts, config.warm_roots)
         stack.push_async_callback(roots.close)
-        seccomp = load_filter(config.seccomp, CAPABILITIES)
+        isolation = load_isolation(config.seccomp, config.user_namespace, config.id_first, config.id_count)
         node = Node(
             node_id,
             scratch,
             roots,
             Admission(limit),
             Runtime(binary, state, parent, files),
-            RunSettings(config.default_timeout, config.term_grace, config.max_pids, seccomp),
+            RunSettings(config.default_timeout, config.term_grace, config.max_pids),
             attach,
             Commands(),
+            isolation,
         )
         service = AfsletService(node)
         stack.push_async_callback(service.drained)

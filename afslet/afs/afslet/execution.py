@@ -8,18 +8,19 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from afs.afslet.admission import Admission
-from afs.afslet.bundle import Process, Sandbox, runtime_config
+from afs.afslet.bundle import DEFAULT_HOSTNAME, Process, Sandbox, runtime_config
 from afs.afslet.cgroups import Limits
-from afs.afslet.command import Commands
+from afs.afslet.command import Commands, Place
 from afs.afslet.diff import diff_chunks
 from afs.afslet.fastattach import FastAttach
 from afs.afslet.incoming import Incoming
+from afs.afslet.isolation import Isolation
 from afs.afslet.outcomes import Subject, cannot_run, result_of
 from afs.afslet.outputs import Outputs
 from afs.afslet.requests import check_start, resources_of
@@ -30,7 +31,7 @@ from afs.afslet.warmroots import WarmRoot, WarmRoots
 from afs.core.errors import AfsError, Internal
 from afs.core.files import remove_tree
 from afs.proto.v1 import afslet_pb2 as pb
-from afs.proto.v1.mounts_pb2 import OpenImage
+from afs.proto.v1.mounts_pb2 import MountRoot, OpenImage
 from afs.snapshotter.messages import MountedRoot, root_request
 
 DIFF_NAME = "writable-upper.tar.gz"
@@ -45,7 +46,6 @@ class RunSettings:
     default_timeout: float
     term_grace: float
     max_pids: int
-    seccomp: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,7 @@ class Node:
     settings: RunSettings
     attach: FastAttach
     commands: Commands
+    isolation: Isolation
 
 
 class Execution:
@@ -74,6 +75,8 @@ class Execution:
         self._timings = pb.Timings()
         self._staging: Staging | None = None
         self._fault: BaseException | None = None
+        self._ids = node.isolation.ids_for(start.user_namespace)
+        self._shift = (self._ids.first, self._ids.count) if self._ids else None
 
     @contextlib.contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -144,7 +147,7 @@ class Execution:
 
         async def open_image() -> WarmRoot:
             with self._timed("image_us"):
-                return await stack.enter_async_context(self._node.roots.taking(image, root_request()))
+                return await stack.enter_async_context(self._node.roots.taking(image, self._wanted_root()))
 
         if start.no_upload:
             return await open_image()
@@ -177,8 +180,13 @@ class Execution:
         if self._staging is None:
             return warm.root
         with self._timed("root_us"):
-            await asyncio.to_thread(self._staging.settle, warm.root.path)
-            return await warm.mount(root_request([self._staging.directory]))
+            # Of a root with shifted owners one without: the staging directory gets the image's own.
+            view = await warm.mount(root_request(read_only=True)) if self._shift else warm.root
+            await asyncio.to_thread(self._staging.settle, view.path)
+            return await warm.mount(self._wanted_root([self._staging.directory]))
+
+    def _wanted_root(self, extra_dirs: Sequence[Path] = ()) -> MountRoot:
+        return root_request(extra_dirs, ids=self._shift)
 
     # The command
 
@@ -189,11 +197,11 @@ class Execution:
         start, node = self._start, self._node
         unchanged = warm.manifest_digest if root is warm.root else ""
         where = f"image {start.image}"
-        look = (start, warm.settings, root.path, unchanged, where)
-        if node.commands.knows(start, warm.settings, unchanged, where):
-            process, command = node.commands.prepare(*look)
+        place = Place(root.path, where, unchanged, self._ids.first if self._ids else 0)
+        if node.commands.knows(start, warm.settings, place):
+            process, command = node.commands.prepare(start, warm.settings, place)
         else:
-            process, command = await asyncio.to_thread(node.commands.prepare, *look)
+            process, command = await asyncio.to_thread(node.commands.prepare, start, warm.settings, place)
         timeout = start.timeout_ms / 1000 or node.settings.default_timeout
         subject = Subject(process.argv[0], where, timeout, start.memory_mb << 20)
         if not command.executable:
@@ -258,7 +266,11 @@ class Execution:
         size = start.terminal_size
         terminal = (size.rows or 24, size.columns or 80) if start.tty else None
         sandbox = Sandbox(
-            node.runtime.max_files, start.hostname or "afs", seccomp=node.settings.seccomp, terminal=terminal
+            node.runtime.max_files,
+            start.hostname or DEFAULT_HOSTNAME,
+            ids=self._ids,
+            seccomp=node.isolation.seccomp,
+            terminal=terminal,
         )
         config = runtime_config(process, str(root.path), sandbox)
         pids = min(start.pids_limit or node.settings.max_pids, node.settings.max_pids)
