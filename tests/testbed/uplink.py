@@ -74,12 +74,12 @@ class Server:
 
 
 def _listen(port: int) -> socket.socket:
-    return socket.create_server(("0.0.0.0", port))
+    return socket.create_server(("", port))
 
 
 def _receive(port: int) -> socket.socket:
     made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    made.bind(("0.0.0.0", port))
+    made.bind(("", port))
     return made
 
 

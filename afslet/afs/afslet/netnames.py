@@ -17,11 +17,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from afs.core.run import run
+from afs.core.run import CommandFailed, ask, run
 
 log = logging.getLogger(__name__)
 ANY_BRIDGE = "afs-"  # how the bridges of all afslets begin
 FORWARDERS = "forwarders"  # the set of interfaces whose forwarding we switched on
+_PATIENCE = 30.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +80,16 @@ def clear_network(name: str) -> bool:
         for interface in sorted(ours, key=lambda interface: interface == names.bridge):
             if interface == names.bridge:
                 _remove_tables(names)
-            run(["ip", "link", "delete", interface])
+            _delete(interface)
     return True
+
+
+def _delete(interface: str) -> None:
+    argv = ["ip", "link", "delete", interface]
+    answer = ask(argv, stdin=b"", timeout=_PATIENCE)
+    # The pair of a killed run's namespace goes with the namespace, at a time that the kernel chooses.
+    if answer.returncode and interface in (name for _, name in socket.if_nameindex()):
+        raise CommandFailed(argv, answer.returncode, answer.stderr.decode(errors="replace"))
 
 
 def _remove_tables(names: Names) -> None:
