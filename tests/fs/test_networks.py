@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import ipaddress
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
 
+from afs.afslet import netns
+from afs.afslet.egress import make_policy
 from afs.afslet.netnames import clear_network, names_of
 from afs.afslet.networks import HOSTS, RESOLV_CONF, Networks, NetworkSettings, RunNetwork
-from afs.core.errors import AfsError, FailedPrecondition, InvalidArgument, PermissionDenied, ResourceExhausted
+from afs.core.errors import (
+    AfsError,
+    FailedPrecondition,
+    InvalidArgument,
+    PermissionDenied,
+    ResourceExhausted,
+    Unavailable,
+)
 from afs.proto.v1 import afslet_pb2 as pb
 from tests.testbed import capabilities, uplink
 from tests.testbed.netns import Namespace
@@ -29,7 +41,7 @@ pytestmark = pytest.mark.root
 NAME = "afs-test-node"
 REFUSED = "ECONNREFUSED"
 BRIDGE = pb.NETWORK_BRIDGE
-DNS = NetworkSettings(dns=(PUBLIC,))
+SETTINGS = NetworkSettings(name_servers=(PUBLIC,))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +73,7 @@ def bridge_filter(up: Uplink, request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def play(
-    up: Uplink, directory: Path, scenario: Callable[[Networks], Awaitable[None]], settings: NetworkSettings = DNS
+    up: Uplink, directory: Path, scenario: Callable[[Networks], Awaitable[None]], settings: NetworkSettings = SETTINGS
 ) -> None:
     """Run a scenario with the networks of an afslet on the node."""
 
@@ -179,12 +191,14 @@ def test_name_servers_answer_names_only(up: Uplink, tmp_path: Path) -> None:
         async with networks.network(BRIDGE, [PUBLIC], "") as network:
             assert await tcp(network, METADATA, 53) == REFUSED
 
-    play(up, tmp_path, scenario, NetworkSettings(dns=(METADATA,)))
+    play(up, tmp_path, scenario, NetworkSettings(name_servers=(METADATA,)))
 
 
 def test_the_operator_allows_and_denies(up: Uplink, tmp_path: Path) -> None:
     settings = NetworkSettings(
-        dns=(PUBLIC,), egress_allow=("0.0.0.0/0", "10.0.0.0/8:443", "10.20.0.0/16:53"), egress_deny=(f"{OTHER}:80",)
+        name_servers=(PUBLIC,),
+        egress_allow=("0.0.0.0/0", "10.0.0.0/8:443", "10.20.0.0/16:53"),
+        egress_deny=(f"{OTHER}:80",),
     )
 
     async def scenario(networks: Networks) -> None:
@@ -235,7 +249,7 @@ def test_runs_do_not_reach_each_other(up: Uplink, tmp_path: Path) -> None:
                 assert victim.recv(100) == b"x"
 
     allow = ("100.64.0.0/10", "0.0.0.0/0")
-    play(up, tmp_path, scenario, NetworkSettings(dns=(PUBLIC,), egress_allow=allow))
+    play(up, tmp_path, scenario, NetworkSettings(name_servers=(PUBLIC,), egress_allow=allow))
 
 
 def test_no_run_speaks_for_another_one(up: Uplink, tmp_path: Path) -> None:
@@ -291,7 +305,7 @@ def test_connections_are_limited(up: Uplink, tmp_path: Path) -> None:
             assert opened == [True, True, False]
             assert await udp(other, PUBLIC, 80) == NODE
 
-    play(up, tmp_path, scenario, NetworkSettings(dns=(PUBLIC,), egress_connections=2))
+    play(up, tmp_path, scenario, NetworkSettings(name_servers=(PUBLIC,), egress_connections=2))
 
 
 def connections(up: Uplink, address: str) -> list[str]:
@@ -359,14 +373,14 @@ def test_a_full_bridge_says_so(up: Uplink, tmp_path: Path) -> None:
         async with networks.network(BRIDGE, (), "") as network:
             assert await tcp(network, PUBLIC, 80) == NODE
 
-    play(up, tmp_path, scenario, NetworkSettings(dns=(PUBLIC,), bridge_subnet="100.127.0.0/29"))
+    play(up, tmp_path, scenario, NetworkSettings(name_servers=(PUBLIC,), bridge_subnet="100.127.0.0/29"))
 
 
 _KILLED = f"""
 import asyncio, pathlib, sys
 from afs.afslet.networks import Networks, NetworkSettings
 async def main():
-    networks = Networks(NetworkSettings(dns=("{PUBLIC}",)), "{NAME}", pathlib.Path(sys.argv[1]))
+    networks = Networks(NetworkSettings(name_servers=("{PUBLIC}",)), "{NAME}", pathlib.Path(sys.argv[1]))
     await networks.start()
     async with networks.network(2, (), ""):
         print("up", flush=True)
@@ -397,8 +411,8 @@ def test_a_killed_afslet_can_be_cleared_away(up: Uplink, tmp_path: Path, by_succ
 
 def test_two_afslets_share_a_node(up: Uplink, tmp_path: Path) -> None:
     async def run() -> None:
-        first = Networks(DNS, NAME, tmp_path)
-        second = Networks(DNS, f"{NAME}2", tmp_path)
+        first = Networks(SETTINGS, NAME, tmp_path)
+        second = Networks(SETTINGS, f"{NAME}2", tmp_path)
         for each in (first, second):
             await each.start()
         # The first one switches forwarding on, and is the first to go.
@@ -447,6 +461,79 @@ def test_the_node_forwards_for_runs_only(up: Uplink, tmp_path: Path) -> None:
         up.node.ip("link del lan0")
 
 
+def test_without_nftables_there_is_no_bridge(up: Uplink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither without the program nor with a kernel that lacks them; the other modes work."""
+    before = up.state()
+
+    async def scenario(networks: Networks) -> None:
+        path = os.environ["PATH"]
+        broken = tmp_path / "bin"
+        broken.mkdir()
+        (broken / "nft").write_text("#!/bin/sh\necho no nftables >&2\nexit 1\n")
+        (broken / "nft").chmod(0o755)
+        for programs, text in ((str(tmp_path), "needs the program nft"), (f"{broken}:{path}", "no nftables")):
+            monkeypatch.setenv("PATH", programs)
+            with pytest.raises(AfsError, match=text):
+                async with networks.network(BRIDGE, (), ""):
+                    raise AssertionError("it was entered")
+            async with networks.network(pb.NETWORK_NONE, (), "") as network:
+                assert interfaces(network) == ["lo"]
+            monkeypatch.setenv("PATH", path)
+            assert up.state() == before
+        async with networks.network(BRIDGE, (), "") as network:
+            assert await tcp(network, PUBLIC, 80) == NODE
+
+    play(up, tmp_path, scenario)
+
+
+async def test_who_waits_for_a_namespace_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if others who waited were cancelled, or none could be made in between."""
+    pool, gate = netns.Pool(0), threading.Event()
+    failures = [OSError(errno.ENOSPC, "No space left on device")]
+    make = netns.make_namespace
+
+    def slowly() -> int:
+        gate.wait()
+        if failures:
+            raise failures.pop()
+        return make()
+
+    monkeypatch.setattr(netns, "make_namespace", slowly)
+    tasks = [asyncio.create_task(pool.take()) for _ in range(4)]
+    await asyncio.sleep(0)
+    tasks[1].cancel()
+    gate.set()
+    failed, cancelled, *got = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(failed, Unavailable)
+    assert "No space left" in failed.line
+    assert isinstance(cancelled, asyncio.CancelledError)
+    assert len({os.fstat(fd).st_ino for fd in got if isinstance(fd, int)}) == 2
+    got.append(await pool.take())
+    pool.close()
+    for fd in got:
+        assert isinstance(fd, int)
+        os.close(fd)
+
+
+def test_the_most_specific_entry_counts() -> None:
+    near = [ipaddress.IPv4Network("192.0.2.0/24")]
+    policy = make_policy(
+        ["10.0.0.0/8", "10.1.0.0/16:443", "192.0.2.0/24"], ["10.1.0.0/16", "8.8.8.8"], near, ["10.9.9.9"]
+    )
+    rules = [rule for rule in policy.rules() if rule.split()[2].startswith(("10.", "192.0.2.", "8."))]
+    assert [(*rule.split()[2:3], rule.split()[-1]) for rule in rules] == [
+        ("10.9.9.9/32", "accept"),
+        ("8.8.8.8/32", "refuse"),
+        ("192.0.2.0/24", "accept"),
+        ("192.0.2.0/24", "refuse"),
+        ("10.1.0.0/16", "accept"),
+        ("10.1.0.0/16", "refuse"),
+        ("10.0.0.0/8", "accept"),
+        ("10.0.0.0/8", "refuse"),
+    ]
+    assert [rule for rule in rules if "dport 443" in rule or "dport 53" in rule] == [rules[0], rules[4]]
+
+
 @pytest.mark.parametrize(
     ("settings", "mode", "egress", "error", "text"),
     [
@@ -492,7 +579,7 @@ def test_host_is_the_nodes_own(up: Uplink, tmp_path: Path) -> None:
         (NetworkSettings(bridge_subnet="100.127.0.1/16"), "bridge_subnet"),
         (NetworkSettings(bridge_subnet="100.127.0.0/30"), "8 to 29"),
         (NetworkSettings(egress_deny=("x",)), "'x'"),
-        (NetworkSettings(dns=("::1",)), "dns"),
+        (NetworkSettings(name_servers=("::1",)), "name_servers"),
     ],
 )
 def test_settings_that_make_no_sense(tmp_path: Path, settings: NetworkSettings, text: str) -> None:

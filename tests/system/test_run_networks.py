@@ -40,7 +40,7 @@ class Containers:
         async def run() -> str:
             files = self.directory / "files"
             files.mkdir(exist_ok=True)
-            networks = Networks(NetworkSettings(dns=(PUBLIC,)), "afs-test-containers", files)
+            networks = Networks(NetworkSettings(name_servers=(PUBLIC,)), "afs-test-containers", files)
             await networks.start()
             try:
                 async with networks.network(mode, egress, "box") as network:

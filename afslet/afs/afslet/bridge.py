@@ -38,7 +38,7 @@ class BridgeSettings:
     subnet: ipaddress.IPv4Network
     allow: Sequence[str]
     deny: Sequence[str]
-    dns: Sequence[str]
+    name_servers: Sequence[str]
     connections: int
 
 
@@ -75,20 +75,21 @@ class Bridge:
             self._make(netlink)
 
     def _make(self, netlink: Any) -> None:
-        routes = netroutes.read_routes()
-        bridge, uplinks = self._names.bridge, netroutes.uplinks(routes)
+        others = all_forwarders()  # first of all: if nftables does not work here, nothing has been made yet
+        routes, bridge = netroutes.read_routes(), self._names.bridge
         self._mtu = _mtu(netlink, routes)
         own = [message.get_attr("IFA_ADDRESS") for message in netlink.get_addr(family=socket.AF_INET)]
-        self.servers = netroutes.name_servers(self._settings.dns, own)
+        self.servers = netroutes.name_servers(self._settings.name_servers, own)
         policy = make_policy(self._settings.allow, self._settings.deny, netroutes.attached(routes), self.servers)
         netlink.link("add", ifname=bridge, kind="bridge", address=_mac(self._gateway), mtu=self._mtu)
         index = socket.if_nametoindex(bridge)
         _switch_off_ipv6(bridge)
         Path("/proc/sys/net/ipv4/conf", bridge, "accept_source_route").write_text("0", encoding="ascii")
-        # An answer is forwarded if the interface that it comes in by forwards. Where another afslet switched that on,
-        # ours is the second name on the list, so that the last of them switches it off.
+        # An answer is forwarded if the interface that it comes in by forwards. What another afslet switched on is on our
+        # list, too, so that the last of them switches it off.
+        uplinks = netroutes.uplinks(routes, policy.allowed())
         off = {uplink for uplink in uplinks if forwarding(uplink).read_text(encoding="ascii").strip() == "0"}
-        self._rules.make(self._block, self._gateway, policy, off | (all_forwarders() & uplinks))
+        self._rules.make(self._block, self._gateway, policy, off | (others & uplinks))
         for interface in (*off, bridge):
             forwarding(interface).write_text("1", encoding="ascii")
         netlink.addr("add", index=index, address=str(self._gateway), prefixlen=self._block.prefixlen)

@@ -55,6 +55,10 @@ class Policy:
     allow: Sequence[Egress]
     deny: Sequence[Egress]
 
+    def allowed(self) -> list[ipaddress.IPv4Network]:
+        """Where runs get only because it is allowed."""
+        return [entry.network for entry in self.allow if isinstance(entry.network, ipaddress.IPv4Network)]
+
     def rules(self) -> list[str]:
         """In their order; what none of them matches is allowed."""
         verdicts = [(entry, _REFUSE) for entry in self.deny] + [(entry, "accept") for entry in self.allow]

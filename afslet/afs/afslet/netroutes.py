@@ -57,9 +57,15 @@ def attached(routes: Iterable[Route]) -> list[ipaddress.IPv4Network]:
     return sorted({route.network for route in routes if not route.gateway and not route.is_default})
 
 
-def uplinks(routes: Iterable[Route]) -> set[str]:
-    """The interfaces that answers to runs may come in by."""
-    return {route.interface for route in routes} - {"lo"}
+def uplinks(routes: Iterable[Route], allowed: Iterable[ipaddress.IPv4Network]) -> set[str]:
+    """The interfaces that answers to runs may come in by: of default routes, and of those to networks that are *allowed*."""
+    wanted = list(allowed)
+    found = {
+        route.interface
+        for route in routes
+        if route.is_default or any(route.network.overlaps(network) for network in wanted)
+    }
+    return found - {"lo"}
 
 
 def choose_block(subnet: ipaddress.IPv4Network, number: int) -> ipaddress.IPv4Network:
@@ -92,7 +98,7 @@ def name_servers(configured: Sequence[str], own: Iterable[str]) -> list[str]:
         found = [address for line in lines if (address := _name_server(line)) and address not in refused]
         if found:
             return found
-    log.warning("runs have no name server: the node has none that they reach, and the setting dns is empty")
+    log.warning("runs have no name server: the node has none that they reach, and the setting name_servers is empty")
     return []
 
 

@@ -51,7 +51,7 @@ class NetworkSettings:
     )
     egress_deny: tuple[str, ...] = setting((), "ADDRESS[/BITS][:PORT] that runs on the bridge may not reach.")
     egress_connections: int = setting(4096, "Connections that one run on the bridge may have at a time.")
-    dns: tuple[str, ...] = setting((), "Name servers of runs on the bridge; the node's if empty.")
+    name_servers: tuple[str, ...] = setting((), "Address of a name server of runs on the bridge; the node's if empty.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,16 +197,16 @@ def _mode(name: str, where: str) -> int:
 def _bridge_settings(settings: NetworkSettings) -> BridgeSettings:
     try:
         subnet = ipaddress.IPv4Network(settings.bridge_subnet)
-        for server in settings.dns:
+        for server in settings.name_servers:
             ipaddress.IPv4Address(server)
     except ValueError as error:
-        raise InvalidArgument(f"bridge_subnet or dns: {error}") from None
+        raise InvalidArgument(f"bridge_subnet or name_servers: {error}") from None
     if not 8 <= subnet.prefixlen <= 29:
         raise InvalidArgument(f"bridge_subnet {subnet} must have 8 to 29 bits")
     for entries in (settings.egress_allow, settings.egress_deny):
         parse_entries(entries)
     return BridgeSettings(
-        subnet, settings.egress_allow, settings.egress_deny, settings.dns, settings.egress_connections
+        subnet, settings.egress_allow, settings.egress_deny, settings.name_servers, settings.egress_connections
     )
 
 
