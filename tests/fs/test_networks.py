@@ -515,6 +515,11 @@ async def test_who_waits_for_a_namespace_gets_one(monkeypatch: pytest.MonkeyPatc
         os.close(fd)
 
 
+def test_only_a_bridge_costs_an_import_of_pyroute2() -> None:
+    program = "import sys, afs.afslet.networks; sys.exit('pyroute2' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_the_most_specific_entry_counts() -> None:
     near = [ipaddress.IPv4Network("192.0.2.0/24")]
     policy = make_policy(
