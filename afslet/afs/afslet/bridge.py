@@ -1,8 +1,8 @@
 """The bridge of runs' networks, and their interfaces: by pyroute2, which is imported for the first of them only.
 
-State: a :class:`Bridge` belongs to :class:`afs.afslet.networks.Networks`. Its methods block; :meth:`attach` and
-:meth:`detach` may run at the same time in two threads, but not two of a kind. What a run has is known by its number, so
-a detach after a failed attach removes what there is.
+State: a :class:`Bridge` belongs to :class:`afs.afslet.networks.Networks`. Its methods block; one :meth:`attach`
+and several :meth:`detach` may run at the same time, each for another number, in threads. What a run has is known by its
+number, so a detach after a failed attach removes what there is.
 
 Measured on two cores with Linux 6.18: attach takes 5 ms, of it 4 ms CPU time; detach 35 to 50 ms, of it 5 ms:
 the kernel waits for a grace period before an interface is gone.
