@@ -2,9 +2,10 @@
 
 State: everything here belongs to the event loop; what blocks runs in threads: one that makes namespaces
 (:mod:`afs.afslet.netns`), one that sets up the bridge and its ports, and four that remove ports
-(:mod:`afs.afslet.bridge`), where most of the time is waiting in the kernel: 45 runs a second instead of 20. The bridge is made for the first run that wants it, under a lock. A number stands for an
-address; it is taken before its port is made and given back only after the port is gone, even when a run is cancelled in
-between, so nothing awaits its thread's end without :func:`_to_the_end`.
+(:mod:`afs.afslet.bridge`), where most of the time is waiting in the kernel: 45 runs a second instead of 20. The
+bridge is made for the first run that wants it, under a lock. A number stands for an address; it is taken before its port
+is made and given back only after the port is gone, even when a run is cancelled in between, so nothing awaits its
+thread's end without :func:`_to_the_end`.
 """
 
 import asyncio
