@@ -8,7 +8,7 @@ import os
 import re
 import resource
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from afs.afslet.isolation import DEFAULT_ID_COUNT, DEFAULT_ID_FIRST, OFF, load_isolation, parse_user_namespace
@@ -47,6 +47,16 @@ class Config:
     )
     id_first: int = setting(DEFAULT_ID_FIRST, "User and group that root of a user namespace is outside.")
     id_count: int = setting(DEFAULT_ID_COUNT, "How many ids a user namespace has.")
+    network_default: str = setting("none", "Network of a run that asks for none: none, bridge or host.")
+    networks_allowed: tuple[str, ...] = setting(("none", "bridge"), "Networks that runs may have.")
+    network_pool: int = setting(16, "Network namespaces that are made ahead of runs.")
+    bridge_subnet: str = setting("100.127.0.0/16", "Private network that the bridge takes a part of (a /20).")
+    egress_allow: tuple[str, ...] = setting(
+        (), "ADDRESS[/BITS][:PORT] that runs on the bridge may reach although it is private."
+    )
+    egress_deny: tuple[str, ...] = setting((), "ADDRESS[/BITS][:PORT] that runs on the bridge may not reach.")
+    egress_connections: int = setting(4096, "Connections that one run on the bridge may have at a time.")
+    name_servers: tuple[str, ...] = setting((), "Address of a name server of runs on the bridge; the node's if empty.")
     insecure: bool = setting(False, "Serve other than loopback addresses in the clear.")
     log_level: str = setting("INFO", "Least level to log.")
 
@@ -64,6 +74,7 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
     from afs.afslet.command import Commands
     from afs.afslet.execution import Node, RunSettings
     from afs.afslet.fastattach import FastAttach
+    from afs.afslet.networks import Networks, NetworkSettings
     from afs.afslet.runc import Runtime, become_subreaper
     from afs.afslet.runtimebinary import RuntimeBinary
     from afs.afslet.server import AfsletService
@@ -84,7 +95,8 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         if left := await asyncio.to_thread(clean_up, parent):
             log.warning("killed %d runs that an earlier afslet left", left)
         stack.callback(clean_up, parent)
-        for directory in (scratch, state):
+        files_directory = config.root / "network"
+        for directory in (scratch, state, files_directory):
             remove_tree(directory)
             directory.mkdir(parents=True, mode=0o700)  # uploads may hold setuid files
             stack.callback(remove_tree, directory)
@@ -100,6 +112,10 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         stack.callback(attach.close)
         roots = WarmRoots(mounts, config.warm_roots)
         stack.push_async_callback(roots.close)
+        settings = NetworkSettings(**{field.name: getattr(config, field.name) for field in fields(NetworkSettings)})
+        networks = Networks(settings, parent, files_directory)
+        await networks.start()
+        stack.push_async_callback(networks.close)
         isolation = load_isolation(config.seccomp, config.user_namespace, config.id_first, config.id_count)
         node = Node(
             node_id,
@@ -111,6 +127,7 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
             attach,
             Commands(),
             isolation,
+            networks,
         )
         service = AfsletService(node)
         stack.push_async_callback(service.drained)

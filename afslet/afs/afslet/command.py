@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from afs.afslet.bundle import DEFAULT_HOSTNAME, Process, command_line, merge_env
+from afs.afslet.networks import HOSTS, RESOLV_CONF
 from afs.afslet.rootfs import (
     Command,
     UnknownUser,
@@ -55,6 +56,16 @@ class _Found:
     user: User
     has_cwd: bool
     command: Command
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What to run, and whether it can be; *missing*: which of the files about the network the root does not have."""
+
+    process: Process
+    command: Command
+    missing: tuple[str, ...]
 
 
 class Commands:
@@ -63,8 +74,8 @@ class Commands:
     def __init__(self) -> None:
         self._known: OrderedDict[tuple[str, int, _Wanted], _Found] = OrderedDict()
 
-    def prepare(self, start: pb.StartRequest, settings: dict[str, Any], place: Place) -> tuple[Process, Command]:
-        """What to run, and whether it can be. Blocking: it reads files of the image, which a peer may have to send first.
+    def prepare(self, start: pb.StartRequest, settings: dict[str, Any], place: Place) -> Prepared:
+        """Look up what to run. Blocking: it reads files of the image, which a peer may have to send first.
 
         *settings* are the image's. InvalidArgument if image or request name no command, or an unknown user.
         """
@@ -80,7 +91,7 @@ class Commands:
                 if not make_directories(fd, wanted.cwd, found.user.uid, found.user.gid, place.first_id):
                     raise InvalidArgument(f"{place.where}: the working directory {wanted.cwd} is not a directory")
         argv, env = command_line(settings, start.command), _environment(start, settings, found.user.home)
-        return Process(argv, env, wanted.cwd, found.user), found.command
+        return Prepared(Process(argv, env, wanted.cwd, found.user), found.command, found.missing)
 
     def knows(self, start: pb.StartRequest, settings: dict[str, Any], place: Place) -> bool:
         """Whether :meth:`prepare` would touch nothing in the root."""
@@ -122,4 +133,5 @@ def _look_up(place: Place, wanted: _Wanted) -> _Found:
         cwd = stat_inside(fd, wanted.cwd)
         has_cwd = cwd is not None and stat.S_ISDIR(cwd.st_mode)
         command = find_command(fd, wanted.name, wanted.cwd, wanted.path, user, place.first_id)
-        return _Found(user, has_cwd, command)
+        missing = tuple(path for path in (HOSTS, RESOLV_CONF) if stat_inside(fd, path) is None)
+        return _Found(user, has_cwd, command, missing)

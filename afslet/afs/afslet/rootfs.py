@@ -118,6 +118,16 @@ def make_directories(root: int, path: str, uid: int, gid: int, first_id: int = 0
     return True
 
 
+def remove_inside(root: int, path: str) -> None:
+    """Remove the file that *path* names inside the root, where symlinks may lead to it; not what a symlink leads to."""
+    directory, _, name = path.rpartition("/")
+    parent = syscalls.openat2(root, os.fsencode(directory or "/"), os.O_PATH | os.O_DIRECTORY, _INSIDE)
+    try:
+        os.unlink(name, dir_fd=parent)
+    finally:
+        os.close(parent)
+
+
 @dataclass(frozen=True, slots=True)
 class User:
     """Who runs the command; *groups* are the supplementary ones."""

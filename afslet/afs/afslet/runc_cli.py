@@ -58,7 +58,8 @@ async def run(wishes: Wishes) -> int:
     from afs.afslet.seccomp import load_filter
 
     start, where = wishes.start, str(wishes.rootfs)
-    process, command = Commands().prepare(start, wishes.settings, Place(wishes.rootfs, where))
+    prepared = Commands().prepare(start, wishes.settings, Place(wishes.rootfs, where))
+    process, command = prepared.process, prepared.command
     subject = Subject(process.argv[0], where, wishes.timeout, wishes.memory)
     if not command.executable:
         return _say(cannot_run(subject, command))

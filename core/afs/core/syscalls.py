@@ -5,6 +5,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import socket
 import struct
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ _libc.syscall.restype = ctypes.c_long
 _libc.prctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong)
 _libc.unshare.argtypes = (ctypes.c_int,)
 _libc.setfsuid.argtypes = _libc.setfsgid.argtypes = (ctypes.c_uint,)
+_libc.setns.argtypes = (ctypes.c_int, ctypes.c_int)
 _libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 _libc.statx.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p)
 
@@ -30,6 +32,7 @@ MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
 CLONE_FS = 0x200
 CLONE_NEWUSER = 0x10000000
+CLONE_NEWNET = 0x40000000
 
 # The same numbers on every architecture: these came after the tables were unified.
 _NR_OPEN_TREE = 428
@@ -83,6 +86,10 @@ _STATX_SIZE = 256  # of struct statx, and where its fields are
 _STATX_MNT_ID_AT, _STATX_DIO_OFFSET_ALIGN = 144, 156
 _AT_STATX_DONT_SYNC = 0x4000
 _AT_EMPTY_PATH = 0x1000
+
+_SIOCGIFFLAGS, _SIOCSIFFLAGS = 0x8913, 0x8914  # netdevice(7)
+_IFF_UP = 1
+_IFREQ_FLAGS = struct.Struct("16sh22x")
 
 BLKFLSBUF = 0x1261  # linux/fs.h: drop what the page cache has of a block device
 _FITRIM = 0xC0185879  # linux/fs.h
@@ -191,6 +198,22 @@ def creating_as(uid: int, gid: int) -> Iterator[None]:
             _libc.setfsgid(old_gid)
     finally:
         _check(_libc.prctl(_PR_SET_SECUREBITS, bits, 0, 0, 0), "prctl")
+
+
+def setns(fd: int, kind: int) -> None:
+    """setns(2): the calling thread is in the namespace of descriptor *fd* from now on; *kind* is its CLONE_NEW*."""
+    _check(_libc.setns(fd, kind), f"namespace of descriptor {fd}")
+
+
+def set_interface_up(name: str) -> None:
+    """Bring up a network interface of the calling thread's namespace (netdevice(7)). OSError names it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        try:
+            request = fcntl.ioctl(control, _SIOCGIFFLAGS, _IFREQ_FLAGS.pack(name.encode(), 0))
+            _, flags = _IFREQ_FLAGS.unpack(request)
+            fcntl.ioctl(control, _SIOCSIFFLAGS, _IFREQ_FLAGS.pack(name.encode(), flags | _IFF_UP))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, name) from None
 
 
 class MountContext:
