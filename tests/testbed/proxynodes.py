@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from afs.proto.v1.afslet_pb2_grpc import AfsletServicer, AfsletStub, add_AfsletS
 from afs.proto.v1.runs_pb2_grpc import RunsServicer, add_RunsServicer_to_server
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
 
 @dataclass
@@ -31,6 +32,14 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+async def until(condition: Callable[[], bool], grace: float = 5.0) -> None:
+    """Poll for what other tasks and processes do without an event for us."""
+    deadline = time.monotonic() + grace
+    while not condition():
+        assert time.monotonic() < deadline, f"not after {grace} s"
+        await asyncio.sleep(0.005)
 
 
 def report(node_id: str, cpus: int, memory_mb: int, **fields: Any) -> pb.GetRuntimeStatusResponse:
@@ -67,6 +76,7 @@ class TalkingNode(AfsletServicer, RunsServicer):
         self.hold = False  # whether runs last until the test ends them
         self.seen: asyncio.Queue[Seen] = asyncio.Queue()
         self.cancelled: list[str] = []
+        self.mute = asyncio.Event()  # while it is set, nothing is pushed
         self._changed = asyncio.Event()
         self.address = ""
 
@@ -85,7 +95,8 @@ class TalkingNode(AfsletServicer, RunsServicer):
         try:
             while True:
                 changed = self._changed
-                yield self.status
+                if not self.mute.is_set():
+                    yield self.status
                 try:
                     await asyncio.wait_for(changed.wait(), request.heartbeat_ms / 1000)
                 except TimeoutError:
@@ -193,9 +204,15 @@ class Caller:
         await self.call.done_writing()
         return self
 
+    async def start_open(self) -> Caller:
+        """Send the start, and leave the stream open."""
+        self.call = AfsletStub(self._channel).Execute()
+        await self.call.write(pb.ExecuteRequest(start=self.start_request))
+        return self
+
     async def next(self) -> pb.ExecuteResponse:
         """The next response."""
-        response = await self.call.read()
+        response: pb.ExecuteResponse = await self.call.read()
         assert response is not EOF, await self.call.details()
         self.responses.append(response)
         return response

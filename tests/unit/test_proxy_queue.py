@@ -91,7 +91,7 @@ async def test_a_low_priority_is_served_now_and_then() -> None:
     bench = Bench(priority_ageing=10.0)
     held = bench.fill()
     low = [bench.enter("low", -2) for _ in range(3)]
-    waiting, served = list(low), []
+    waiting, served = list(low), list[float]()
     while len(served) < 3:
         waiting.append(bench.enter("high", 0))
         bench.clock.now += 1.0

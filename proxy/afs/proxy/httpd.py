@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -144,5 +145,8 @@ async def get(address: str, path: str, timeout: float) -> bytes:
                 writer.transport.abort()
     except TimeoutError:
         raise Unavailable(f"{address} does not answer within {timeout:g} s") from None
-    except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
-        raise Unavailable(f"{address} does not answer: {getattr(error, 'strerror', None) or error}") from None
+    except OSError as error:  # asyncio puts words of its own in place of the system's
+        why = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+        raise Unavailable(f"{address} does not answer: {why}") from None
+    except (asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
+        raise Unavailable(f"{address} does not answer: {error}") from None
