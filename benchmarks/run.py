@@ -8,7 +8,21 @@ from typing import TYPE_CHECKING
 
 import click
 
-from benchmarks import coldroot, containerd, convert, first, fused, lazy, measure, memory, pull, trace, warm, warmroot
+from benchmarks import (
+    coldroot,
+    containerd,
+    convert,
+    first,
+    fused,
+    lazy,
+    measure,
+    memory,
+    pull,
+    queue,
+    trace,
+    warm,
+    warmroot,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,6 +42,7 @@ BENCHMARKS: dict[str, tuple[Callable[[str, int | None], measure.Report], str]] =
     "warmroot-img4": (warmroot.run, "img4"),
     "coldroot-img4": (coldroot.run, "img4"),
     "fused-img4": (fused.run, "img4"),
+    "queue": (queue.run, "busybox"),
     "containerd-requests": (containerd.requests, ""),
     "containerd-pull-img4": (containerd.pull, "img4"),
     "containerd-run-img4": (containerd.runs, "img4"),
