@@ -247,7 +247,7 @@ async def test_a_refused_run_keeps_its_place() -> None:
     bench.nodes.nodes[0].refused = True
     bench.dispatcher.put_aside(first)
     assert (bench.dispatcher.queued, second.placement) == (2, None)
-    bench.dispatcher.resume(first)
+    bench.dispatcher.resume(first, patient=True)
     bench.nodes.report(bench.nodes.nodes[0], report("node0", 4, 4096))
     assert (first.placement is not None, second.placement) == (True, None)
 

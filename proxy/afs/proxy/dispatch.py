@@ -167,11 +167,15 @@ class Dispatcher:
         self._count(waiter, 1)
         self.room_changed()
 
-    def resume(self, waiter: Waiter) -> None:
-        """Queue *waiter*, which was aside, in its old place; raises what :meth:`Nodes.check` raises."""
+    def resume(self, waiter: Waiter, *, patient: bool) -> None:
+        """Queue *waiter*, which was aside, in its old place.
+
+        Raises what :meth:`Nodes.check` raises, unless *patient*: then it waits for nodes that went away, as others do.
+        """
         if self._closed:
             raise _stopping()
-        self.nodes.check(waiter.wanted, waiter.node_id)
+        if not patient:
+            self.nodes.check(waiter.wanted, waiter.node_id)
         self._enqueue(waiter)
         if self._queue.may_fit(waiter):
             self.pump()

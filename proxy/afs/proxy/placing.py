@@ -41,6 +41,7 @@ class Placer:
         most, tries, broken = start.proxy_dispatch_max_retries, 0, 0
         pause = start.proxy_dispatch_backoff_ms / 1000 or _DEFAULT_BACKOFF_S
         dispatcher.enter(waiter)
+        patient = waiter.waiting  # who has waited in the queue waits for nodes that come back, who has not is told at once
         while True:
             problem: AfsError = dispatcher.nodes.no_room(waiter.wanted)
             if waiter.placement is None:
@@ -64,7 +65,7 @@ class Placer:
             if placed:
                 dispatcher.put_aside(waiter)
                 await self._rest(run, pause)
-                dispatcher.resume(waiter)
+                dispatcher.resume(waiter, patient=patient)
             pause = min(pause * 2, max(_MAX_BACKOFF_S, start.proxy_dispatch_backoff_ms / 1000))
 
     async def _wait(self, run: Run, seconds: float | None) -> AsyncGenerator[bytes, None]:
