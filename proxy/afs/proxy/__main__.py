@@ -3,11 +3,16 @@
 import asyncio
 import contextlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from afs.core.cli import daemon_command
 from afs.core.config import setting
 from afs.core.service import notify
 from afs.core.units import parse_duration
+
+if TYPE_CHECKING:
+    from afs.proxy.dispatch import Limits
+    from afs.proxy.watching import Timing
 
 SERVICE = "proxy"
 _ADDRESSES = "HOST:PORT, or dns:///NAME:PORT for all addresses of a name"
@@ -61,7 +66,7 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
     from afs.proto.v1.proxy_pb2_grpc import add_AfsProxyServicer_to_server
     from afs.proto.v1.runs_pb2_grpc import add_RunsServicer_to_server
     from afs.proxy import idempotency
-    from afs.proxy.dispatch import Dispatcher, Limits
+    from afs.proxy.dispatch import Dispatcher
     from afs.proxy.endpoints import Endpoints
     from afs.proxy.forward import Forwarder
     from afs.proxy.metrics import Metrics
@@ -70,23 +75,15 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
     from afs.proxy.peers import PeerWatch
     from afs.proxy.runs import RunsService
     from afs.proxy.status import ProxyService
-    from afs.proxy.watching import Timing, Watcher
+    from afs.proxy.watching import Watcher
 
     async with contextlib.AsyncExitStack() as stack:
         nodes = Nodes((), random.Random())  # noqa: S311 - load balancing, not secrets
         stack.push_async_callback(nodes.close)
-        limits = Limits(
-            config.max_queued,
-            config.max_queued_tenant,
-            config.priority_ageing,
-            config.bypass_limit,
-            config.lost_grace,
-        )
-        dispatcher = Dispatcher(nodes, limits)
+        dispatcher = Dispatcher(nodes, _limits(config))
         metrics = Metrics(dispatcher)
         dispatcher.observe_wait = metrics.observe_wait
-        timing = Timing(config.heartbeat, config.silence, config.poll_interval, config.dns_interval)
-        watcher = Watcher(nodes, Endpoints(config.afslets), timing)
+        watcher = Watcher(nodes, Endpoints(config.afslets), _timing(config))
         stack.push_async_callback(watcher.close)
         peers = PeerWatch(config.peers)
         stack.push_async_callback(peers.close)
@@ -101,15 +98,27 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
             server.add_generic_rpc_handlers((forwarder,))
 
         await watcher.start()
-        ticking = asyncio.create_task(dispatcher.run(), name="queue")
-        stack.callback(ticking.cancel)
-        bound = await stack.enter_async_context(
-            serving([config.listen], register, insecure=config.insecure, options=_SERVER_OPTIONS)
-        )
+        stack.callback(asyncio.create_task(dispatcher.run(), name="queue").cancel)
+        grpc_server = serving([config.listen], register, insecure=config.insecure, options=_SERVER_OPTIONS)
+        bound = await stack.enter_async_context(grpc_server)
         stack.callback(dispatcher.close)  # before the server: those that wait may try another proxy
         http = await stack.enter_async_context(pages(config.http_listen, service, metrics, insecure=config.insecure))
         notify(f"READY=1\nSTATUS=serving on {bound[0]}\nX_AFS_HTTP={http}")
         await stop.wait()
+
+
+def _limits(config: Config) -> "Limits":
+    from afs.proxy.dispatch import Limits
+
+    return Limits(
+        config.max_queued, config.max_queued_tenant, config.priority_ageing, config.bypass_limit, config.lost_grace
+    )
+
+
+def _timing(config: Config) -> "Timing":
+    from afs.proxy.watching import Timing
+
+    return Timing(config.heartbeat, config.silence, config.poll_interval, config.dns_interval)
 
 
 main = daemon_command("afs_proxy", SERVICE, Config, serve, "Dispatch runs to the cluster's afslets.")

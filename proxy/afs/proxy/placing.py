@@ -41,7 +41,9 @@ class Placer:
         most, tries, broken = start.proxy_dispatch_max_retries, 0, 0
         pause = start.proxy_dispatch_backoff_ms / 1000 or _DEFAULT_BACKOFF_S
         dispatcher.enter(waiter)
-        patient = waiter.waiting  # who has waited in the queue waits for nodes that come back, who has not is told at once
+        patient = (
+            waiter.waiting
+        )  # who has waited in the queue waits for nodes that come back, who has not is told at once
         while True:
             problem: AfsError = dispatcher.nodes.no_room(waiter.wanted)
             if waiter.placement is None:
