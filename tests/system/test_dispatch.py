@@ -20,7 +20,7 @@ from afs.proto.v1.proxy_pb2_grpc import AfsProxyStub
 from afs.proto.v1.runs_pb2_grpc import RunsStub
 from afs.proxy import httpd
 from tests.system.test_faults import fragile as fragile  # noqa: PLC0414 - a fixture
-from tests.testbed.proxynodes import Caller, run
+from tests.testbed.proxynodes import Caller, Ended, run
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -46,7 +46,7 @@ class Bench:
         wanted = {"image": self.image, "command": command or ["true"], **fields}
         return await Caller(self.address, **wanted).start(timeout=timeout)
 
-    async def run(self, *command: str, **fields: Any) -> Any:
+    async def run(self, *command: str, **fields: Any) -> Ended:
         """One run to its end."""
         return await run(self.address, image=self.image, command=command or ["true"], **fields)
 
@@ -165,6 +165,7 @@ async def test_waiting_ends_in_time_with_a_typed_fault(bench: Bench) -> None:
         "no node had 1 CPUs and 64 MiB free before the call's deadline",
     )
     for each in (ended, late):
+        assert each.fault is not None
         assert (each.fault.outcome, each.fault.retryable, each.fault.node_id) == (pb.OUTCOME_REJECTED, True, "")
 
 
@@ -184,7 +185,7 @@ async def test_a_queued_run_can_be_cancelled(bench: Bench) -> None:
 
 
 async def test_a_request_that_is_sent_again_runs_once(bench: Bench, tmp_path: Path) -> None:
-    key = {"tenant": "a", "idempotency_key": str(tmp_path)}
+    key: dict[str, Any] = {"tenant": "a", "idempotency_key": str(tmp_path)}
     first, again = [await bench.begin("sh", "-c", "echo $$; exit 3", **key) for _ in range(2)]
     ended = [await first.end(), await again.end(), await bench.run("sh", "-c", "echo $$; exit 3", **key)]
     results = [next(r.result for r in each.responses if r.HasField("result")) for each in ended]
@@ -232,6 +233,7 @@ async def test_two_proxies_know_of_each_other(
             Code.RESOURCE_EXHAUSTED,
             "1 runs wait already: the proxy's limit is 1",
         )
+        assert refused.fault is not None
         assert (refused.fault.outcome, refused.fault.retryable) == (pb.OUTCOME_REJECTED, True)
         status = await other.status()
         assert status["total"] == {"queued": 2, "running": 2}
@@ -263,6 +265,7 @@ async def test_a_node_that_dies_takes_its_runs_with_it_and_no_others(
         assert (ended.fault.retryable, ended.fault.node_id) == (True, "node1")
         refused = await bench.run(node_id="node1")
         assert refused.code is Code.UNAVAILABLE
+        assert refused.fault is not None
         assert refused.fault.outcome == pb.OUTCOME_REJECTED
         await fillers[1].cancel()
         ended = await waiting.end()
