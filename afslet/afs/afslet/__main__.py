@@ -11,6 +11,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from afs.afslet.isolation import DEFAULT_ID_COUNT, DEFAULT_ID_FIRST, OFF, load_isolation, parse_user_namespace
 from afs.core.cli import daemon_command
 from afs.core.config import setting
 from afs.core.service import notify
@@ -37,6 +38,15 @@ class Config:
     max_pids: int = setting(4096, "Processes and threads of one run.")
     default_timeout: float = setting(3600.0, "Timeout of a run that asks for none.", parse_duration)
     term_grace: float = setting(2.0, "Time between SIGTERM and SIGKILL after a timeout.", parse_duration)
+    warm_roots: int = setting(8, "Unused roots that are kept mounted for the next runs of their images.")
+    seccomp: str = setting(
+        "", "Seccomp profile: a file, or unconfined. If empty, /usr/share/containers/seccomp.json, made stricter."
+    )
+    user_namespace: str = setting(
+        OFF, "User namespaces: off or on, unless the request says otherwise, or required.", parse_user_namespace
+    )
+    id_first: int = setting(DEFAULT_ID_FIRST, "User and group that root of a user namespace is outside.")
+    id_count: int = setting(DEFAULT_ID_COUNT, "How many ids a user namespace has.")
     insecure: bool = setting(False, "Serve other than loopback addresses in the clear.")
     log_level: str = setting("INFO", "Least level to log.")
 
@@ -51,9 +61,13 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
     """Serve until *stop* is set."""
     from afs.afslet.admission import Admission, Capacity
     from afs.afslet.cgroups import clean_up
-    from afs.afslet.execution import Node
-    from afs.afslet.runc import Runtime
+    from afs.afslet.command import Commands
+    from afs.afslet.execution import Node, RunSettings
+    from afs.afslet.fastattach import FastAttach
+    from afs.afslet.runc import Runtime, become_subreaper
+    from afs.afslet.runtimebinary import RuntimeBinary
     from afs.afslet.server import AfsletService
+    from afs.afslet.warmroots import WarmRoots
     from afs.core.files import locked, remove_tree
     from afs.core.rpc import serving
     from afs.proto.v1.afslet_pb2_grpc import add_AfsletServicer_to_server
@@ -79,8 +93,25 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
         limit = Capacity(config.cpu_cores or os.cpu_count() or 1, config.memory_mb or total * 9 // 10)
         files = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], MAX_FILES)
-        runtime = Runtime(config.runtime, state, parent, config.term_grace, files)
-        node = Node(node_id, scratch, mounts, Admission(limit), runtime, config.default_timeout, config.max_pids)
+        binary = RuntimeBinary(config.runtime)
+        stack.callback(binary.close)
+        become_subreaper()
+        attach = FastAttach()
+        stack.callback(attach.close)
+        roots = WarmRoots(mounts, config.warm_roots)
+        stack.push_async_callback(roots.close)
+        isolation = load_isolation(config.seccomp, config.user_namespace, config.id_first, config.id_count)
+        node = Node(
+            node_id,
+            scratch,
+            roots,
+            Admission(limit),
+            Runtime(binary, state, parent, files),
+            RunSettings(config.default_timeout, config.term_grace, config.max_pids),
+            attach,
+            Commands(),
+            isolation,
+        )
         service = AfsletService(node)
         stack.push_async_callback(service.drained)
         bound = await stack.enter_async_context(
