@@ -137,7 +137,7 @@ class TalkingNode(AfsletServicer, RunsServicer):
         try:
             accepted = pb.Accepted(accepted=True, node_id=self.node_id, run_id=f"{self.node_id}-{self.offers}")
             yield pb.ExecuteResponse(accepted=accepted)
-            async for request in request_iterator:
+            while not first.start.no_upload and (request := await anext(request_iterator, None)) is not None:
                 seen.requests.append(request)
                 if request.stdin:
                     yield pb.ExecuteResponse(log=pb.LogMessage(source="stdout", data=request.stdin))

@@ -127,6 +127,13 @@ async def test_input_passes_while_output_comes(node: TalkingNode) -> None:
         assert (await caller.end()).kinds[-3:] == ["log", "result", "done"]
 
 
+async def test_what_nobody_waits_for_is_not_passed_on(node: TalkingNode) -> None:
+    async with proxy(node) as front:
+        caller = Caller(front.address, no_upload=True)
+        await caller.start_open()
+        assert (await caller.end()).kinds == ["accepted", "log", "result", "done"], "without a half-close"
+
+
 @pytest.mark.parametrize("error", [Unavailable("away"), Internal("broken"), ResourceExhausted("full")])
 async def test_a_refused_run_goes_to_another_node_at_once(error: AfsError) -> None:
     nodes = [TalkingNode("node1"), TalkingNode("node2")]

@@ -9,7 +9,6 @@ what it needs is for others, so it fits once what runs there now has ended, and 
 """
 
 import asyncio
-import itertools
 import logging
 import time
 from collections.abc import Callable, Collection
@@ -21,6 +20,8 @@ from afs.proxy.fairqueue import Entry, FairQueue
 from afs.proxy.node import AfsletNode, Placement, Reservation
 from afs.proxy.nodes import Nodes
 
+_TICK_S = 1.0
+_MAX_TOLD = 500  # positions per second, over all runs: each is a message
 log = logging.getLogger(__name__)
 
 
@@ -258,10 +259,15 @@ class Dispatcher:
 
     async def run(self) -> None:
         """Do what needs time to pass; cancel it to stop."""
-        for number in itertools.count():
+        told = ticked = self._clock()
+        while True:
             await asyncio.sleep(self._limits.feedback)
-            self.tell_positions()
-            if number % 2:
+            now = self._clock()
+            if now - told >= self._feedback_wanted / _MAX_TOLD:
+                told = now
+                self.tell_positions()
+            if now - ticked >= _TICK_S:
+                ticked = now
                 self.tick()
 
     def tick(self) -> None:

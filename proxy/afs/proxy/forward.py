@@ -122,7 +122,8 @@ class Forwarder(grpc.GenericRpcHandler):
             assert node is not None
             assert call is not None
             run.start = None
-            pumping = asyncio.create_task(_pump(requests, call))
+            if start.stdin or start.tty or not start.no_upload:  # else nothing follows that the node waits for
+                pumping = asyncio.create_task(_pump(requests, call))
             yield run.accepted
             try:
                 while (response := await call.read()) is not EOF:

@@ -9,6 +9,8 @@ import random
 import time
 from collections.abc import Callable, Collection, Iterable
 
+import grpc.aio
+
 from afs.afslet.requests import Resources
 from afs.core.errors import AfsError, InvalidArgument, NotFound, ResourceExhausted, Unavailable
 from afs.core.rpc import channel
@@ -29,7 +31,11 @@ class Nodes:
     """See the module. *clock* gives monotonic seconds."""
 
     def __init__(
-        self, endpoints: Iterable[str], rng: random.Random, clock: Callable[[], float] = time.monotonic
+        self,
+        endpoints: Iterable[str],
+        rng: random.Random,
+        clock: Callable[[], float] = time.monotonic,
+        open_channel: Callable[[str], grpc.aio.Channel] = channel,
     ) -> None:
         self.nodes: list[AfsletNode] = []
         self.unresolved: Collection[str] = ()
@@ -37,6 +43,7 @@ class Nodes:
         self.total = Room(1, 1)
         self._rng = rng
         self._clock = clock
+        self._open_channel = open_channel
         self.update(endpoints)
 
     def update(self, endpoints: Iterable[str]) -> list[AfsletNode]:
@@ -46,7 +53,7 @@ class Nodes:
             if node.gone is not (gone := node.endpoint not in wanted):
                 log.info("afslet %s is %s", node.endpoint, "not named any more" if gone else "named again")
                 node.gone = gone
-        new = [AfsletNode(endpoint, channel(endpoint)) for endpoint in wanted if endpoint not in known]
+        new = [AfsletNode(endpoint, self._open_channel(endpoint)) for endpoint in wanted if endpoint not in known]
         self.nodes += new
         self.changed()
         return new
