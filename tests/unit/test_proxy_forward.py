@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import random
-from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
@@ -20,88 +16,17 @@ from afs.core.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from afs.core.rpc import channel, serving
 from afs.proto.v1 import afslet_pb2 as pb
-from afs.proto.v1 import runs_pb2
-from afs.proto.v1.runs_pb2_grpc import RunsStub, add_RunsServicer_to_server
-from afs.proxy import idempotency
-from afs.proxy.dispatch import Dispatcher, Limits
-from afs.proxy.endpoints import Endpoints
-from afs.proxy.forward import Forwarder
-from afs.proxy.nodes import Nodes
-from afs.proxy.runs import RunsService
-from afs.proxy.watching import Timing, Watcher
-from tests.testbed.proxynodes import Caller, Ended, TalkingNode, run, talking, until
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+from tests.testbed.proxynodes import Caller, Ended, TalkingNode, run, until
+from tests.testbed.proxyserver import full, proxy
 
 Code = grpc.StatusCode
-GRACE = 5.0
-
-
-class Proxy:
-    """A proxy in this process."""
-
-    def __init__(self, dispatcher: Dispatcher, forwarder: Forwarder, outcomes: list[str]) -> None:
-        self.dispatcher = dispatcher
-        self.nodes = dispatcher.nodes
-        self.forwarder = forwarder
-        self.outcomes = outcomes
-        self.address = ""
-
-    async def queued(self, count: int) -> None:
-        """Wait until so many wait."""
-        await until(lambda: self.dispatcher.queued == count)
-
-
-@asynccontextmanager
-async def proxy(*nodes: TalkingNode, ttl: float = 600.0, **limits: Any) -> AsyncIterator[Proxy]:
-    """Serve a proxy over *nodes*, which are served as well."""
-    async with AsyncExitStack() as stack:
-        for node in nodes:
-            await stack.enter_async_context(talking(node))
-        known = Nodes((), random.Random(0))  # noqa: S311 - not for secrets
-        stack.push_async_callback(known.close)
-        dispatcher = Dispatcher(known, Limits(**{"feedback": 0.02, **limits}))
-        outcomes: list[str] = []
-        forwarder = Forwarder(dispatcher, idempotency.Runs(ttl, 100), outcomes.append)
-        watcher = Watcher(known, Endpoints(node.address for node in nodes), Timing(0.2, 1.0, 0.05, 5.0))
-        stack.push_async_callback(watcher.close)
-        await watcher.start()
-        ticking = asyncio.create_task(dispatcher.run())
-        stack.callback(ticking.cancel)
-
-        def register(server: grpc.aio.Server) -> None:
-            server.add_generic_rpc_handlers((forwarder,))
-            add_RunsServicer_to_server(RunsService(known, forwarder.runs), server)
-
-        bound = await stack.enter_async_context(serving(["127.0.0.1:0"], register, grace_s=0.0))
-        made = Proxy(dispatcher, forwarder, outcomes)
-        made.address = bound[0]
-        yield made
-        await until(lambda: not forwarder.runs)
-        assert (dispatcher.queued, dispatcher.running, dispatcher.tenants()) == (0, 0, {}), "something is left behind"
 
 
 @pytest.fixture
 async def node() -> TalkingNode:
     """One afslet of 4 CPUs."""
     return TalkingNode("node1")
-
-
-@asynccontextmanager
-async def full(proxy: Proxy, node: TalkingNode, count: int = 4) -> AsyncIterator[list[Any]]:
-    """Runs that take all of *node* until the block ends."""
-    node.hold = True
-    callers = [await (await Caller(proxy.address, tenant="filler").start()).until_accepted() for _ in range(count)]
-    seen = [await node.seen.get() for _ in range(count)]
-    yield seen
-    for each in seen:
-        each.end.set()
-    for caller in callers:
-        with contextlib.suppress(grpc.aio.UsageError):
-            await caller.end()
 
 
 async def test_a_run_passes_and_the_node_learns_who_and_how_long(node: TalkingNode) -> None:
@@ -345,62 +270,6 @@ async def test_a_run_without_a_result_is_run_again(node: TalkingNode) -> None:
         codes = [(await caller.end()).code for caller in waiting]
         assert sorted(code.name for code in codes) == ["OK", "UNAVAILABLE"]
         assert node.offers == 3
-
-
-async def listed(address: str) -> list[runs_pb2.Run]:
-    """Runs.List."""
-    async with channel(address) as opened:
-        return list((await RunsStub(opened).List(runs_pb2.ListRunsRequest())).runs)
-
-
-async def cancel(address: str, run_id: str) -> None:
-    """Runs.Cancel."""
-    async with channel(address) as opened:
-        await RunsStub(opened).Cancel(runs_pb2.CancelRunRequest(run_id=run_id, reason="enough"))
-
-
-async def test_what_waits_and_runs_is_listed_and_can_be_ended(node: TalkingNode) -> None:
-    node.pushes = False  # it knows nothing of Runs
-    async with proxy(node) as front, full(front, node):
-        waiting = await Caller(front.address, tenant="a", labels={"job": "7"}, tag="v1").start()
-        await front.queued(1)
-        (queued,) = [each for each in await listed(front.address) if each.phase == "queued"]
-        assert (queued.image, queued.tenant, queued.node_id) == ("image:v1", "a", "")
-        assert (dict(queued.labels), list(queued.command), queued.cpu_millis) == ({"job": "7"}, ["true"], 1000)
-        running = [each for each in await listed(front.address) if each.phase == "running"]
-        assert {each.run_id for each in running} == {f"node1-{number}" for number in range(1, 5)}
-        await cancel(front.address, queued.run_id)
-        ended = await waiting.end()
-        assert (ended.code, ended.details) == (Code.CANCELLED, f"run {queued.run_id} was cancelled: enough")
-        assert ended.fault is not None
-        assert ended.fault.outcome == pb.OUTCOME_CANCELLED
-
-
-async def test_a_running_one_ends_with_its_call_if_the_node_cannot_cancel(node: TalkingNode) -> None:
-    node.pushes, node.hold = False, True
-    async with proxy(node) as front:
-        caller = await (await Caller(front.address).start()).until_accepted()
-        await cancel(front.address, "node1-1")
-        ended = await caller.end()
-        assert ended.code is Code.CANCELLED
-        assert ended.fault is not None
-        assert ended.fault.outcome == pb.OUTCOME_CANCELLED
-        await asyncio.wait_for((await node.seen.get()).over.wait(), GRACE)
-
-
-async def test_nodes_are_asked_to_list_and_to_cancel(node: TalkingNode) -> None:
-    node.hold = True
-    async with proxy(node) as front:
-        caller = await (await Caller(front.address).start()).until_accepted()
-        assert [each.run_id for each in await listed(front.address)] == ["told"], "the node knows best"
-        await cancel(front.address, "node1-1")
-        await cancel(front.address, "came-by-another-door")
-        assert node.cancelled == ["node1-1", "came-by-another-door"]
-        (await node.seen.get()).end.set()
-        assert (await caller.end()).code is Code.OK
-        node.pushes = False
-        with pytest.raises(grpc.aio.AioRpcError, match="no run 'nobody' is under way"):
-            await cancel(front.address, "nobody")
 
 
 async def test_stopping_sends_those_that_wait_elsewhere(node: TalkingNode) -> None:
