@@ -3,20 +3,27 @@
 import asyncio
 import contextlib
 import hashlib
-import logging
 import os
 import re
 import resource
+import signal
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from afs.core.cli import daemon_command
 from afs.core.config import setting
+from afs.core.errors import Internal
 from afs.core.service import notify
 from afs.core.units import parse_duration
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    import grpc.aio
+
+    from afs.afslet.admission import Capacity
+    from afs.afslet.remains import Remains
+
 SERVICE = "afslet"
 MAX_FILES = 524288  # as systemd gives services
 
@@ -33,10 +40,20 @@ class Config:
     node_id: str = setting("", "Name of this node in the cluster; the host name if empty.")
     cpu_cores: int = setting(0, "CPU cores to give away; all of the machine's if 0.")
     memory_mb: int = setting(0, "MiB of memory to give away; nine tenths of the machine's if 0.")
-    runtime: str = setting("runc", "OCI runtime.")
+    disk_mb: int = setting(0, "MiB that all runs together may write; not limited if 0.")
+    max_runs: int = setting(0, "Runs at once; not limited if 0.")
+    max_disk_mb: int = setting(0, "MiB that one run may write, and what it gets if it asks for none; not limited if 0.")
     max_pids: int = setting(4096, "Processes and threads of one run.")
+    max_queued: int = setting(0, "Runs that wait here for room, of clients that do not come through a proxy.")
+    runtime: str = setting("runc", "OCI runtime.")
     default_timeout: float = setting(3600.0, "Timeout of a run that asks for none.", parse_duration)
     term_grace: float = setting(2.0, "Time between SIGTERM and SIGKILL after a timeout.", parse_duration)
+    lease_ttl: float = setting(
+        15.0, "Time until nothing is left of a run whose client, proxy or afslet has vanished.", parse_duration
+    )
+    drain_timeout: float = setting(
+        20.0, "How long runs under way may go on after SIGTERM; a second one ends them at once.", parse_duration
+    )
     insecure: bool = setting(False, "Serve other than loopback addresses in the clear.")
     log_level: str = setting("INFO", "Least level to log.")
 
@@ -48,48 +65,76 @@ def cgroup_parent(node_id: str, root: Path) -> str:
 
 
 async def serve(config: Config, stop: asyncio.Event) -> None:
-    """Serve until *stop* is set."""
-    from afs.afslet.admission import Admission, Capacity
-    from afs.afslet.cgroups import clean_up
+    """Serve until *stop* is set, and until the runs that are under way then have ended."""
     from afs.afslet.execution import Node
+    from afs.afslet.keeping import kept
+    from afs.afslet.locks import take
+    from afs.afslet.remains import Remains, clean_up
     from afs.afslet.runc import Runtime
-    from afs.afslet.server import AfsletService
-    from afs.core.files import locked, remove_tree
+    from afs.afslet.runs import Runs
+    from afs.afslet.server import AfsletService, RunsService
     from afs.core.rpc import serving
     from afs.proto.v1.afslet_pb2_grpc import add_AfsletServicer_to_server
+    from afs.proto.v1.runs_pb2_grpc import add_RunsServicer_to_server
     from afs.snapshotter.client import Mounts
 
     node_id = config.node_id or socket.gethostname()
-    scratch, state = config.root / "runs", config.run_dir / "runtime"
+    parent = cgroup_parent(node_id, config.root)
+    runs = Runs(node_id, _capacity(config), config.max_queued)
     for directory in (config.root, config.run_dir):
         directory.mkdir(parents=True, exist_ok=True)
-    parent = cgroup_parent(node_id, config.root)
+    remains = Remains(str(config.root.resolve()), str(config.run_dir.resolve()), parent)
     async with contextlib.AsyncExitStack() as stack:
-        stack.enter_context(locked(config.root / "lock", "afslet"))
-        stack.enter_context(locked(config.run_dir / "afslet.lock", "afslet"))
-        if left := await asyncio.to_thread(clean_up, parent):
-            log.warning("killed %d runs that an earlier afslet left", left)
-        stack.callback(clean_up, parent)
-        for directory in (scratch, state):
-            remove_tree(directory)
-            directory.mkdir(parents=True, mode=0o700)  # uploads may hold setuid files
-            stack.callback(remove_tree, directory)
-        mounts = Mounts(f"unix:{config.run_dir}/mounts.sock")
+        await take(stack.enter_context(contextlib.ExitStack()), remains.locks)
+        await stack.enter_async_context(kept(remains, config.lease_ttl))
+        await asyncio.to_thread(clean_up, remains, "an earlier afslet")
+        stack.push_async_callback(_clean_up, remains)
+        for directory in (remains.scratch, remains.state):
+            directory.mkdir(mode=0o700)  # uploads may hold setuid files
+        mounts = Mounts(f"unix:{config.run_dir}/mounts.sock", lease_ttl=config.lease_ttl)
         stack.push_async_callback(mounts.close)
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
-        limit = Capacity(config.cpu_cores or os.cpu_count() or 1, config.memory_mb or total * 9 // 10)
         files = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], MAX_FILES)
-        runtime = Runtime(config.runtime, state, parent, config.term_grace, files)
-        node = Node(node_id, scratch, mounts, Admission(limit), runtime, config.default_timeout, config.max_pids)
-        service = AfsletService(node)
-        stack.push_async_callback(service.drained)
+        runtime = Runtime(config.runtime, remains.state, parent, config.term_grace, files)
+        service = AfsletService(Node(node_id, remains.scratch, mounts, runtime, config.default_timeout), runs)
+        status = RunsService(runs)
+
+        def register(server: "grpc.aio.Server") -> None:
+            add_AfsletServicer_to_server(service, server)
+            add_RunsServicer_to_server(status, server)
+
         bound = await stack.enter_async_context(
-            serving(
-                [config.listen], lambda server: add_AfsletServicer_to_server(service, server), insecure=config.insecure
-            )
+            serving([config.listen], register, insecure=config.insecure, lease_ttl=config.lease_ttl)
         )
+        for signum, action in ((signal.SIGUSR1, runs.drain), (signal.SIGUSR2, runs.resume)):
+            asyncio.get_running_loop().add_signal_handler(signum, action)
         notify(f"READY=1\nSTATUS=serving on {bound[0]}")
         await stop.wait()
+        notify("STOPPING=1")
+        await runs.end_all(config.drain_timeout, _second_signal())
+        status.close()
+
+
+def _capacity(config: Config) -> "Capacity":
+    from afs.afslet.admission import Capacity
+
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
+    cpus, memory = config.cpu_cores or os.cpu_count() or 1, config.memory_mb or total * 9 // 10
+    return Capacity(cpus * 1000, memory, config.disk_mb, config.max_runs, config.max_disk_mb, config.max_pids)
+
+
+def _second_signal() -> asyncio.Event:
+    """Set by the next SIGTERM or SIGINT: whoever sends one more does not want to wait."""
+    hurry = asyncio.Event()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(signum, hurry.set)
+    return hurry
+
+
+async def _clean_up(remains: "Remains") -> None:
+    from afs.afslet.remains import clean_up
+
+    if not await asyncio.to_thread(clean_up, remains, "this afslet"):
+        raise Internal("something is left of the runs; see the log")
 
 
 main = daemon_command("afslet", SERVICE, Config, serve, "Run commands in images on this node.")

@@ -8,20 +8,18 @@ import asyncio
 import codecs
 import contextlib
 import json
-import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from afs.afslet.admission import Admission
 from afs.afslet.bundle import Process, command_line, merge_env, runtime_config
 from afs.afslet.cgroups import Limits
 from afs.afslet.diff import diff_chunks
-from afs.afslet.requests import check_start
 from afs.afslet.rootfs import Command, UnknownUser, find_command, find_user, make_directories, open_root
 from afs.afslet.runc import Ended, Runtime, run_container
+from afs.afslet.runs import DIFF, PREPARING, RUNNING, Run
 from afs.afslet.upload import Attributes, Staging
 from afs.core.errors import Internal, InvalidArgument
 from afs.core.files import remove_tree
@@ -43,22 +41,20 @@ class Node:
     node_id: str
     scratch: Path
     mounts: Mounts
-    admission: Admission
     runtime: Runtime
     default_timeout: float
-    max_pids: int
 
 
 class Execution:
-    """See the module."""
+    """See the module. *run* has its reservation, and its request was checked."""
 
-    def __init__(self, node: Node, start: pb.StartRequest) -> None:
-        check_start(start)
+    def __init__(self, node: Node, run: Run) -> None:
         self._node = node
-        self._start = start
-        self._name = secrets.token_hex(8)
+        self._run_state = run
+        self._start = run.start
+        self._name = run.run_id
         self._home = node.scratch / self._name
-        self._timings = pb.Timings()
+        self._timings = pb.Timings(queue_us=run.queue_us)
         self._staging: Staging | None = None
 
     @contextlib.contextmanager
@@ -72,15 +68,18 @@ class Execution:
     async def responses(self, requests: AsyncIterator[pb.ExecuteRequest]) -> AsyncGenerator[pb.ExecuteResponse, None]:
         """Everything the client gets, in order. *requests* are those after the start."""
         async with contextlib.AsyncExitStack() as stack:
-            start = self._start
-            stack.enter_context(self._node.admission.reserve(start.cpu_cores, start.memory_mb))
-            yield pb.ExecuteResponse(accepted=pb.Accepted(accepted=True, node_id=self._node.node_id))
+            run = self._run_state
+            stack.callback(run.release)
+            run.phase = PREPARING
+            accepted = pb.Accepted(accepted=True, node_id=self._node.node_id, run_id=run.run_id)
+            yield pb.ExecuteResponse(accepted=accepted)
             self._home.mkdir()
             stack.push_async_callback(asyncio.to_thread, remove_tree, self._home)
             hold = await stack.enter_async_context(self._node.mounts.holding())
             image, staging = await self._prepare(stack, hold, requests)
             root = await self._make_root(hold, staging)
             result: pb.Result | None = None
+            run.phase = RUNNING
             async with contextlib.aclosing(self._run(hold, image, root.path)) as events:
                 async for event in events:
                     if isinstance(event, pb.Result):
@@ -89,6 +88,7 @@ class Execution:
                         yield pb.ExecuteResponse(log=event)
             if result is None:
                 raise Internal(f"run {self._name} ended without a result")
+            run.phase = DIFF
             yield pb.ExecuteResponse(result=result)
             yield pb.ExecuteResponse(tar_header=pb.TarHeader(name=DIFF_NAME))
             assert root.upper is not None
@@ -169,7 +169,8 @@ class Execution:
             return
         bundle = self._home / "bundle"
         bundle.mkdir()
-        limits = Limits(float(start.cpu_cores), start.memory_mb << 20, self._node.max_pids)
+        wanted, pids = self._run_state.wanted, self._run_state.pids
+        limits = Limits(wanted.cpu_millis / 1000, wanted.memory_mb << 20, pids)
         timeout = start.timeout_ms / 1000 or self._node.default_timeout
         queue: asyncio.Queue[pb.LogMessage | None] = asyncio.Queue(_OUTPUT_QUEUE)
 

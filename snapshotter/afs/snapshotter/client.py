@@ -83,11 +83,11 @@ class Hold:
 
 
 class Mounts:
-    """A channel to the snapshotter of this node; *address* is ``unix:PATH``."""
+    """A channel to the snapshotter of this node; *address* is ``unix:PATH``, *lease_ttl* as :func:`~afs.core.rpc.channel` has it."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, lease_ttl: float | None = None) -> None:
         self._peer = f"snapshotter {address}"
-        self._channel = channel(address)
+        self._channel = channel(address, lease_ttl=lease_ttl)
         self._stub = MountsStub(self._channel)
 
     async def close(self) -> None:
