@@ -109,7 +109,6 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
             asyncio.get_running_loop().add_signal_handler(signum, action)
         notify(f"READY=1\nSTATUS=serving on {bound[0]}")
         await stop.wait()
-        notify("STOPPING=1")
         await runs.end_all(config.drain_timeout, _second_signal())
         status.close()
 

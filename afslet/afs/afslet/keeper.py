@@ -9,6 +9,7 @@ It is a session of its own and ignores what ends sessions, process groups and se
 possible (10 MiB), and imports the rest when it has something to do.
 """
 
+import contextlib
 import os
 import select
 import signal
@@ -31,7 +32,7 @@ def watch(pidfd: int, sock: int, lease_ttl: float) -> bool:
         ready = [fd for fd, _ in poller.poll(lease_ttl / BEATS_PER_LEASE * 1000)]
         if sock in ready:
             silent = 0
-            said = os.read(sock, 64)
+            said = _read(sock)
             if GOODBYE in said:
                 return True
             if said:
@@ -45,11 +46,17 @@ def watch(pidfd: int, sock: int, lease_ttl: float) -> bool:
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
 
-def _answer(sock: int) -> None:
+def _read(sock: int) -> bytes:
+    """b"" at the end; a socket that was closed with something unread says it in another way."""
     try:
+        return os.read(sock, 64)
+    except ConnectionResetError:
+        return b""
+
+
+def _answer(sock: int) -> None:
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has just ended: the pidfd tells
         os.write(sock, BEAT)
-    except OSError as error:  # it has ended: the pidfd tells
-        _say(f"no answer to afslet: {error.strerror}")
 
 
 def _say(line: str) -> None:
@@ -58,8 +65,6 @@ def _say(line: str) -> None:
 
 
 def _clean_up(remains_json: str) -> int:
-    import contextlib
-
     from afs.afslet.locks import take_for_keeper
     from afs.afslet.remains import Remains, clean_up
     from afs.core.service import set_up_logging

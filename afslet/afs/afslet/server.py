@@ -26,7 +26,8 @@ from afs.proto.v1 import runs_pb2, runs_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Responses = asyncio.Queue[pb.ExecuteResponse | None]
-OWNER_METADATA = "afs-owner"  # who holds the lease, from a proxy: its client
+# From a proxy: its client, who holds the lease, and the microseconds that the run waited there.
+OWNER_METADATA, QUEUED_METADATA = "afs-owner", "afs-queued-us"
 _QUEUE = 4  # messages between a run and its call
 _COALESCE_S = 0.025  # between two messages of a watch: a burst of runs is one change
 _HEARTBEAT_S = 5.0
@@ -52,6 +53,8 @@ class AfsletService(pb_grpc.AfsletServicer):
             metadata = dict(context.invocation_metadata() or ())
             owner = str(metadata.get(OWNER_METADATA, ""))[:MAX_KEY]
             run = self._runs.add(first.start, owner or str(context.peer()))
+            waited = str(metadata.get(QUEUED_METADATA, ""))
+            run.queue_us = int(waited) if waited.isdecimal() and len(waited) < 16 else 0
         except AfsError as error:
             self._fail(context, error, accepted=False)
         responses: Responses = asyncio.Queue(_QUEUE)
@@ -102,7 +105,7 @@ class AfsletService(pb_grpc.AfsletServicer):
             timeout_s=start.queue_timeout_ms / 1000 or None,
             moved=moved if start.progress else None,
         )
-        run.queue_us = (time.monotonic_ns() - began) // 1000
+        run.queue_us += (time.monotonic_ns() - began) // 1000
         self._runs.accept(run)
 
     @override

@@ -121,6 +121,7 @@ class Settings:
     layerstore_flags: tuple[str, ...] = ()
     snapshotter_flags: tuple[str, ...] = ()
     afslet_flags: tuple[str, ...] = ()
+    proxy_flags: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -198,7 +199,7 @@ class Cluster:
         if self.discovery is None:
             raise Internal("discovery has to be started before the proxy")
         arguments = [f"--listen=127.0.0.1:{self.settings.proxy_port}", f"--discovery={self.discovery.address}"]
-        arguments += [f"--afslet={node.afslet.address}" for node in self.nodes]
+        arguments += [*(f"--afslet={node.afslet.address}" for node in self.nodes), *self.settings.proxy_flags]
         self.proxy = await start_process("proxy", "afs.proxy", arguments, self.settings.directory)
         return self.proxy
 

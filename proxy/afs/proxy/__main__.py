@@ -20,6 +20,9 @@ class Config:
     afslets: tuple[str, ...] = setting(("127.0.0.1:61051",), "Address of an afslet; repeatable.")
     discovery: str = setting("127.0.0.1:60051", "Address of afs_discovery_grpcd.")
     poll_interval: float = setting(1.0, "Time between two looks at an afslet's free capacity.", parse_duration)
+    lease_ttl: float = setting(
+        15.0, "Time until a run ends whose client has vanished, or whose afslet.", parse_duration
+    )
     insecure: bool = setting(False, "Serve other than loopback addresses in the clear.")
     log_level: str = setting("INFO", "Least level to log.")
 
@@ -37,7 +40,8 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
     from afs.proxy.status import ProxyService
 
     async with contextlib.AsyncExitStack() as stack:
-        nodes = Nodes(config.afslets, config.poll_interval, random.Random())  # noqa: S311 - load balancing, not secrets
+        rng = random.Random()  # noqa: S311 - load balancing, not secrets
+        nodes = Nodes(config.afslets, config.poll_interval, rng, lease_ttl=config.lease_ttl)
         stack.push_async_callback(nodes.close)
         service = ProxyService(nodes, config.discovery)
         stack.push_async_callback(service.close)
@@ -49,7 +53,9 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         await nodes.poll()
         polling = asyncio.create_task(nodes.run())
         stack.callback(polling.cancel)
-        bound = await stack.enter_async_context(serving([config.listen], register, insecure=config.insecure))
+        bound = await stack.enter_async_context(
+            serving([config.listen], register, insecure=config.insecure, lease_ttl=config.lease_ttl)
+        )
         notify(f"READY=1\nSTATUS=serving on {bound[0]}")
         await stop.wait()
 

@@ -67,8 +67,10 @@ class AfsletNode:
 class Nodes:
     """Polls *endpoints* every *interval* seconds."""
 
-    def __init__(self, endpoints: Iterable[str], interval: float, rng: random.Random) -> None:
-        self.nodes = [AfsletNode(endpoint, channel(endpoint)) for endpoint in endpoints]
+    def __init__(
+        self, endpoints: Iterable[str], interval: float, rng: random.Random, *, lease_ttl: float | None = None
+    ) -> None:
+        self.nodes = [AfsletNode(endpoint, channel(endpoint, lease_ttl=lease_ttl)) for endpoint in endpoints]
         self._interval = interval
         self._rng = rng
         self._freed = asyncio.Event()
