@@ -7,7 +7,6 @@ import os
 import signal
 import time
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,6 +20,7 @@ from tests.testbed.cluster import cluster
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
+    from pathlib import Path
 
     from afs.core.cluster import NodeProcesses, Process
     from tests.testbed.cluster import RealCluster

@@ -125,13 +125,12 @@ class RealCluster:
                 if status.running_containers or status.queued_runs or status.used_cpu_millis or status.used_memory_mb:
                     found.append(f"{node.node_id}: reserved {status}")
             found += self.left_by_runs(node)
-        for parent in self.cgroups():
-            found += [str(path) for path in cgroups(f"{parent}/*/")]
         return found
 
     def left_by_runs(self, node: NodeProcesses) -> list[str]:
-        """What there is on a node of its runs: files, mounts, processes of the runtime. Its services may be dead."""
-        found = []
+        """What there is on a node of its runs: files, mounts, cgroups, processes. Its services may be dead."""
+        parent = cgroup_parent(node.node_id, node.directory / "afslet")
+        found = [str(path) for path in cgroups(f"{parent}/*/")]
         scratches = ("snapshotter/roots", "snapshotter/attached", "afslet/runs", "layerstore/tmp", "run/runtime")
         for scratch in scratches:
             directory = node.directory / scratch

@@ -6,17 +6,19 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
 import sys
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from afs.core.rpc import EOF, channel
+from afs.core.run import PIPE, popen
 from afs.proto.v1 import afslet_pb2 as pb
 from afs.proto.v1.afslet_pb2_grpc import AfsletStub
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
+
+    from afs.core.run import Child
 
 PHASES = ("upload", "run", "diff")
 TALKING = "talk"
@@ -36,10 +38,10 @@ def start(image: str, command: str, **fields: Any) -> pb.ExecuteRequest:
 
 
 @asynccontextmanager
-async def reached(address: str, image: str, phase: str, prefix: Sequence[str] = ()) -> AsyncIterator[subprocess.Popen[bytes]]:
+async def reached(address: str, image: str, phase: str, prefix: Sequence[str] = ()) -> AsyncIterator[Child]:
     """Such a client, whose run is in that phase; killed at the end. `prefix` as `start_process` has it."""
     argv = [*prefix, sys.executable, "-m", "tests.testbed.leaseclient", address, image, phase]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE) as process:
+    with popen(argv, stdout=PIPE) as process:
         try:
             assert process.stdout is not None
             assert await asyncio.to_thread(process.stdout.readline) == b"ready\n"
@@ -53,14 +55,16 @@ async def _go(address: str, image: str, phase: str) -> None:
         call = AfsletStub(opened).Execute()
         await call.write(start(image, _COMMANDS[phase]))
         if phase == "upload":
-            await call.write(pb.ExecuteRequest(file_begin=pb.FileEntryBegin(path="f", type=pb.FILE_TYPE_FILE, mode=0o644)))
+            await call.write(
+                pb.ExecuteRequest(file_begin=pb.FileEntryBegin(path="f", type=pb.FILE_TYPE_FILE, mode=0o644))
+            )
             await call.write(pb.ExecuteRequest(file_chunk=pb.FileChunk(data=bytes(1 << 20))))
         else:
             await call.done_writing()
         wanted = {"upload": "accepted", "run": "log", TALKING: "log", "diff": "tar_chunk"}[phase]
         while (response := await call.read()) is not EOF:
             assert isinstance(response, pb.ExecuteResponse)
-            if response.HasField(wanted):
+            if response.WhichOneof("payload") == wanted:
                 break
         print("ready", flush=True)
         await asyncio.Event().wait()

@@ -76,6 +76,7 @@ class Execution:
             self._home.mkdir()
             stack.push_async_callback(asyncio.to_thread, remove_tree, self._home)
             hold = await stack.enter_async_context(self._node.mounts.holding())
+            stack.callback(_while_held(hold, run))
             image, staging = await self._prepare(stack, hold, requests)
             root = await self._make_root(hold, staging)
             result: pb.Result | None = None
@@ -191,14 +192,11 @@ class Execution:
                     queue.put_nowait(None)
 
         task = asyncio.create_task(run(), name=f"container {self._name}")
-        hold.when_lost(task.cancel)  # nobody keeps the root any more
         try:
             while not (task.done() and queue.empty()):
                 message = await queue.get()
                 if message is not None:
                     yield message
-            if task.cancelled() and hold.lost:
-                raise hold.loss()
             result = self._result(process, task.result(), timeout)
             await hold.check()  # an I/O error of ours may have become the command's exit code
             yield result
@@ -258,6 +256,22 @@ class Execution:
         if "exec format error" in message or ("permission denied" in message and "exec" in message):
             return _cannot_run(process.argv[0], self._start.image, Command(found=True, executable=False))
         raise Internal(f"the runtime could not start the container of {self._start.image}: {ended.start_error}")
+
+
+def _while_held(hold: Hold, run: Run) -> Callable[[], None]:
+    """End *run* if *hold* is lost, whatever it is doing then, until what this returns is called: it then needs it no more."""
+    needed = True
+
+    def lost() -> None:
+        if needed:
+            run.end(hold.loss())
+
+    def done() -> None:
+        nonlocal needed
+        needed = False
+
+    hold.when_lost(lost)
+    return done
 
 
 def _cannot_run(name: str, image: str, command: Command) -> pb.Result:

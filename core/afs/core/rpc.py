@@ -50,6 +50,7 @@ _OPTIONS = (
     # A peer that loses power sends no reset: without keepalive a call to it waits for ever.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),  # or a minute: the other one is TCP's, whose peer's kernel answers
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # or a stream that is silent for 40 s is broken off
     ("grpc.http2.max_ping_strikes", 0),  # nor for a client that was told a shorter time to live
@@ -69,7 +70,8 @@ def _options(lease_ttl: float | None) -> list[tuple[str, int]]:
     if lease_ttl < MIN_LEASE_TTL_S:
         raise InvalidArgument(f"a lease of {lease_ttl:g} s is too short: at least {MIN_LEASE_TTL_S:g} s")
     part = int(lease_ttl * 400)
-    return list((dict(_OPTIONS) | {"grpc.keepalive_time_ms": part, "grpc.keepalive_timeout_ms": part}).items())
+    changed = dict.fromkeys(("grpc.keepalive_time_ms", "grpc.keepalive_timeout_ms", "grpc.http2.ping_timeout_ms"), part)
+    return list((dict(_OPTIONS) | changed).items())
 
 
 def to_afs_error(error: grpc.aio.AioRpcError, peer: str) -> AfsError:
