@@ -18,6 +18,7 @@ from afs.core.files import remove_tree
 
 log = logging.getLogger(__name__)
 _PATIENCE_S = 10.0
+_PASSES = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,16 +102,24 @@ CLEAN_UPS: tuple[tuple[str, Callable[[Remains], str]], ...] = (
 
 
 def clean_up(remains: Remains, whose: str) -> bool:
-    """Remove all of it, and log what it was, as *whose*. Blocks. One that fails is logged, and False is returned."""
-    fine = True
-    for name, remove in CLEAN_UPS:
-        try:
-            if found := remove(remains):
-                log.warning("%s that %s left", found, whose)
-        except Exception as error:
-            if not isinstance(error, OSError):
-                log.exception("cannot clean up %s that %s left", name, whose)
-            else:
+    """Remove all of it, and log what it was, as *whose*. Blocks. One that fails is logged, and False is returned.
+
+    Again as long as there was something: a runtime that is just being executed has no command line to be known by.
+    """
+    for _ in range(_PASSES):
+        found, failed = False, False
+        for name, remove in CLEAN_UPS:
+            try:
+                if removed := remove(remains):
+                    log.warning("%s that %s left", removed, whose)
+                    found = True
+            except OSError as error:
                 log.error("cannot clean up %s that %s left: %s", name, whose, one_line(str(error)))
-            fine = False
-    return fine
+                failed = True
+            except Exception:
+                log.exception("cannot clean up %s that %s left", name, whose)
+                failed = True
+        if failed or not found:
+            return not failed
+    log.error("what %s left keeps changing", whose)
+    return False
