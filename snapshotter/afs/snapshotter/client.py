@@ -22,6 +22,7 @@ class Hold:
         self._call = call
         self._peer = peer
         self._lazy = False
+        self._asking = False
 
     async def open(self, image: pb.OpenImage) -> pb.OpenedImage:
         """Have the image's layers mounted."""
@@ -43,11 +44,15 @@ class Hold:
             raise Unavailable(f"layer {failed[0]} could not be read during the run")
 
     async def _ask(self, request: pb.HoldRequest) -> pb.HoldResponse:
-        with calling(self._peer):
-            # A failed call refuses further writes with an error of its own; the status comes with the read.
-            with contextlib.suppress(grpc.aio.UsageError, grpc.aio.AioRpcError):
-                await self._call.write(request)
-            answer = await self._call.read()
+        self._asking = True
+        try:
+            with calling(self._peer):
+                # A failed call refuses further writes with an error of its own; the status comes with the read.
+                with contextlib.suppress(grpc.aio.UsageError, grpc.aio.AioRpcError):
+                    await self._call.write(request)
+                answer = await self._call.read()
+        finally:
+            self._asking = False
         if not isinstance(answer, pb.HoldResponse):
             raise Unavailable(f"{self._peer} ended the call")
         return answer
@@ -58,10 +63,14 @@ class Hold:
         return self._call.done()
 
     def when_lost(self, callback: Callable[[], object]) -> None:
-        """Call *callback* on the event loop as soon as the call has ended: the snapshotter stopped, or died."""
+        """Call *callback* on the event loop as soon as the call has ended: the snapshotter stopped, or died.
+
+        Not if something is being asked just then: who asks gets the error, which may say more.
+        """
 
         def ended(_: object) -> None:
-            callback()
+            if not self._asking:
+                callback()
 
         self._call.add_done_callback(ended)
 
