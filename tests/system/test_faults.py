@@ -7,7 +7,6 @@ import os
 import signal
 import time
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,6 +20,7 @@ from tests.testbed.cluster import cluster
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
+    from pathlib import Path
 
     from afs.core.cluster import NodeProcesses, Process
     from tests.testbed.cluster import RealCluster
@@ -116,10 +116,8 @@ async def test_afslet_is_killed(fragile: RealCluster, busybox_image: BusyboxImag
             await asyncio.wait_for(task, GRACE)
         await until(lambda: not roots(node), "the root is given back")
         assert not list_mounts(str(node.directory / "snapshotter"))
-        assert cgroup_processes(fragile, node), "nobody was there to kill them"
+        await until(lambda: not cgroup_processes(fragile, node), "its keeper has killed the run")
         await fragile.restart(node.afslet)
-        assert not cgroup_processes(fragile, node)
-        assert "killed 1 runs that an earlier afslet left" in fragile.log("node1-afslet")
 
 
 async def test_other_node_takes_over_from_a_killed_afslet(fragile: RealCluster, busybox_image: BusyboxImage) -> None:
@@ -291,11 +289,7 @@ def test_fuse_readers_see_no_hole_when_the_layer_was_pulled_meanwhile(
 async def test_a_killed_runtime_is_no_result(fragile: RealCluster, busybox_image: BusyboxImage) -> None:
     node = fragile.nodes[0]
     async with run_under_way(fragile, busybox_image.reference, "node1") as task:
-        runtimes = [
-            int(path.parent.name)
-            for path in Path("/proc").glob("[0-9]*/cmdline")
-            if path.read_bytes().startswith(b"runc\0") and str(node.run_dir).encode() in path.read_bytes()
-        ]
+        runtimes = fragile.runtimes(node)
         assert len(runtimes) == 1
         os.kill(runtimes[0], signal.SIGKILL)
         with pytest.raises(Internal, match="runtime runc was killed by signal 9"):

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -126,18 +126,32 @@ class RealCluster:
         """What runs hold at this moment, and what they should have given back; empty on an idle cluster."""
         found = []
         for node in self.nodes:
-            if node.afslet.popen.poll() is not None:
-                continue
-            status = asyncio.run(_status(node.afslet.address))
-            if status.running_containers or status.used_cpu_cores or status.used_memory_mb:
-                found.append(f"{node.node_id}: reserved {status}")
-            scratches = ("snapshotter/roots", "snapshotter/attached", "afslet/runs", "layerstore/tmp", "run/runtime")
-            for scratch in scratches:
-                directory = node.directory / scratch
-                found += [f"{path}" for path in directory.iterdir()]
-                found += [f"mount {mount.target}" for mount in list_mounts(str(directory))]
-        for parent in self.cgroups():
-            found += [str(path) for path in cgroups(f"{parent}/*/")]
+            if node.afslet.popen.poll() is None:
+                status = asyncio.run(_status(node.afslet.address))
+                if status.running_containers or status.queued_runs or status.used_cpu_millis or status.used_memory_mb:
+                    found.append(f"{node.node_id}: reserved {status}")
+            found += self.left_by_runs(node)
+        return found
+
+    def left_by_runs(self, node: NodeProcesses) -> list[str]:
+        """What there is on a node of its runs: files, mounts, cgroups, processes. Its services may be dead."""
+        parent = cgroup_parent(node.node_id, node.directory / "afslet")
+        found = [str(path) for path in cgroups(f"{parent}/*/")]
+        scratches = ("snapshotter/roots", "snapshotter/attached", "afslet/runs", "layerstore/tmp", "run/runtime")
+        for scratch in scratches:
+            directory = node.directory / scratch
+            found += [f"{path}" for path in (directory.iterdir() if directory.exists() else ())]
+            found += [f"mount {mount.target}" for mount in list_mounts(str(directory))]
+        return found + [f"runtime {pid}" for pid in self.runtimes(node)]
+
+    def runtimes(self, node: NodeProcesses) -> list[int]:
+        """The processes of the runtime, each of which looks after a container of the node."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with suppress(OSError):  # it ended
+                command = path.read_bytes()
+                if command.startswith(b"runc\0") and os.fsencode(node.run_dir) in command:
+                    found.append(int(path.parent.name))
         return found
 
     def assert_idle(self, grace: float = 5.0) -> None:

@@ -4,10 +4,9 @@ import re
 
 import pytest
 
-from afs.afslet.admission import Admission, Capacity
 from afs.afslet.bundle import DEFAULT_PATH, command_line, merge_env
 from afs.afslet.requests import check_start
-from afs.core.errors import InvalidArgument, ResourceExhausted
+from afs.core.errors import InvalidArgument
 from afs.proto.v1 import afslet_pb2 as pb
 
 
@@ -45,36 +44,6 @@ def test_good_requests(changes: dict[str, object]) -> None:
 def test_bad_requests(changes: dict[str, object], message: str) -> None:
     with pytest.raises(InvalidArgument, match=f"^{re.escape(message)}$"):
         check_start(start(**changes))
-
-
-def test_admission() -> None:
-    admission = Admission(Capacity(4, 1000))
-    with admission.reserve(3, 400):
-        assert (admission.available, admission.running) == (Capacity(1, 600), 1)
-        with admission.reserve(1, 600):
-            assert admission.available == Capacity(0, 0)
-        for cpus, memory in ((2, 1), (1, 601)):
-            with (
-                pytest.raises(
-                    ResourceExhausted, match=f"{cpus} CPUs and {memory} MiB asked for, but 1 CPUs and 600 MiB"
-                ),
-                admission.reserve(cpus, memory),
-            ):
-                pass
-    assert (admission.used, admission.running) == (Capacity(0, 0), 0)
-    for cpus, memory in ((5, 1), (1, 1001)):
-        with (
-            pytest.raises(InvalidArgument, match="but this node has 4 CPUs and 1000 MiB"),
-            admission.reserve(cpus, memory),
-        ):
-            pass
-
-
-def test_a_failed_run_gives_its_reservation_back() -> None:
-    admission = Admission(Capacity(4, 1000))
-    with pytest.raises(KeyError), admission.reserve(4, 1000):
-        raise KeyError
-    assert (admission.used, admission.running) == (Capacity(0, 0), 0)
 
 
 @pytest.mark.parametrize(

@@ -267,3 +267,13 @@ def test_grpc_knows_every_option() -> None:
     (library,) = Path(grpc.__file__).parent.glob("_cython/cygrpc*.so")
     code = library.read_bytes()
     assert [name for name, _ in _OPTIONS if f"{name}\0".encode() not in code] == []
+
+
+async def test_a_lease_must_be_longer_than_a_busy_machine_s_pauses() -> None:
+    with pytest.raises(InvalidArgument, match=r"a lease of 0\.5 s is too short"):
+        channel("127.0.0.1:1", lease_ttl=0.5)
+    with pytest.raises(InvalidArgument, match=r"a lease of 0\.5 s is too short"):
+        async with serving([LOOPBACK], Service(echo).register, lease_ttl=0.5):
+            pass
+    async with serving([LOOPBACK], Service(echo).register, lease_ttl=1) as (address,):
+        assert await ask(address) == [b"x"]

@@ -3,21 +3,30 @@
 import asyncio
 import contextlib
 import hashlib
-import logging
 import os
 import re
 import resource
+import signal
 import socket
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from afs.afslet.isolation import DEFAULT_ID_COUNT, DEFAULT_ID_FIRST, OFF, load_isolation, parse_user_namespace
+from afs.afslet.isolation import DEFAULT_ID_COUNT, DEFAULT_ID_FIRST, OFF, parse_user_namespace
 from afs.core.cli import daemon_command
 from afs.core.config import setting
+from afs.core.errors import Internal
 from afs.core.service import notify
 from afs.core.units import parse_duration
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    import grpc.aio
+
+    from afs.afslet.admission import Capacity
+    from afs.afslet.execution import Node
+    from afs.afslet.remains import Remains
+    from afs.snapshotter.client import Mounts
+
 SERVICE = "afslet"
 MAX_FILES = 524288  # as systemd gives services
 
@@ -34,10 +43,20 @@ class Config:
     node_id: str = setting("", "Name of this node in the cluster; the host name if empty.")
     cpu_cores: int = setting(0, "CPU cores to give away; all of the machine's if 0.")
     memory_mb: int = setting(0, "MiB of memory to give away; nine tenths of the machine's if 0.")
-    runtime: str = setting("runc", "OCI runtime.")
+    disk_mb: int = setting(0, "MiB that all runs together may write; not limited if 0.")
+    max_runs: int = setting(0, "Runs at once; not limited if 0.")
+    max_disk_mb: int = setting(0, "MiB that one run may write, and what it gets if it asks for none; not limited if 0.")
     max_pids: int = setting(4096, "Processes and threads of one run.")
+    max_queued: int = setting(0, "Runs that wait here for room, of clients that do not come through a proxy.")
+    runtime: str = setting("runc", "OCI runtime.")
     default_timeout: float = setting(3600.0, "Timeout of a run that asks for none.", parse_duration)
     term_grace: float = setting(2.0, "Time between SIGTERM and SIGKILL after a timeout.", parse_duration)
+    lease_ttl: float = setting(
+        15.0, "Time until nothing is left of a run whose client, proxy or afslet has vanished.", parse_duration
+    )
+    drain_timeout: float = setting(
+        20.0, "How long runs under way may go on after SIGTERM; a second one ends them at once.", parse_duration
+    )
     warm_roots: int = setting(8, "Unused roots that are kept mounted for the next runs of their images.")
     seccomp: str = setting(
         "", "Seccomp profile: a file, or unconfined. If empty, /usr/share/containers/seccomp.json, made stricter."
@@ -68,76 +87,111 @@ def cgroup_parent(node_id: str, root: Path) -> str:
 
 
 async def serve(config: Config, stop: asyncio.Event) -> None:
-    """Serve until *stop* is set."""
-    from afs.afslet.admission import Admission, Capacity
-    from afs.afslet.cgroups import clean_up
-    from afs.afslet.command import Commands
-    from afs.afslet.execution import Node, RunSettings
-    from afs.afslet.fastattach import FastAttach
-    from afs.afslet.networks import Networks, NetworkSettings
-    from afs.afslet.runc import Runtime, become_subreaper
-    from afs.afslet.runtimebinary import RuntimeBinary
-    from afs.afslet.server import AfsletService
-    from afs.afslet.warmroots import WarmRoots
-    from afs.core.files import locked, remove_tree
+    """Serve until *stop* is set, and until the runs that are under way then have ended."""
+    from afs.afslet.keeping import kept
+    from afs.afslet.locks import take
+    from afs.afslet.remains import Remains, clean_up
+    from afs.afslet.runs import Runs
+    from afs.afslet.server import AfsletService, RunsService
     from afs.core.rpc import serving
     from afs.proto.v1.afslet_pb2_grpc import add_AfsletServicer_to_server
+    from afs.proto.v1.runs_pb2_grpc import add_RunsServicer_to_server
     from afs.snapshotter.client import Mounts
 
     node_id = config.node_id or socket.gethostname()
-    scratch, state = config.root / "runs", config.run_dir / "runtime"
+    parent = cgroup_parent(node_id, config.root)
+    runs = Runs(node_id, _capacity(config), config.max_queued)
     for directory in (config.root, config.run_dir):
         directory.mkdir(parents=True, exist_ok=True)
-    parent = cgroup_parent(node_id, config.root)
+    remains = Remains(str(config.root.resolve()), str(config.run_dir.resolve()), parent)
     async with contextlib.AsyncExitStack() as stack:
-        stack.enter_context(locked(config.root / "lock", "afslet"))
-        stack.enter_context(locked(config.run_dir / "afslet.lock", "afslet"))
-        if left := await asyncio.to_thread(clean_up, parent):
-            log.warning("killed %d runs that an earlier afslet left", left)
-        stack.callback(clean_up, parent)
-        files_directory = config.root / "network"
-        for directory in (scratch, state, files_directory):
-            remove_tree(directory)
-            directory.mkdir(parents=True, mode=0o700)  # uploads may hold setuid files
-            stack.callback(remove_tree, directory)
-        mounts = Mounts(f"unix:{config.run_dir}/mounts.sock")
+        await take(stack.enter_context(contextlib.ExitStack()), remains.locks)
+        await stack.enter_async_context(kept(remains, config.lease_ttl))
+        await asyncio.to_thread(clean_up, remains, "an earlier afslet")
+        stack.push_async_callback(_clean_up, remains)
+        for directory in (remains.scratch, remains.state, remains.networks):
+            directory.mkdir(mode=0o700)  # uploads may hold setuid files
+        mounts = Mounts(f"unix:{config.run_dir}/mounts.sock", lease_ttl=config.lease_ttl)
         stack.push_async_callback(mounts.close)
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
-        limit = Capacity(config.cpu_cores or os.cpu_count() or 1, config.memory_mb or total * 9 // 10)
-        files = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], MAX_FILES)
-        binary = RuntimeBinary(config.runtime)
-        stack.callback(binary.close)
-        become_subreaper()
-        attach = FastAttach()
-        stack.callback(attach.close)
-        roots = WarmRoots(mounts, config.warm_roots)
-        stack.push_async_callback(roots.close)
-        settings = NetworkSettings(**{field.name: getattr(config, field.name) for field in fields(NetworkSettings)})
-        networks = Networks(settings, parent, files_directory)
-        await networks.start()
-        stack.push_async_callback(networks.close)
-        isolation = load_isolation(config.seccomp, config.user_namespace, config.id_first, config.id_count)
-        node = Node(
-            node_id,
-            scratch,
-            roots,
-            Admission(limit),
-            Runtime(binary, state, parent, files),
-            RunSettings(config.default_timeout, config.term_grace, config.max_pids),
-            attach,
-            Commands(),
-            isolation,
-            networks,
-        )
-        service = AfsletService(node)
-        stack.push_async_callback(service.drained)
+        service = AfsletService(await _node(stack, config, node_id, remains, mounts), runs)
+        status = RunsService(runs)
+
+        def register(server: "grpc.aio.Server") -> None:
+            add_AfsletServicer_to_server(service, server)
+            add_RunsServicer_to_server(status, server)
+
         bound = await stack.enter_async_context(
-            serving(
-                [config.listen], lambda server: add_AfsletServicer_to_server(service, server), insecure=config.insecure
-            )
+            serving([config.listen], register, insecure=config.insecure, lease_ttl=config.lease_ttl)
         )
+        for signum, action in ((signal.SIGUSR1, runs.drain), (signal.SIGUSR2, runs.resume)):
+            asyncio.get_running_loop().add_signal_handler(signum, action)
         notify(f"READY=1\nSTATUS=serving on {bound[0]}")
         await stop.wait()
+        await runs.end_all(config.drain_timeout, _second_signal())
+        status.close()
+
+
+async def _node(
+    stack: contextlib.AsyncExitStack, config: Config, node_id: str, remains: "Remains", mounts: "Mounts"
+) -> "Node":
+    """What all runs share, until *stack* closes."""
+    from afs.afslet.command import Commands
+    from afs.afslet.execution import Node, RunSettings
+    from afs.afslet.fastattach import FastAttach
+    from afs.afslet.isolation import load_isolation
+    from afs.afslet.networks import Networks, NetworkSettings
+    from afs.afslet.runc import Runtime, become_subreaper
+    from afs.afslet.runtimebinary import RuntimeBinary
+    from afs.afslet.warmroots import WarmRoots
+    from afs.core.files import remove_tree
+
+    files = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], MAX_FILES)
+    binary = RuntimeBinary(config.runtime)
+    stack.callback(binary.close)
+    become_subreaper()
+    attach = FastAttach()
+    stack.callback(attach.close)
+    settings = NetworkSettings(**{field.name: getattr(config, field.name) for field in fields(NetworkSettings)})
+    stack.callback(remove_tree, remains.networks)
+    networks = Networks(settings, remains.cgroup_parent, remains.networks)
+    await networks.start()
+    stack.push_async_callback(networks.close)
+    roots = WarmRoots(mounts, config.warm_roots)
+    stack.push_async_callback(roots.close)
+    return Node(
+        node_id,
+        remains.scratch,
+        roots,
+        Runtime(binary, remains.state, remains.cgroup_parent, files),
+        RunSettings(config.default_timeout, config.term_grace),
+        attach,
+        Commands(),
+        load_isolation(config.seccomp, config.user_namespace, config.id_first, config.id_count),
+        networks,
+    )
+
+
+def _capacity(config: Config) -> "Capacity":
+    from afs.afslet.admission import Capacity
+
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
+    cpus, memory = config.cpu_cores or os.cpu_count() or 1, config.memory_mb or total * 9 // 10
+    return Capacity(cpus * 1000, memory, config.disk_mb, config.max_runs, config.max_disk_mb, config.max_pids)
+
+
+def _second_signal() -> asyncio.Event:
+    """Set by the next SIGTERM or SIGINT: whoever sends one more does not want to wait."""
+    hurry = asyncio.Event()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(signum, hurry.set)
+    return hurry
+
+
+async def _clean_up(remains: "Remains") -> None:
+    from afs.afslet.remains import clean_up
+
+    if not await asyncio.to_thread(clean_up, remains, "this afslet"):
+        raise Internal("something is left of the runs; see the log")
 
 
 main = daemon_command("afslet", SERVICE, Config, serve, "Run commands in images on this node.")

@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,17 +99,31 @@ def open_cgroup(parent: str, name: str, limits: Limits) -> Cgroup:
     return CgroupV2(mounts[""], parent, name, limits) if "" in mounts else CgroupV1(mounts, parent, name, limits)
 
 
-def clean_up(parent: str) -> int:
-    """Kill what is left in groups below ``/parent`` and remove them all; returns how many runs were left."""
+def clean_up(parent: str, patience_s: float = 10.0) -> int:
+    """Kill what is left in groups below ``/parent`` and remove them all; returns how many runs were left.
+
+    Blocks until the processes are dead: OSError (EBUSY) if they are not after *patience_s* seconds, e.g. because a disk
+    does not answer.
+    """
     runs = 0
+    deadline = time.monotonic() + patience_s
     for mount in set(hierarchies().values()):
         top = mount / parent
         if not top.is_dir():
             continue
         runs = max(runs, sum(1 for entry in top.iterdir() if entry.is_dir()))
-        while _kill_tree(str(top)):
-            pass
-        _remove_tree(str(top))
+        while True:
+            alive = _kill_tree(str(top))
+            try:
+                if not alive:
+                    _remove_tree(str(top))
+                    break
+            except OSError as error:
+                if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                    raise
+            if alive and time.monotonic() > deadline:
+                raise OSError(errno.EBUSY, "processes do not die", str(top))
+            time.sleep(0.001)
     return runs
 
 

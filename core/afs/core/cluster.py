@@ -189,7 +189,7 @@ class Cluster:
                 await start_process(f"{node_id}-snapshotter", "afs.snapshotter", arguments, settings.directory)
             )
             arguments = [f"--root={directory}/afslet", f"--run-dir={run_dir}", f"--node-id={node_id}"]
-            arguments += [f"--cpu-cores={settings.cpus}", f"--memory-mb={settings.memory_mb}"]
+            arguments += [f"--cpu-cores={settings.cpus}", f"--memory-mb={settings.memory_mb}", "--drain-timeout=1s"]
             arguments += [f"--listen=127.0.0.1:{port(settings.afslet_port)}", *settings.afslet_flags]
             started.append(await start_process(f"{node_id}-afslet", "afs.afslet", arguments, settings.directory))
             stack.pop_all()

@@ -50,9 +50,28 @@ _OPTIONS = (
     # A peer that loses power sends no reset: without keepalive a call to it waits for ever.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),  # or a minute: the other one is TCP's, whose peer's kernel answers
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # or a stream that is silent for 40 s is broken off
+    ("grpc.http2.max_ping_strikes", 0),  # nor for a client that was told a shorter time to live
 )
+MIN_LEASE_TTL_S = 1.0  # below it a busy machine alone breaks connections off
+
+
+def _options(lease_ttl: float | None) -> list[tuple[str, int]]:
+    """The options of a server or channel whose connections end *lease_ttl* seconds after the other side fell silent.
+
+    An HTTP/2 ping is answered by the library, not by the kernel: a process that is stopped does not answer, whose TCP
+    still acknowledges. The timeout is TCP_USER_TIMEOUT as well, which ends a connection whose other side has stopped
+    reading: behind a full window no ping gets through. What is left of the time is for noticing and clearing up.
+    """
+    if lease_ttl is None:
+        return list(_OPTIONS)
+    if lease_ttl < MIN_LEASE_TTL_S:
+        raise InvalidArgument(f"a lease of {lease_ttl:g} s is too short: at least {MIN_LEASE_TTL_S:g} s")
+    part = int(lease_ttl * 400)
+    changed = dict.fromkeys(("grpc.keepalive_time_ms", "grpc.keepalive_timeout_ms", "grpc.http2.ping_timeout_ms"), part)
+    return list((dict(_OPTIONS) | changed).items())
 
 
 def to_afs_error(error: grpc.aio.AioRpcError, peer: str) -> AfsError:
@@ -76,15 +95,23 @@ def calling(peer: str) -> Iterator[None]:
 
 async def abort(context: "grpc.aio.ServicerContext[Any, Any]", error: BaseException) -> Never:
     """End the call with the status of *error*. Only unforeseen exceptions are logged with their traceback."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        error = ResourceExhausted(f"no space left: {error}")
-    if not isinstance(error, AfsError):
+    told = as_afs_error(error)
+    if not isinstance(error, AfsError) and not isinstance(told, ResourceExhausted):
         log.error("unexpected %s", type(error).__name__, exc_info=error)
-        error = error if isinstance(error, OSError) else Internal(f"internal error: {type(error).__name__}: {error}")
-    line = error.line if isinstance(error, AfsError) else one_line(str(error))
+    line = told.line
     if len(line) > _MAX_DETAILS:
         line = line[:_MAX_DETAILS] + " ..."
-    await context.abort(grpc.StatusCode[status_of(error).grpc], line)
+    await context.abort(grpc.StatusCode[status_of(told).grpc], line)
+
+
+def as_afs_error(error: BaseException) -> AfsError:
+    """The AfsError that callers get for *error*: a full disk is no bug, other foreign exceptions are Internal."""
+    if isinstance(error, AfsError):
+        return error
+    if isinstance(error, OSError):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return ResourceExhausted(f"no space left: {error}") if full else Internal(one_line(str(error)))
+    return Internal(f"internal error: {type(error).__name__}: {error}")
 
 
 class _ErrorInterceptor(grpc.aio.ServerInterceptor):
@@ -192,17 +219,18 @@ async def serving(
     insecure: bool = False,
     grace_s: float = 1.0,
     options: Sequence[tuple[str, Any]] = (),
+    lease_ttl: float | None = None,
 ) -> AsyncIterator[list[str]]:
     """Serve on all *addresses* while the block runs and give the bound ones (port 0 becomes the real port).
 
     Unix sockets get mode 0600. On exit running calls have *grace_s* seconds, then they are cancelled. *options* are gRPC's,
-    instead of or besides those that all servers have.
+    instead of or besides those that all servers have. Calls of a client that vanished are cancelled within *lease_ttl*
+    seconds (15 s if None).
     """
     for address in addresses:
         check_address(address, insecure)
-    server = grpc.aio.server(
-        interceptors=[_ErrorInterceptor()], options=list({**dict(_OPTIONS), **dict(options)}.items())
-    )
+    chosen = {**dict(_options(lease_ttl)), **dict(options)}
+    server = grpc.aio.server(interceptors=[_ErrorInterceptor()], options=list(chosen.items()))
     register(server)
     bound: list[str] = []
     try:
@@ -240,13 +268,14 @@ class AddressInUse(FailedPrecondition):
     """A server could not bind its address."""
 
 
-def channel(address: str, *, shared: bool = True) -> grpc.aio.Channel:
+def channel(address: str, *, shared: bool = True, lease_ttl: float | None = None) -> grpc.aio.Channel:
     """A channel to *address*; it connects at the first call and reconnects within a second after a restart.
 
-    Channels to one address share a TCP connection, unless not *shared*.
+    Channels to one address share a TCP connection, unless not *shared*. Calls to a server that vanished fail within
+    *lease_ttl* seconds (15 s if None).
     """
     options = (
-        *_OPTIONS,
+        *_options(lease_ttl),
         ("grpc.initial_reconnect_backoff_ms", 100),
         # A socket of this machine costs nothing to try, and its server is back in a moment.
         ("grpc.max_reconnect_backoff_ms", 200 if address.startswith("unix:") else 1000),

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -52,6 +53,9 @@ class Config:
     lost_grace: float = setting(10.0, "How long queued runs wait for nodes of which none answers.", parse_duration)
     idempotency_ttl: float = setting(600.0, "How long the result of an idempotency key is known.", parse_duration)
     idempotency_results: int = setting(10000, "Results of idempotency keys that are known at the same time.")
+    lease_ttl: float = setting(
+        15.0, "Time until a run ends whose client has vanished, or whose afslet.", parse_duration
+    )
     insecure: bool = setting(False, "Serve other than loopback addresses in the clear.")
     log_level: str = setting("INFO", "Least level to log.")
 
@@ -62,7 +66,7 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
 
     import grpc.aio
 
-    from afs.core.rpc import serving
+    from afs.core.rpc import channel, serving
     from afs.proto.v1.proxy_pb2_grpc import add_AfsProxyServicer_to_server
     from afs.proto.v1.runs_pb2_grpc import add_RunsServicer_to_server
     from afs.proxy import idempotency
@@ -78,7 +82,8 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
     from afs.proxy.watching import Watcher
 
     async with contextlib.AsyncExitStack() as stack:
-        nodes = Nodes((), random.Random())  # noqa: S311 - load balancing, not secrets
+        rng = random.Random()  # noqa: S311 - load balancing, not secrets
+        nodes = Nodes((), rng, open_channel=functools.partial(channel, lease_ttl=config.lease_ttl))
         stack.push_async_callback(nodes.close)
         dispatcher = Dispatcher(nodes, _limits(config))
         metrics = Metrics(dispatcher)
@@ -99,7 +104,9 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
 
         await watcher.start()
         stack.callback(asyncio.create_task(dispatcher.run(), name="queue").cancel)
-        grpc_server = serving([config.listen], register, insecure=config.insecure, options=_SERVER_OPTIONS)
+        grpc_server = serving(
+            [config.listen], register, insecure=config.insecure, options=_SERVER_OPTIONS, lease_ttl=config.lease_ttl
+        )
         bound = await stack.enter_async_context(grpc_server)
         stack.callback(dispatcher.close)  # before the server: those that wait may try another proxy
         http = await stack.enter_async_context(pages(config.http_listen, service, metrics, insecure=config.insecure))

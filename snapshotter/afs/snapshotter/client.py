@@ -22,6 +22,7 @@ class Hold:
         self._call = call
         self._peer = peer
         self._lazy = False
+        self._asking = False
 
     async def open(self, image: pb.OpenImage) -> pb.OpenedImage:
         """Have the image's layers mounted."""
@@ -55,11 +56,15 @@ class Hold:
             raise Unavailable(f"layer {failed[0]} could not be read during the run")
 
     async def _ask(self, request: pb.HoldRequest) -> pb.HoldResponse:
-        with calling(self._peer):
-            # A failed call refuses further writes with an error of its own; the status comes with the read.
-            with contextlib.suppress(grpc.aio.UsageError, grpc.aio.AioRpcError):
-                await self._call.write(request)
-            answer = await self._call.read()
+        self._asking = True
+        try:
+            with calling(self._peer):
+                # A failed call refuses further writes with an error of its own; the status comes with the read.
+                with contextlib.suppress(grpc.aio.UsageError, grpc.aio.AioRpcError):
+                    await self._call.write(request)
+                answer = await self._call.read()
+        finally:
+            self._asking = False
         if not isinstance(answer, pb.HoldResponse):
             raise Unavailable(f"{self._peer} ended the call")
         return answer
@@ -70,10 +75,14 @@ class Hold:
         return self._call.done()
 
     def when_lost(self, callback: Callable[[], object]) -> None:
-        """Call *callback* on the event loop as soon as the call has ended: the snapshotter stopped, or died."""
+        """Call *callback* on the event loop as soon as the call has ended: the snapshotter stopped, or died.
+
+        Not if something is being asked just then: who asks gets the error, which may say more.
+        """
 
         def ended(_: object) -> None:
-            callback()
+            if not self._asking:
+                callback()
 
         self._call.add_done_callback(ended)
 
@@ -95,11 +104,11 @@ class Hold:
 
 
 class Mounts:
-    """A channel to the snapshotter of this node; *address* is ``unix:PATH``."""
+    """A channel to the snapshotter of this node; *address* is ``unix:PATH``, *lease_ttl* as :func:`~afs.core.rpc.channel` has it."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, lease_ttl: float | None = None) -> None:
         self._peer = f"snapshotter {address}"
-        self._channel = channel(address)
+        self._channel = channel(address, lease_ttl=lease_ttl)
         self._stub = MountsStub(self._channel)
 
     async def close(self) -> None:
