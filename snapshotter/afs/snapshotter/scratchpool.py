@@ -41,7 +41,7 @@ class ScratchPool:
         self._idle_s = idle_s
         self._wanted_reserve = reserve
         self._reserve = 0
-        self._templates = Templates(directory)
+        self._templates = Templates()
         self._refusal = "it was not tried out"
         self._next = 0
         self._used: set[Scratch] = set()
@@ -138,6 +138,9 @@ class ScratchPool:
             if not drop and await self._make_ready(scratch) and not self._closed:
                 self._put(scratch)
                 return
+        except OSError as error:
+            log.warning("dropping the file system at %s: %s", scratch.path, error)
+        try:
             await asyncio.to_thread(scratch.drop)
         except OSError as error:  # the next start clears it
             log.error("cannot drop the file system at %s: %s", scratch.path, error)
