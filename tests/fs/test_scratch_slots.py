@@ -316,8 +316,6 @@ async def test_a_damaged_one_is_dropped(directory: Path) -> None:
             (root.path / "file").write_bytes(b"x")
             name = next(mount.source for mount in list_mounts(str(first.parent)))
             Path("/sys/fs/ext4", Path(name).name, "trigger_fs_error").write_text("a test")
-            with pytest.raises(OSError, match="Read-only"):
-                (root.path / "other").write_bytes(b"x")
         await running.scratch.settle()
         assert mounted(directory) == 0
         async with running.root() as root:
