@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,6 +30,7 @@ from afs.snapshotter.roots import Roots
 from afs.snapshotter.scratchfs import LEAST_BYTES, Scratch, lost_writes
 from afs.snapshotter.scratchpool import ScratchPool
 from afs.snapshotter.server import MountsService
+from afs.snapshotter.shiftedids import Ids
 from tests.fs.test_attached_roots import NAME, Snapshotter, make_layer
 from tests.testbed import mounts
 from tests.testbed.crashes import Scenario, crash_everywhere
@@ -563,8 +565,33 @@ async def test_what_cannot_be_limited(directory: Path) -> None:
             assert MIB <= os.statvfs(root.path).f_bavail * os.statvfs(root.path).f_frsize < 8 * MIB
 
 
+async def test_limits_and_shifted_ids_go_together() -> None:
+    with tempfile.TemporaryDirectory(prefix="afs-") as name:
+        directory = Path(name)
+        directory.chmod(0o711)  # root of the user namespace has to pass
+        async with node(directory) as running:
+            for _ in range(2):
+                async with contextlib.AsyncExitStack() as stack:
+                    wanted = RootRequest(disk_bytes=SIZE, ids=Ids(700_000, 65536))
+                    root = await running.roots.mount_root(stack, [], wanted)
+                    assert root.upper is not None
+                    writer = ["dd", "if=/dev/zero", f"of={root.path}/file", "bs=1M"]  # as root in the container
+                    full = await asyncio.to_thread(
+                        subprocess.run, writer, capture_output=True, user=700_000, group=700_000, extra_groups=[]
+                    )
+                    assert b"No space left" in full.stderr
+                    assert SIZE <= (root.upper / "file").stat().st_size < SIZE + MIB
+                    assert lost_writes(root.path) == ""
+                    assert (root.path.stat().st_uid, root.upper.stat().st_uid) == (700_000, 0)
+                await running.scratch.settle()
+                assert mounted(directory) == 1
+        assert list_mounts(name) == []
+        assert_no_loops(directory)
+
+
 _PROBE = """
 import sys
+import tempfile
 import time
 from pathlib import Path
 from afs.snapshotter.scratchfs import probe_scratch

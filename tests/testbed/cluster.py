@@ -45,6 +45,12 @@ class RealCluster:
         return self.cluster.proxy.address
 
     @property
+    def proxy_http(self) -> str:
+        """Where afs_proxy serves its status over HTTP."""
+        assert self.cluster.proxy is not None
+        return self.cluster.proxy.http
+
+    @property
     def nodes(self) -> list[NodeProcesses]:
         """The nodes, in order."""
         return self.cluster.nodes
@@ -74,7 +80,7 @@ class RealCluster:
         assert (python, flag) == (sys.executable, "-m")
         arguments = [f"--listen={process.address}" if a.startswith("--listen=") else a for a in arguments]
         started = await start_process(process.name, module, arguments, self.directory)
-        process.popen, process.address = started.popen, started.address
+        process.popen, process.address, process.http = started.popen, started.address, started.http
         if self.exemptions is not None:
             self.exemptions.enter_context(leaks.exempt(pids=[process.popen.pid]))
 
@@ -154,6 +160,7 @@ def cluster(nodes: int = 2, *, proxy: bool = True, **settings: Any) -> Iterator[
     The directory is short, because paths of unix sockets are limited to 107 bytes.
     """
     directory = Path(tempfile.mkdtemp(prefix="afs-", dir="/tmp"))
+    directory.chmod(0o711)  # runs in user namespaces have to come to their roots
     chosen = Settings(directory, **{"cpus": 4, "memory_mb": 4096, **settings})
     running = RealCluster(directory, chosen)
     try:

@@ -85,13 +85,13 @@ def test_what_the_probes_find(vm: VM) -> None:
     assert found["overlay"] == "page"
 
 
-# The rest of those files is too slow in there, or its reference is not right: tmpfs keeps no user xattrs before 6.6.
-LIMITS = (
+LIMITS = [
     "test_as_much_can_be_written_as_was_asked_for",
     "test_the_next_root_sees_nothing_of_the_last",
     "test_a_damaged_one_is_dropped",
     "test_a_full_disk_is_told_to_the_writer",
-)
+]
+# The rest of those files is too slow in there, or its reference is not right: tmpfs keeps no user xattrs before 6.6.
 BACKENDS = [
     "test_every_kind_of_entry_is_as_it_was_packed[tree-lazy]",
     *(

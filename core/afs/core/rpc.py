@@ -11,7 +11,7 @@ import ipaddress
 import logging
 import os
 import stat
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Any, Never
 
 import grpc
@@ -159,7 +159,8 @@ def _guard_stream(inner: Any) -> Any:
     return guarded
 
 
-def _check_address(address: str, insecure: bool) -> None:
+def check_address(address: str, insecure: bool) -> None:
+    """InvalidArgument unless *address* is a unix socket, a loopback address, or served in the clear on purpose."""
     if address.startswith("unix:") or insecure:
         return
     host, _, port = address.rpartition(":")
@@ -185,15 +186,23 @@ def _clear_socket(path: str) -> None:
 
 @contextlib.asynccontextmanager
 async def serving(
-    addresses: list[str], register: Callable[[grpc.aio.Server], None], *, insecure: bool = False, grace_s: float = 1.0
+    addresses: list[str],
+    register: Callable[[grpc.aio.Server], None],
+    *,
+    insecure: bool = False,
+    grace_s: float = 1.0,
+    options: Sequence[tuple[str, Any]] = (),
 ) -> AsyncIterator[list[str]]:
     """Serve on all *addresses* while the block runs and give the bound ones (port 0 becomes the real port).
 
-    Unix sockets get mode 0600. On exit running calls have *grace_s* seconds, then they are cancelled.
+    Unix sockets get mode 0600. On exit running calls have *grace_s* seconds, then they are cancelled. *options* are gRPC's,
+    instead of or besides those that all servers have.
     """
     for address in addresses:
-        _check_address(address, insecure)
-    server = grpc.aio.server(interceptors=[_ErrorInterceptor()], options=_OPTIONS)
+        check_address(address, insecure)
+    server = grpc.aio.server(
+        interceptors=[_ErrorInterceptor()], options=list({**dict(_OPTIONS), **dict(options)}.items())
+    )
     register(server)
     bound: list[str] = []
     try:
