@@ -338,8 +338,10 @@ def test_probe(tmp_path: Path) -> None:
     assert kinds == [(lazy, name) for lazy in (False, True) for name in ("erofs-file", "erofs-loop", "tree")]
     assert all(trial["works"] == (trial["reason"] == "") for trial in found["trials"])
     assert [trial["backend"] for trial in found["trials"] if trial["used"]] == ["erofs-file", "erofs-file"]
+    assert found["limited_roots"] == {"works": True, "reason": ""}
     shown = call("afs_mount", "--probe", f"--layerstore-root={tmp_path}")
     assert shown.returncode == 0
+    assert shown.stdout.splitlines()[-1] == "roots of limited size: work"
     assert shown.stdout.splitlines()[:2] == [f"kernel {os.uname().release}", "complete layers, erofs-file: used"]
     subprocess.run(["mount", "-t", "tmpfs", "probe", tmp_path], check=True)
     try:

@@ -32,7 +32,19 @@ if TYPE_CHECKING:
 
 PROJECT = Path(__file__).resolve().parents[2]
 PROGRAMS = (
-    *("runc", "crun", "docker-registry", "fusermount3", "mkfs.erofs", "kmod", "mount", "umount", "setpriv", "unshare"),
+    *(
+        "runc",
+        "crun",
+        "docker-registry",
+        "fusermount3",
+        "mkfs.erofs",
+        "mkfs.ext4",
+        "kmod",
+        "mount",
+        "umount",
+        "setpriv",
+        "unshare",
+    ),
     *("sh", "bash", "timeout", "tar", "cp", "findmnt", "losetup", "umoci"),
 )
 """Beside those of busybox. What this machine does not have is left out."""

@@ -85,6 +85,12 @@ def test_what_the_probes_find(vm: VM) -> None:
     assert found["overlay"] == "page"
 
 
+LIMITS = [
+    "test_as_much_can_be_written_as_was_asked_for",
+    "test_the_next_root_sees_nothing_of_the_last",
+    "test_a_damaged_one_is_dropped",
+    "test_a_full_disk_is_told_to_the_writer",
+]
 # The rest of those files is too slow in there, or its reference is not right: tmpfs keeps no user xattrs before 6.6.
 BACKENDS = [
     "test_every_kind_of_entry_is_as_it_was_packed[tree-lazy]",
@@ -101,6 +107,7 @@ INSIDE = [
     "tests/fs/test_afslet_cgroups.py",
     "tests/fs/test_afslet_diff.py::test_every_kind_of_change",
     "tests/fs/test_overlay.py::test_128_layers_below_a_long_directory[page]",
+    *(f"tests/fs/test_scratch_slots.py::{name}" for name in LIMITS),
     *(f"tests/fs/test_backends.py::{name}" for name in BACKENDS),
     "tests/system/test_commands.py::test_afs_runc",
     "tests/system/test_commands.py::test_afs_runc_interrupted",

@@ -13,6 +13,7 @@ from afs.core.rpc import EOF, calling, channel
 from afs.proto.v1 import mounts_pb2 as pb
 from afs.proto.v1.mounts_pb2_grpc import MountsStub
 from afs.snapshotter.messages import MountedRoot
+from afs.snapshotter.scratchfs import lost_writes
 
 
 class Hold:
@@ -23,6 +24,7 @@ class Hold:
         self._peer = peer
         self._lazy = False
         self._asking = False
+        self._limited: set[Path] = set()  # roots with disk_bytes
 
     async def open(self, image: pb.OpenImage) -> pb.OpenedImage:
         """Have the image's layers mounted."""
@@ -31,7 +33,7 @@ class Hold:
     async def open_and_mount(self, image: pb.OpenImage, wanted: pb.MountRoot) -> tuple[pb.OpenedImage, MountedRoot]:
         """:meth:`open` and :meth:`mount` in one exchange."""
         answer = await self._ask(pb.HoldRequest(open=image, mount=wanted))
-        return self._opened(answer), MountedRoot.from_message(answer.mounted)
+        return self._opened(answer), self._mounted(answer, wanted)
 
     def _opened(self, answer: pb.HoldResponse) -> pb.OpenedImage:
         self._lazy = answer.opened.lazy
@@ -39,16 +41,30 @@ class Hold:
 
     async def mount(self, wanted: pb.MountRoot | None = None) -> MountedRoot:
         """Have a root mounted; *wanted* comes from :func:`~afs.snapshotter.messages.root_request`."""
-        answer = await self._ask(pb.HoldRequest(mount=wanted or pb.MountRoot()))
-        return MountedRoot.from_message(answer.mounted)
+        wanted = wanted or pb.MountRoot()
+        return self._mounted(await self._ask(pb.HoldRequest(mount=wanted)), wanted)
+
+    def _mounted(self, answer: pb.HoldResponse, wanted: pb.MountRoot) -> MountedRoot:
+        root = MountedRoot.from_message(answer.mounted)
+        if wanted.disk_bytes:
+            self._limited.add(root.path)
+        return root
 
     async def unmount(self, root: MountedRoot, *, then: pb.MountRoot | None = None) -> MountedRoot | None:
         """Have *root* unmounted and removed, and then another one mounted, if one is wanted."""
+        self._limited.discard(root.path)
         answer = await self._ask(pb.HoldRequest(unmount=pb.UnmountRoot(path=os.fsencode(root.path)), mount=then))
-        return MountedRoot.from_message(answer.mounted) if then is not None else None
+        return self._mounted(answer, then) if then is not None else None
 
     async def check(self) -> None:
-        """Unavailable if a read of the image's layers failed since it was opened: what ran on it cannot be trusted."""
+        """Unavailable if what ran on the image cannot be trusted.
+
+        That is if a read of its layers failed since it was opened, or if what was written to a root of limited size was
+        lost, for the disk is damaged or was filled by others.
+        """
+        for root in self._limited:
+            if why := lost_writes(root):
+                raise Unavailable(f"what was written to {root} could not all be kept: {why}")
         if not self._lazy:
             return
         failed = (await self._ask(pb.HoldRequest(check=pb.CheckReads()))).faults.layers

@@ -11,10 +11,11 @@ import click
 from afs.core.errors import FailedPrecondition
 from afs.snapshotter.backends import Backends
 from afs.snapshotter.probe import check_overlay, probe
+from afs.snapshotter.scratchfs import probe_scratch
 
 
 def show_probe(layerstore_root: Path, *, as_json: bool) -> None:
-    """Try every backend with a file on the file system of *layerstore_root*, and print what came of it.
+    """Try every backend with a file on the file system of *layerstore_root*, and print what came of it; whether roots can be limited, too.
 
     FailedPrecondition if nothing can be mounted at all.
     """
@@ -23,6 +24,8 @@ def show_probe(layerstore_root: Path, *, as_json: bool) -> None:
     logging.getLogger("afs").setLevel(logging.ERROR)  # we print it ourselves
     check_overlay()
     found = Backends(probe(layerstore_root, Path(tempfile.gettempdir())))
+    with tempfile.TemporaryDirectory(prefix="afs-probe-") as directory:
+        unlimited = probe_scratch(Path(directory))
     used = {lazy: next(iter(found.choices(lazy=lazy)), None) for lazy in (False, True)}
     release = os.uname().release
     if as_json:
@@ -31,10 +34,12 @@ def show_probe(layerstore_root: Path, *, as_json: bool) -> None:
             | {"used": trial is used[trial.lazy]}
             for trial in found.trials
         ]
-        click.echo(json.dumps({"kernel": release, "trials": trials}))
+        limits = {"works": not unlimited, "reason": unlimited}
+        click.echo(json.dumps({"kernel": release, "trials": trials, "limited_roots": limits}))
     else:
         click.echo(f"kernel {release}")
         for trial in found.trials:
             verdict = "used" if trial is used[trial.lazy] else trial.reason or "works, but is not the first choice"
             click.echo(f"{'lazy' if trial.lazy else 'complete'} layers, {trial.backend}: {verdict}")
+        click.echo(f"roots of limited size: {unlimited or 'work'}")
     found.check()

@@ -302,14 +302,23 @@ def detach_root(home: Path, path: Path | None = None, mount_id: int = 0) -> bool
 
 def _unmount_idle(path: Path, mount_id: int) -> bool:
     """Unmount what is at *path* if it is that mount, and nobody uses it; whether that was so."""
+    if not is_mount(path, mount_id):
+        return False
     try:
-        if syscalls.mount_id(str(path)) != mount_id:
-            return False
         syscalls.umount(str(path))
     except OSError as error:
         log.debug("%s: %s", path, error)
         return False
     return True
+
+
+def is_mount(path: Path, mount_id: int) -> bool:
+    """Whether *path* leads to the mount of that number, which nobody has covered."""
+    try:
+        return syscalls.mount_id(str(path)) == mount_id
+    except OSError as error:
+        log.debug("%s: %s", path, error)
+        return False
 
 
 def remove_home(home: Path) -> None:

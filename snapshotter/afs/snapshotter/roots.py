@@ -27,13 +27,14 @@ from afs.snapshotter.rootmount import (
     clear_home,
     detach_root,
     homes_below,
+    is_mount,
     keep_upper,
     lower_directories,
     make_root,
     mounts_of,
     remove_home,
 )
-from afs.snapshotter.scratchfs import Scratch
+from afs.snapshotter.scratchfs import Scratch, lost_writes
 from afs.snapshotter.scratchpool import ScratchPool
 
 log = logging.getLogger(__name__)
@@ -241,8 +242,11 @@ def _check_layers(layers: Sequence[MountedLayer]) -> None:
 def _take_down(root: Root, leaving: Callable[[], None], mount_id: int) -> tuple[bool, str]:
     """Whether it is gone, and why its scratch file system cannot be used again, "" if it can."""
     leaving()
+    limited = root.scratch if root.scratch is not None and root.scratch.made else None
+    why_not = lost_writes(root.path) if limited is not None and mount_id and is_mount(root.path, mount_id) else ""
     if not detach_root(root.home, root.path, mount_id):
         return False, ""
-    why_not = root.scratch.empty() if root.scratch is not None and root.scratch.made else ""
+    if limited is not None and not why_not:
+        why_not = limited.empty()
     remove_home(root.home)
     return True, why_not

@@ -75,44 +75,43 @@ def rounded(size: int, directory: Path) -> int:
 
 
 class Templates:
-    """Makes templates in *directory* and keeps some. For threads."""
+    """Makes templates and keeps some. For threads."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._kept: dict[int, Template] = {}  # by size, least recently used first
 
     def get(self, size: int) -> Template:
         """The one with *size* usable bytes, and a little more. CommandFailed or OSError if it cannot be made."""
         with self._lock:
-            found = self._kept.pop(size, None) or _template(self._directory, size)
+            found = self._kept.pop(size, None) or _template(size)
             self._kept[size] = found
             if len(self._kept) > _TEMPLATES:
                 del self._kept[next(iter(self._kept))]
             return found
 
 
-def _template(directory: Path, size: int) -> Template:
+def _template(size: int) -> Template:
     wanted = size // _BLOCK + _SLACK
     blocks = wanted
     # The rest follows from how large the tables of the last try were; the margin is less than 1%.
-    while (found := _format(directory, blocks)).usable < wanted * _BLOCK:
+    while (found := _format(blocks)).usable < wanted * _BLOCK:
         missing = wanted - found.usable // _BLOCK
         blocks += missing + missing // 14 + 8
     return found
 
 
-def _format(directory: Path, blocks: int) -> Template:
-    path = directory / "template"
-    with path.open("wb+", buffering=0) as file:
-        try:
-            file.truncate(blocks * _BLOCK)
-            run([_PROGRAM, *_FORMAT, *_EXTENDED, str(path), str(blocks)])
-            _, count, _, free, _ = _COUNTS.unpack(os.pread(file.fileno(), _COUNTS.size, _SUPERBLOCK))
-            unsized = Template(count, 0, tuple(_written(file.fileno())))
-            return Template(count, max(free - unsized.reserved, 0) * _BLOCK, unsized.pieces)
-        finally:
-            path.unlink()
+def _format(blocks: int) -> Template:
+    # In memory: mkfs would wait for the disk at its end.
+    fd = os.memfd_create("afs-template")
+    try:
+        os.ftruncate(fd, blocks * _BLOCK)
+        run([_PROGRAM, *_FORMAT, *_EXTENDED, f"/proc/{os.getpid()}/fd/{fd}", str(blocks)])
+        _, count, _, free, _ = _COUNTS.unpack(os.pread(fd, _COUNTS.size, _SUPERBLOCK))
+        unsized = Template(count, 0, tuple(_written(fd)))
+        return Template(count, max(free - unsized.reserved, 0) * _BLOCK, unsized.pieces)
+    finally:
+        os.close(fd)
 
 
 def _written(fd: int) -> Iterator[tuple[int, bytes]]:
@@ -259,6 +258,23 @@ class Scratch:
         remove_scratch(self.path)
 
 
+def lost_writes(root: Path) -> str:
+    """Why something that was written to the *root* since it was mounted could not be written back, "" if all could.
+
+    Overlayfs's option volatile makes that cheap (20 us): its fsync(2) writes nothing, and fails if a write-back to the
+    upper file system did.
+    """
+    try:
+        fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        return os.strerror(error.errno or 0)
+    return ""
+
+
 def remove_scratch(path: Path) -> None:
     """Unmount the file system at *path*, whoever uses it, and delete its file."""
     unmount_below(path)
@@ -287,7 +303,7 @@ def probe_scratch(directory: Path) -> str:
     """Why no scratch file systems can be made below *directory*, "" if they can: by making a small one."""
     trial = Scratch(LEAST_BYTES, directory / "probe")
     try:
-        trial.make(Templates(directory))
+        trial.make(Templates())
     except AfsError as error:
         return _reason(error)
     try:

@@ -41,7 +41,7 @@ class ScratchPool:
         self._idle_s = idle_s
         self._wanted_reserve = reserve
         self._reserve = 0
-        self._templates = Templates(directory)
+        self._templates = Templates()
         self._refusal = "it was not tried out"
         self._next = 0
         self._used: set[Scratch] = set()
@@ -96,10 +96,12 @@ class ScratchPool:
         self._used.discard(scratch)
         if not scratch.made:
             return
+        if scratch.squeezed:
+            why_not = "the disk was full"
         if why_not:
             log.warning("dropping the file system at %s: %s", scratch.path, why_not)
             self._check(scratch, drop=True)
-        elif not self._closed and scratch.is_empty() and scratch.is_small() and not scratch.squeezed:
+        elif not self._closed and scratch.is_empty() and scratch.is_small():
             self._put(scratch)
         else:
             self._check(scratch, drop=self._closed)
@@ -136,13 +138,14 @@ class ScratchPool:
             if not drop and await self._make_ready(scratch) and not self._closed:
                 self._put(scratch)
                 return
+        except OSError as error:
+            log.warning("dropping the file system at %s: %s", scratch.path, error)
+        try:
             await asyncio.to_thread(scratch.drop)
         except OSError as error:  # the next start clears it
             log.error("cannot drop the file system at %s: %s", scratch.path, error)
 
     async def _make_ready(self, scratch: Scratch) -> bool:
-        if scratch.squeezed:
-            scratch.squeeze(on=False)
         for delay in (0, *_STILL_HELD_S):
             if delay and not self._closed:
                 await asyncio.sleep(delay)
@@ -182,6 +185,11 @@ class ScratchPool:
         if self._used:
             self._look_again(margin)
 
+    @property
+    def full(self) -> bool:
+        """Whether limited roots cannot be written to, for the disk is full."""
+        return self._squeezed
+
     def _squeeze(self, *, on: bool) -> None:
         self._squeezed = on
         for scratch in self._used:
@@ -191,6 +199,11 @@ class ScratchPool:
                 except OSError as error:
                     log.error("writes to %s cannot be stopped: %s", scratch.path, error)
 
+    async def settle(self) -> None:
+        """Wait until every one that no root uses is ready for the next or dropped."""
+        while self._checking:
+            await asyncio.wait(self._checking)
+
     async def close(self) -> None:
         """Drop all that no root uses."""
         self._closed = True
@@ -199,5 +212,4 @@ class ScratchPool:
                 timer.cancel()
         for scratch in list(self._idle):
             self._drop_idle(scratch)
-        while self._checking:
-            await asyncio.wait(self._checking)
+        await self.settle()
