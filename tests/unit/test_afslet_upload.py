@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from afs.afslet.upload import Attributes, Staging, UploadRefused, check_path
+from afs.afslet.placing import Attributes, UploadRefused
+from afs.afslet.upload import Staging, check_path
 from afs.core.errors import InvalidArgument
 
 ME, MINE = os.getuid(), os.getgid()

@@ -68,7 +68,7 @@ def test_modes_and_times_are_kept_and_owners_are_not(tmp_path: Path) -> None:
 
 
 def test_what_an_upload_cannot_hold(tmp_path: Path) -> None:
-    with pytest.raises(InvalidArgument, match=f"^cannot upload {tmp_path}/none: not a directory$"):
+    with pytest.raises(InvalidArgument, match=f"^cannot upload {tmp_path}/none: neither a directory nor a file$"):
         uploaded(tmp_path / "none")
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(InvalidArgument, match=f"^cannot upload {tmp_path}/fifo: neither file, directory nor symlink$"):

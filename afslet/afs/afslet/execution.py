@@ -10,7 +10,7 @@ import contextlib
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,22 +18,22 @@ from typing import Any
 from afs.afslet.admission import Admission
 from afs.afslet.bundle import Process, command_line, merge_env, runtime_config
 from afs.afslet.cgroups import Limits
-from afs.afslet.diff import diff_chunks
+from afs.afslet.diff import Diff, DiffOptions
+from afs.afslet.receiving import receive
 from afs.afslet.requests import check_start
 from afs.afslet.rootfs import Command, UnknownUser, find_command, find_user, make_directories, open_root
 from afs.afslet.runc import Ended, Runtime, run_container
-from afs.afslet.upload import Attributes, Staging
+from afs.afslet.upload import Staging
 from afs.core.errors import Internal, InvalidArgument
 from afs.core.files import remove_tree
+from afs.core.threads import to_its_end
 from afs.proto.v1 import afslet_pb2 as pb
 from afs.proto.v1.mounts_pb2 import OpenImage
 from afs.snapshotter.client import Hold, Mounts
 from afs.snapshotter.messages import MountedRoot, root_request
 
 TIMED_OUT, NOT_EXECUTABLE, NOT_FOUND, KILLED = 124, 126, 127, 137  # as timeout(1) and sh
-DIFF_NAME = "writable-upper.tar.gz"
 _OUTPUT_QUEUE = 16  # messages of at most 64 KiB between the command and a slow client
-_INLINE_WRITE = 1 << 16  # bytes that are written to the page cache without a thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,7 @@ class Execution:
         check_start(start)
         self._node = node
         self._start = start
+        self._diff_options = DiffOptions.of(start)
         self._name = secrets.token_hex(8)
         self._home = node.scratch / self._name
         self._timings = pb.Timings()
@@ -74,7 +75,8 @@ class Execution:
         async with contextlib.AsyncExitStack() as stack:
             start = self._start
             stack.enter_context(self._node.admission.reserve(start.cpu_cores, start.memory_mb))
-            yield pb.ExecuteResponse(accepted=pb.Accepted(accepted=True, node_id=self._node.node_id))
+            accepted = pb.Accepted(accepted=True, node_id=self._node.node_id, upload_entries=True)
+            yield pb.ExecuteResponse(accepted=accepted)
             self._home.mkdir()
             stack.push_async_callback(asyncio.to_thread, remove_tree, self._home)
             hold = await stack.enter_async_context(self._node.mounts.holding())
@@ -90,13 +92,18 @@ class Execution:
             if result is None:
                 raise Internal(f"run {self._name} ended without a result")
             yield pb.ExecuteResponse(result=result)
-            yield pb.ExecuteResponse(tar_header=pb.TarHeader(name=DIFF_NAME))
             assert root.upper is not None
-            chunks = diff_chunks(root.upper, root.lower)
-            while chunk := await asyncio.to_thread(next, chunks, b""):
-                yield pb.ExecuteResponse(tar_chunk=pb.TarChunk(data=chunk))
+            done, diff = pb.Done(), Diff(root.upper, root.lower, self._diff_options)
+            if self._diff_options.name is not None:
+                with self._timed("diff_us"):
+                    yield pb.ExecuteResponse(tar_header=pb.TarHeader(name=self._diff_options.name))
+                    async with contextlib.aclosing(diff.stream()) as chunks:
+                        async for chunk in chunks:
+                            yield pb.ExecuteResponse(tar_chunk=pb.TarChunk(data=chunk))
+                done = pb.Done(diff_bytes=diff.bytes, diff_entries=diff.entries, diff_error=diff.error)
         # Only now is everything given back: a client that saw `done` can count on it.
-        yield pb.ExecuteResponse(done=pb.Done())
+        done.timings.CopyFrom(self._timings)
+        yield pb.ExecuteResponse(done=done)
 
     async def _prepare(
         self, stack: contextlib.AsyncExitStack, hold: Hold, requests: AsyncIterator[pb.ExecuteRequest]
@@ -137,24 +144,21 @@ class Execution:
 
     async def _receive(self, requests: AsyncIterator[pb.ExecuteRequest]) -> Staging | None:
         """Take files until the client half-closes. None if there were none."""
-        staging: Staging | None = None
+        staging = self._staging = Staging(self._home / "upload")
         with self._timed("upload_us"):
-            async for request in requests:
-                if request.HasField("start"):
-                    raise InvalidArgument("a second start")
-                if staging is None:
-                    staging = self._staging = Staging(self._home / "upload")
-                await _receive_one(staging, request)
-            if staging is not None:
-                staging.finish()
-        return staging
+            await receive(requests, staging)
+        return staging if staging.entries else None
 
     async def _make_root(self, hold: Hold, staging: Staging | None) -> MountedRoot:
         with self._timed("root_us"):
             if staging is None:
                 return await hold.mount()
+            if self._start.upload_mode == pb.UPLOAD_COPY:
+                root = await hold.mount()
+                await to_its_end(staging.place_into, root.path)
+                return root
             view = await hold.mount(root_request(read_only=True))
-            await asyncio.to_thread(staging.settle, view.path)
+            await to_its_end(staging.settle, view.path)
             return await hold.mount(root_request([staging.directory]))
 
     async def _run(
@@ -266,41 +270,6 @@ def _cannot_run(name: str, image: str, command: Command) -> pb.Result:
         return pb.Result(exit_code=NOT_EXECUTABLE, error=error, outcome=pb.OUTCOME_COMMAND_NOT_EXECUTABLE)
     error = f"command {name!r} not found in image {image}{why}"
     return pb.Result(exit_code=NOT_FOUND, error=error, outcome=pb.OUTCOME_COMMAND_NOT_FOUND)
-
-
-async def _receive_one(staging: Staging, request: pb.ExecuteRequest) -> None:
-    kind = request.WhichOneof("payload")
-    if kind == "file_chunk":
-        data = request.file_chunk.data
-        if len(data) <= _INLINE_WRITE:
-            staging.write(data)
-        else:
-            writing = asyncio.ensure_future(asyncio.to_thread(staging.write, data))
-            try:
-                await asyncio.shield(writing)
-            finally:
-                await asyncio.wait([writing])  # a thread cannot be cancelled, and its file must not be closed below it
-    elif kind == "file_end":
-        staging.end_file()
-    elif kind == "file_begin":
-        _begin(staging, request.file_begin)
-    else:
-        raise InvalidArgument("a request without payload")
-
-
-def _begin(staging: Staging, begin: pb.FileEntryBegin) -> None:
-    attributes = Attributes(begin.mode, begin.uid, begin.gid, begin.mtime_unix)
-    if begin.type == pb.FILE_TYPE_FILE:
-        staging.begin_file(begin.path, attributes)
-        return
-    actions: dict[int, Callable[[], None]] = {
-        pb.FILE_TYPE_DIR: lambda: staging.add_directory(begin.path, attributes),
-        pb.FILE_TYPE_SYMLINK: lambda: staging.add_symlink(begin.path, begin.symlink_target, attributes),
-    }
-    if begin.type not in actions:
-        raise InvalidArgument(f"upload of {begin.path!r}: unknown type {begin.type}")
-    actions[begin.type]()
-    staging.expect_end()
 
 
 async def _settled(task: "asyncio.Task[Any]") -> None:
