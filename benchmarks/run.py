@@ -8,7 +8,21 @@ from typing import TYPE_CHECKING
 
 import click
 
-from benchmarks import coldroot, containerd, convert, first, fused, lazy, measure, memory, pull, trace, warm, warmroot
+from benchmarks import (
+    coldroot,
+    containerd,
+    convert,
+    first,
+    fused,
+    lazy,
+    measure,
+    memory,
+    pull,
+    trace,
+    transfer,
+    warm,
+    warmroot,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,6 +33,7 @@ BENCHMARKS: dict[str, tuple[Callable[[str, int | None], measure.Report], str]] =
     "first-busybox": (first.run, "busybox"),
     "first-debian": (first.run, "debian"),
     "first-img4": (first.run, "img4"),
+    "transfer": (transfer.run, "busybox"),
     "pull-debian": (pull.run, "debian"),
     "pull-img4": (pull.run, "img4"),
     "convert-img4": (convert.run, "img4"),

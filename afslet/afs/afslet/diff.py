@@ -19,7 +19,7 @@ from afs.core.errors import InvalidArgument
 from afs.core.threads import ahead
 from afs.proto.v1 import afslet_pb2 as pb
 
-_READ = 1 << 19  # of a file at once
+_READ = 1 << 20  # of a file at once
 _CHUNK = 1 << 18  # of the compressed diff, at least: one message costs about as much as compressing so much
 _BATCH = 1 << 16  # what small files are gathered to before they are compressed
 _AHEAD = 4  # chunks that wait for a slow client
@@ -89,7 +89,7 @@ class Diff:
             yield chunk
 
     def chunks(self) -> Iterator[bytes]:
-        """The diff as chunks of 256 KiB to 1 MiB, the last one of any size. Blocking; memory bounded by some chunks."""
+        """The diff as chunks of 256 KiB to somewhat over 1 MiB, the last one of any size. Blocking; memory bounded by some chunks."""
         compressor = _compressor(self._options.format)
         ready, size = list[bytes](), 0
         for piece in self._pieces():
