@@ -127,7 +127,8 @@ def _pattern(rng: random.Random) -> str:
         "**" if rng.random() < 0.25 else "".join(rng.choices(pieces, k=rng.randint(1, 3)))
         for _ in range(rng.randint(1, 4))
     ]
-    parts = ["a" if part in (".", "..") or (set(part) == {"*"} and part not in ("*", "**")) else part for part in parts]
+    # Of several stars within a name git says that they are one, but matches "a**" as "a" and "**".
+    parts = ["a" if part in (".", "..") or ("**" in part and part != "**") else part for part in parts]
     text = "/".join(parts)
     start = rng.choice(("", "", "", "/", "!"))
     return start + text + rng.choice(("", "", "/"))
