@@ -10,7 +10,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from afs.core.errors import InvalidArgument
 
 _INSIDE = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+Creating = Callable[[], contextlib.AbstractContextManager[None]]
 _SENDFILE = 1 << 30  # bytes at once; sendfile(2) takes at most 2 GiB
 
 
@@ -40,14 +41,21 @@ class Attributes:
     mtime: int
 
 
-def place(source: Path, explicit: Mapping[bytes, Attributes], root: Path, first_id: int) -> None:
+def place(
+    source: Path,
+    explicit: Mapping[bytes, Attributes],
+    root: Path,
+    first_id: int = 0,
+    creating: Creating = contextlib.nullcontext,
+) -> None:
     """Copy the tree *source*, which only AFS writes, into *root*; *explicit* are the directories that the client described.
 
-    *first_id* is added to every user and group. Blocking. Raises UploadRefused, and OSError such as ENOSPC.
+    In a root whose owners are shifted *first_id* is what user and group 0 of it are outside, and *creating* gives a context
+    in which this thread may create files there. Blocking. Raises UploadRefused, and OSError such as ENOSPC.
     """
     top = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        _Placing(os.fsencode(source), explicit, top, first_id).run()
+        _Placing(os.fsencode(source), explicit, top, first_id, creating).run()
     finally:
         os.close(top)
 
@@ -58,6 +66,7 @@ class _Placing:
     explicit: Mapping[bytes, Attributes]
     root: int
     first_id: int
+    creating: Creating
     described: list[bytes] = field(default_factory=list)  # of explicit those that got their attributes
 
     def run(self) -> None:
@@ -93,10 +102,10 @@ class _Placing:
         """A directory in *target*, or what the image has there. What a symlink leads to keeps its attributes."""
         attributes = self.explicit.get(path)
         try:
-            os.mkdir(base, 0o755, dir_fd=target)
+            self._mkdir(base, target)
         except FileExistsError:
             if not self._leads_to_directory(path, base, target):
-                os.mkdir(base, 0o755, dir_fd=target)
+                self._mkdir(base, target)
             elif attributes is None or stat.S_ISLNK(os.lstat(base, dir_fd=target).st_mode):
                 return
         with self._directory(path) as fd:
@@ -122,10 +131,10 @@ class _Placing:
     def _copy_symlink(self, path: bytes, entry: os.DirEntry[bytes], target: int) -> None:
         link, status = os.readlink(entry.path), entry.stat(follow_symlinks=False)
         try:
-            os.symlink(link, entry.name, dir_fd=target)
+            self._symlink(link, entry.name, target)
         except FileExistsError:
             self._make_room(path, entry.name, target)
-            os.symlink(link, entry.name, dir_fd=target)
+            self._symlink(link, entry.name, target)
         uid, gid = status.st_uid + self.first_id, status.st_gid + self.first_id
         os.chown(entry.name, uid, gid, dir_fd=target, follow_symlinks=False)
         os.utime(entry.name, ns=(status.st_mtime_ns, status.st_mtime_ns), dir_fd=target, follow_symlinks=False)
@@ -134,10 +143,10 @@ class _Placing:
         source = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             try:
-                made = os.open(entry.name, _NEW, 0o600, dir_fd=target)
+                made = self._open(entry.name, target)
             except FileExistsError:
                 self._make_room(path, entry.name, target)
-                made = os.open(entry.name, _NEW, 0o600, dir_fd=target)
+                made = self._open(entry.name, target)
             try:
                 status = os.fstat(source)
                 offset = 0
@@ -150,6 +159,18 @@ class _Placing:
                 os.close(made)
         finally:
             os.close(source)
+
+    def _mkdir(self, base: bytes, target: int) -> None:
+        with self.creating():
+            os.mkdir(base, 0o755, dir_fd=target)
+
+    def _symlink(self, link: bytes, base: bytes, target: int) -> None:
+        with self.creating():
+            os.symlink(link, base, dir_fd=target)
+
+    def _open(self, base: bytes, target: int) -> int:
+        with self.creating():
+            return os.open(base, _NEW, 0o600, dir_fd=target)
 
     @staticmethod
     def _make_room(path: bytes, base: bytes, target: int) -> None:
