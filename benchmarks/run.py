@@ -18,6 +18,7 @@ from benchmarks import (
     measure,
     memory,
     pull,
+    runs,
     trace,
     transfer,
     warm,
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 BENCHMARKS: dict[str, tuple[Callable[[str, int | None], measure.Report], str]] = {
     "warm-busybox": (warm.run, "busybox"),
     "warm-img4": (warm.run, "img4"),
+    "runs-img4": (runs.latency, "img4"),
+    "rate-busybox": (runs.throughput, "busybox"),
+    "rate-img4": (runs.throughput, "img4"),
     "first-busybox": (first.run, "busybox"),
     "first-debian": (first.run, "debian"),
     "first-img4": (first.run, "img4"),

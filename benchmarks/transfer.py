@@ -190,10 +190,11 @@ def _pipe(
     commands: list[list[str]], near: socket.socket, last: list[str], far: socket.socket, out: int | None = None
 ) -> None:
     """Run *commands* as a pipe into one end of a connection, and the last one at the other end."""
-    started = [subprocess.Popen(last, stdin=far, stdout=out)]
+    started = [subprocess.Popen(last, stdin=far.fileno(), stdout=out)]
     source: Any = subprocess.DEVNULL
     for number, argv in enumerate(commands, 1):
-        made = subprocess.Popen(argv, stdin=source, stdout=near if number == len(commands) else subprocess.PIPE)
+        target = near.fileno() if number == len(commands) else subprocess.PIPE
+        made = subprocess.Popen(argv, stdin=source, stdout=target)
         if source is not subprocess.DEVNULL:
             source.close()
         source = made.stdout

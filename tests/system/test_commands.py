@@ -120,7 +120,7 @@ RUNS = {
     "not found": (["nothing"], 127, "", "afs_runc: command 'nothing' not found in {root}\n"),
     "not executable": (
         *(["/in"], 126, ""),
-        "afs_runc: command '/in' cannot be executed in {root}: it has no execute permission\n",
+        "afs_runc: command '/in' in {root} cannot be executed: it has no execute permission\n",
     ),
     "timeout": (["sleep", "1000"], 124, "", "afs_runc: command 'sleep' timed out after 0.2 s\n"),
     "memory": (

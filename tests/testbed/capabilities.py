@@ -186,6 +186,7 @@ PROBES: dict[str, Callable[[], None]] = {
     "cgroup": _cgroup,
     "netns": _netns,
     "runc": _program("runc"),
+    "crun": _program("crun"),
     "containerd": _program("containerd", "ctr"),
     "ctr-remote": _program("ctr-remote"),
     "systemd": _program("systemd-analyze", "systemd-tmpfiles"),

@@ -93,10 +93,10 @@ def test_command_lines(config: dict[str, object], command: list[str], expected: 
 
 
 def test_environments() -> None:
-    assert merge_env([], [], "/root") == (f"PATH={DEFAULT_PATH}", "HOME=/root", "HOSTNAME=afs")
-    merged = merge_env(["PATH=/i", "A=image", "B=1=2", "BARE"], ["A=request", "HOME=/h", "E="], "/root")
+    assert merge_env([], [], {"HOME": "/root"}) == (f"PATH={DEFAULT_PATH}", "HOME=/root")
+    merged = merge_env(["PATH=/i", "A=image", "B=1=2", "BARE"], ["A=request", "HOME=/h", "E="], {"HOME": "/root"})
     assert dict(entry.split("=", 1) for entry in merged) == {
-        "PATH": "/i", "HOME": "/h", "HOSTNAME": "afs", "A": "request", "B": "1=2", "BARE": "", "E": "",
+        "PATH": "/i", "HOME": "/h", "A": "request", "B": "1=2", "BARE": "", "E": "",
     }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from afs.core.threads import ahead, to_its_end
 
 async def test_everything_comes_in_order() -> None:
     assert [item async for item in ahead(iter(range(100)), 3)] == list(range(100))
-    assert [item async for item in ahead(iter(()), 3)] == []
+    assert [item async for item in ahead(iter(list[int]()), 3)] == []
 
 
 async def test_an_error_comes_behind_what_was_made() -> None:

@@ -90,6 +90,8 @@ class AfsClient:
             proxy_dispatch_backoff_ms=int(backoff * 1000),
             env=[f"{name}={value}" for name, value in (env or {}).items()],
             force_local_fetch=force_local_fetch,
+            no_upload=upload is None,
+            bytes_only=True,
         )
         call = self._afslet.Execute()
         accepted: asyncio.Future[pb.Accepted] = asyncio.get_running_loop().create_future()

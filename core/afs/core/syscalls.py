@@ -60,6 +60,7 @@ RESOLVE_BENEATH = 0x08
 RESOLVE_IN_ROOT = 0x10
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
 _SYNC_FILE_RANGE_WRITE = 2
 
 _FS_IOC_GETFLAGS = 0x80086601  # linux/fs.h
@@ -77,6 +78,8 @@ _AT_STATX_DONT_SYNC = 0x4000
 _AT_EMPTY_PATH = 0x1000
 
 BLKFLSBUF = 0x1261  # linux/fs.h: drop what the page cache has of a block device
+_FITRIM = 0xC0185879  # linux/fs.h
+_TRIM_RANGE = struct.Struct("=QQQ")  # struct fstrim_range: start, length, least length of an extent
 
 
 class _OpenHow(ctypes.Structure):
@@ -119,6 +122,11 @@ def openat2(dir_fd: int, path: bytes, flags: int, resolve: int, mode: int = 0) -
 def set_parent_death_signal(signum: int) -> None:
     """prctl(PR_SET_PDEATHSIG): get *signum* when the thread that started this process ends."""
     _check(_libc.prctl(_PR_SET_PDEATHSIG, signum, 0, 0, 0), "prctl")
+
+
+def set_child_subreaper() -> None:
+    """prctl(PR_SET_CHILD_SUBREAPER): descendants whose parent ended become children of this process."""
+    _check(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl")
 
 
 def start_writeback(fd: int, offset: int, length: int) -> None:
@@ -248,22 +256,23 @@ def _move_mount(mounted: int, to: int, path: bytes, flags: int) -> None:
     _check(done, path or f"descriptor {to}")
 
 
-def attach_loop(file: int, block_size: int) -> tuple[int, str]:
-    """A read-only loop device over the file of descriptor *file*: a descriptor of it and its path (Linux 5.8).
+def attach_loop(file: int, block_size: int, *, writable: bool = False) -> tuple[int, str]:
+    """A loop device over the file of descriptor *file*: a descriptor of it and its path (Linux 5.8).
 
     The device is set up in one step and goes with its last user (autoclear), so whoever is killed in between leaves
-    none. It reads the file by direct I/O if kernel and file system can, which :func:`loop_is_direct` tells. OSError names
-    /dev/loop-control or the device.
+    none. It does direct I/O with the file if kernel and file system can, which :func:`loop_is_direct` tells. OSError
+    names /dev/loop-control or the device.
     """
     info = bytearray(_LOOP_INFO_SIZE)
-    struct.pack_into("=I", info, _LOOP_INFO_FLAGS, _LO_FLAGS_READ_ONLY | _LO_FLAGS_AUTOCLEAR | _LO_FLAGS_DIRECT_IO)
+    flags = _LO_FLAGS_AUTOCLEAR | _LO_FLAGS_DIRECT_IO | (0 if writable else _LO_FLAGS_READ_ONLY)
+    struct.pack_into("=I", info, _LOOP_INFO_FLAGS, flags)
     config = struct.pack("=II", file, block_size) + bytes(info) + bytes(_LOOP_CONFIG_RESERVED)
     control = os.open(LOOP_CONTROL, os.O_RDWR | os.O_CLOEXEC)
     try:
         attempts = 0
         while True:
             path = f"/dev/loop{fcntl.ioctl(control, _LOOP_CTL_GET_FREE)}"
-            device = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            device = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
             attempts += 1
             try:
                 fcntl.ioctl(device, _LOOP_CONFIGURE, config)
@@ -283,6 +292,14 @@ def loop_is_direct(device: int) -> bool:
     info = fcntl.ioctl(device, _LOOP_GET_STATUS64, bytes(_LOOP_INFO_SIZE))
     (flags,) = struct.unpack_from("=I", info, _LOOP_INFO_FLAGS)
     return bool(flags & _LO_FLAGS_DIRECT_IO)
+
+
+def trim(fd: int) -> None:
+    """FITRIM: the file system of directory *fd* tells the device below it what it has no use for.
+
+    A loop device gives that back to the file system that its file is on. EOPNOTSUPP if the device cannot.
+    """
+    fcntl.ioctl(fd, _FITRIM, _TRIM_RANGE.pack(0, (1 << 64) - 1, 0))
 
 
 def direct_alignment(fd: int) -> int | None:
