@@ -167,6 +167,15 @@ def test_names_that_mean_deletion_are_left_out_and_told(root: Root) -> None:
     assert root.diff.error == ("left out: '.wh.conf' begins with .wh., which means deleted files in a layer and 2 more")
 
 
+def test_what_is_not_wanted_is_not_told(root: Root) -> None:
+    write(root, "etc/.wh.x", "etc/fine", "attribute")
+    os.setxattr(root.merged / "attribute", "user.a=b", b"1")
+    assert root.names(include=("fine",)) == ["etc", "etc/fine"]
+    assert root.diff.error == ""
+    assert root.names(exclude=(".wh.*", "attribute")) == ["etc", "etc/fine"]
+    assert root.diff.error == ""
+
+
 def test_what_lies_too_deep_is_left_out_and_told(root: Root) -> None:
     here = os.open(root.merged, os.O_RDONLY)
     try:

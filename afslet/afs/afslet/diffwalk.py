@@ -133,18 +133,20 @@ class Walk:
         is_directory = stat.S_ISDIR(mode)
         if stat.S_ISSOCK(mode):
             return
-        opaque, hidden, xattrs = self._attributes(name, path)
-        if (stat.S_ISCHR(mode) and status.st_rdev == 0) or (hidden and stat.S_ISREG(mode) and not status.st_size):
-            if self._wanted(directory, name, bool(directory.lower) and bool(_directories(directory.lower, base))):
-                yield from self._parents()
-                yield Change(Kind.WHITEOUT, name, path, status)
+        if stat.S_ISCHR(mode) and status.st_rdev == 0:
+            yield from self._whiteout(directory, name, base, path, status)
             return
         if self.exclude and self.exclude.match(os.fsdecode(name), is_directory):
             return
-        if base.startswith(_MARK):
-            self.omitted.add(name, "begins with .wh., which means deleted files in a layer")
+        wanted = directory.wanted or self.include.match(os.fsdecode(name), is_directory)
+        opaque, hidden, xattrs = self._attributes(name, path, note=wanted)
+        if hidden and stat.S_ISREG(mode) and not status.st_size:
+            yield from self._whiteout(directory, name, base, path, status)
             return
-        wanted = self._wanted(directory, name, is_directory, excluded=False)
+        if base.startswith(_MARK):
+            if wanted or is_directory:
+                self.omitted.add(name, "begins with .wh., which means deleted files in a layer")
+            return
         change = Change(Kind.NODE, name, path, status, xattrs)
         if wanted:
             yield from self._parents()
@@ -157,12 +159,16 @@ class Walk:
                 _Directory(name, _names(path), [] if opaque else below, wanted, None if wanted else change)
             )
 
-    def _wanted(self, directory: _Directory, name: bytes, is_directory: bool, *, excluded: bool = True) -> bool:
-        """Whether an entry of *directory* is meant; *excluded*: if it is not known yet that no exclusion means it."""
-        text = os.fsdecode(name)
-        if excluded and self.exclude and self.exclude.match(text, is_directory):
-            return False
-        return directory.wanted or self.include.match(text, is_directory)
+    def _whiteout(
+        self, directory: _Directory, name: bytes, base: bytes, path: bytes, status: os.stat_result
+    ) -> Iterator[Change]:
+        """A deleted file. Patterns are about what it was: a directory, if the image has one there."""
+        text, was_directory = os.fsdecode(name), bool(_directories(directory.lower, base))
+        if self.exclude.match(text, was_directory):
+            return
+        if directory.wanted or self.include.match(text, was_directory):
+            yield from self._parents()
+            yield Change(Kind.WHITEOUT, name, path, status)
 
     def _parents(self) -> Iterator[Change]:
         for directory in self._stack:
@@ -170,8 +176,11 @@ class Walk:
                 yield directory.change
                 directory.change = None
 
-    def _attributes(self, name: bytes, path: bytes) -> tuple[bool, bool, Xattrs]:
-        """Whether *path* is marked opaque, whether as deleted, and its attributes but for overlayfs's."""
+    def _attributes(self, name: bytes, path: bytes, *, note: bool = True) -> tuple[bool, bool, Xattrs]:
+        """Whether *path* is marked opaque, whether as deleted, and its attributes but for overlayfs's.
+
+        *note*: those that a layer cannot hold count as left out.
+        """
         try:
             keys = os.listxattr(path, follow_symlinks=False)
         except OSError as error:
@@ -191,7 +200,8 @@ class Walk:
             elif key.startswith("security.") and key != _CAPABILITY:
                 continue
             elif "=" in key or not _is_text(key):  # a record's key is UTF-8 and ends at the first "="
-                self.omitted.add(name, f"has an attribute {key[:80].encode(errors='replace').decode()!r}")
+                if note:
+                    self.omitted.add(name, f"has an attribute {key[:80].encode(errors='replace').decode()!r}")
             else:
                 kept.append((key.encode(), os.getxattr(path, key, follow_symlinks=False)))
         return opaque, hidden, kept

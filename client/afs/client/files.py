@@ -37,7 +37,7 @@ def upload_messages(
     pairs = [(sources, prefix)] if isinstance(sources, str | Path) else sources
     globs = Globs(exclude, "exclude")
     found = (item for path, where in pairs for item in _source(Path(path), where, globs))
-    return _with_entries(found) if entries else _one_by_one(found)
+    return _explained(_with_entries(found) if entries else _one_by_one(found))
 
 
 async def upload_stream(
@@ -61,6 +61,13 @@ async def upload_stream(
                 if progress is not None and (size := _data_size(message)):
                     done += size
                     progress(done)
+
+
+def _explained(messages: Iterator[pb.ExecuteRequest]) -> Iterator[pb.ExecuteRequest]:
+    try:
+        yield from messages
+    except OSError as error:
+        raise InvalidArgument(f"cannot upload {error.filename}: {error.strerror}") from None
 
 
 def _groups(messages: Iterator[pb.ExecuteRequest]) -> Iterator[list[pb.ExecuteRequest]]:
