@@ -151,18 +151,17 @@ def test_nothing_is_written_outside(roots: Roots, tmp_path: Path) -> None:
 
 
 def test_shifted_owners(roots: Roots) -> None:
-    entered = []
-
-    @contextlib.contextmanager
-    def creating() -> Iterator[None]:
-        entered.append(1)
-        yield
-
+    """In a root that is really shifted: tests/system/test_round_trips.py."""
     roots.put("new/file")
+    roots.staging.add_symlink("new/link", "file", Attributes(0, 7, 8, 900))
     with roots.mounted() as (copied, _):
-        roots.staging.place_into(copied, 100_000, creating)
-        owners = {(copied / name).stat().st_uid for name in ("new", "new/file")}
-    assert (owners, len(entered)) == ({100_000}, 2)
+        roots.staging.place_into(copied, 100_000)
+        owners = {name: (copied / name).lstat() for name in ("new", "new/file", "new/link")}
+    assert {name: (one.st_uid, one.st_gid) for name, one in owners.items()} == {
+        "new": (100_000, 100_000),
+        "new/file": (100_000, 100_000),
+        "new/link": (100_007, 100_008),
+    }
 
 
 def test_a_full_disk_is_told(roots: Roots, tmp_path: Path) -> None:

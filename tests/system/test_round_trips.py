@@ -43,7 +43,7 @@ rm -r /home; echo 'now a file' > /home
 mkdir -p /deep/er/and/deeper; ln -s ../nowhere /deep/link
 head -c 300000 /dev/urandom > /deep/random; ln /deep/random /deep/er/twin; chown 12:34 /deep/random
 chmod 4711 /deep/er/twin; touch -d '2001-02-03 04:05:06' /deep/er/and
-mkfifo -m 600 /deep/fifo; mknod /deep/null c 1 3
+mkfifo -m 600 /deep/fifo; test -n "$SHIFTED" || mknod /deep/null c 1 3
 chmod 1777 /var/tmp; mv /etc/passwd /etc/moved
 dd if=/dev/zero of=/deep/sparse bs=1 count=1 seek=5000000 2>/dev/null
 name=$(printf '%0200d' 7); mkdir /deep/$name; echo long > /deep/$name/$name
@@ -108,7 +108,11 @@ def with_layer(image: BusyboxImage, blob: bytes, tar: bytes, media_type: str, at
     return f"oci:{at}:t"
 
 
-@pytest.mark.parametrize("kind", [pb.DIFF_GZIP, pb.DIFF_ZSTD], ids=["gzip", "zstd"])
+@pytest.mark.parametrize(
+    ("kind", "shifted"),
+    [(pb.DIFF_GZIP, False), (pb.DIFF_ZSTD, False), (pb.DIFF_GZIP, True)],
+    ids=["gzip", "zstd", "user-namespace"],
+)
 @pytest.mark.parametrize("mode", [None, pb.UPLOAD_LAYER, pb.UPLOAD_COPY], ids=["nothing", "layer", "copy"])
 async def test_the_image_with_the_diff_is_the_run_s_root(
     shared_cluster: RealCluster,
@@ -116,16 +120,18 @@ async def test_the_image_with_the_diff_is_the_run_s_root(
     tmp_path: Path,
     kind: pb.DiffFormat.ValueType,
     mode: pb.UploadMode.ValueType | None,
+    shifted: bool,
 ) -> None:
+    space = pb.USER_NAMESPACE_ON if shifted else pb.USER_NAMESPACE_OFF
     upload = None
     if mode is not None:
         upload = tmp_path / "upload"
         upload.mkdir()
         for name in ("removed", "changed", "same"):
             (upload / name).write_text(name)
-    ran = await run(
-        shared_cluster, busybox_image.reference, CHANGE + LIST, upload, diff_format=kind, upload_mode=mode or 0
-    )
+    fields: dict[str, Any] = {"user_namespace": space, "env": ["SHIFTED=1"] if shifted else []}
+    image = busybox_image.reference
+    ran = await run(shared_cluster, image, CHANGE + LIST, upload, diff_format=kind, upload_mode=mode or 0, **fields)
     assert ran.result.success, ran
     assert ran.done.diff_error == ""
     assert ran.done.diff_bytes == len(ran.diff)
@@ -150,7 +156,7 @@ async def test_the_image_with_the_diff_is_the_run_s_root(
     elif mode == pb.UPLOAD_COPY:
         assert {"up/same", "up/changed"} <= set(members)
         assert not [member for member in members if member.startswith("up/.wh.")]
-    seen = await run(shared_cluster, reference, LIST, again if again.exists() else None)
+    seen = await run(shared_cluster, reference, LIST, again if again.exists() else None, **fields)
     assert lines(seen.stdout, mode) == lines(ran.stdout, mode)
     assert len(lines(ran.stdout, mode)) > 40
 

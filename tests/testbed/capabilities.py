@@ -193,5 +193,6 @@ PROBES: dict[str, Callable[[], None]] = {
     "docker-registry": _program("docker-registry"),
     "umoci": _program("umoci"),
     "debootstrap": _program("debootstrap"),
+    "gcc": _program("gcc"),
     "qemu": _program("qemu-system-x86_64", "depmod", "dpkg-deb"),
 }

@@ -9,7 +9,7 @@ import pytest
 from afs.client.aio import _event, to_json, written_whole
 from afs.client.cli import _environment, _image_name, _split_dir
 from afs.client.events import Accepted, DiffChunk, DiffStart, Done, Finished, Log, Outcome, RunResult
-from afs.client.files import upload_messages
+from afs.client.files import Source, upload_messages
 from afs.core.errors import InvalidArgument
 from afs.proto.v1 import afslet_pb2 as pb
 
@@ -84,7 +84,7 @@ def test_several_sources_and_patterns(tmp_path: Path) -> None:
     for name in ("src/a.py", "src/.git/config", "src/build/x", "src/sub/build/y", "src/sub/b.log", "one"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
-    sources = [(tmp_path / "src", "/work"), (str(tmp_path / "one"), "/etc/x/"), (tmp_path / "one", "")]
+    sources: list[Source] = [(tmp_path / "src", "/work"), (str(tmp_path / "one"), "/etc/x/"), (tmp_path / "one", "")]
     messages = upload_messages(sources, exclude=[".git/", "/build", "*.log"])
     begins = [message.file_begin.path for message in messages if message.HasField("file_begin")]
     assert begins == ["work/a.py", "work/sub", "work/sub/build", "work/sub/build/y", "etc/x/one", "one"]

@@ -23,7 +23,8 @@ _MASKED = (
     "/proc/timer_list", "/proc/timer_stats", "/proc/sched_debug", "/proc/scsi", "/sys/firmware",
     "/sys/devices/virtual/powercap",
 )  # fmt: skip
-_READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
+# As Docker, and /proc/pressure, which everybody may write to: every trigger that is set there is work for the kernel.
+_READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/pressure", "/proc/sys", "/proc/sysrq-trigger")
 # What is mounted below the machine's /sys, which a container gets to see only if it cannot have a /sys of its own.
 _MASKED_BELOW_SYS = ("/sys/fs/bpf", "/sys/fs/cgroup", "/sys/fs/fuse", "/sys/kernel/debug", "/sys/kernel/security",
                      "/sys/kernel/tracing")  # fmt: skip

@@ -10,7 +10,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +19,6 @@ from afs.core.errors import InvalidArgument
 
 _INSIDE = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-Creating = Callable[[], contextlib.AbstractContextManager[None]]
 _SENDFILE = 1 << 30  # bytes at once; sendfile(2) takes at most 2 GiB
 
 
@@ -46,16 +45,14 @@ def place(
     explicit: Mapping[bytes, Attributes],
     root: Path,
     first_id: int = 0,
-    creating: Creating = contextlib.nullcontext,
 ) -> None:
     """Copy the tree *source*, which only AFS writes, into *root*; *explicit* are the directories that the client described.
 
-    In a root whose owners are shifted *first_id* is what user and group 0 of it are outside, and *creating* gives a context
-    in which this thread may create files there. Blocking. Raises UploadRefused, and OSError such as ENOSPC.
+    *first_id*: the root's owners are shifted, and 0 is this one. Blocking. Raises UploadRefused, and OSError such as ENOSPC.
     """
     top = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        _Placing(os.fsencode(source), explicit, top, first_id, creating).run()
+        _Placing(os.fsencode(source), explicit, top, first_id).run()
     finally:
         os.close(top)
 
@@ -66,7 +63,6 @@ class _Placing:
     explicit: Mapping[bytes, Attributes]
     root: int
     first_id: int
-    creating: Creating
     described: list[bytes] = field(default_factory=list)  # of explicit those that got their attributes
 
     def run(self) -> None:
@@ -160,16 +156,19 @@ class _Placing:
         finally:
             os.close(source)
 
+    def _creating(self) -> contextlib.AbstractContextManager[None]:
+        return syscalls.creating_as(self.first_id, self.first_id) if self.first_id else contextlib.nullcontext()
+
     def _mkdir(self, base: bytes, target: int) -> None:
-        with self.creating():
+        with self._creating():
             os.mkdir(base, 0o755, dir_fd=target)
 
     def _symlink(self, link: bytes, base: bytes, target: int) -> None:
-        with self.creating():
+        with self._creating():
             os.symlink(link, base, dir_fd=target)
 
     def _open(self, base: bytes, target: int) -> int:
-        with self.creating():
+        with self._creating():
             return os.open(base, _NEW, 0o600, dir_fd=target)
 
     @staticmethod

@@ -51,14 +51,15 @@ async def run(wishes: Wishes) -> int:
     """The exit code: the command's, 128 + n for signal n, 124 after a timeout, 137 when memory ran out."""
     from afs.afslet.bundle import CAPABILITIES, NEW_NETWORK, Sandbox, runtime_config
     from afs.afslet.cgroups import Limits, clean_up
-    from afs.afslet.command import Commands
+    from afs.afslet.command import Commands, Place
     from afs.afslet.outcomes import Subject, cannot_run, result_of
     from afs.afslet.runc import Job, Runtime, become_subreaper, run_container
     from afs.afslet.runtimebinary import RuntimeBinary
     from afs.afslet.seccomp import load_filter
 
     start, where = wishes.start, str(wishes.rootfs)
-    process, command = Commands().prepare(start, wishes.settings, wishes.rootfs, "", where)
+    prepared = Commands().prepare(start, wishes.settings, Place(wishes.rootfs, where))
+    process, command = prepared.process, prepared.command
     subject = Subject(process.argv[0], where, wishes.timeout, wishes.memory)
     if not command.executable:
         return _say(cannot_run(subject, command))

@@ -12,7 +12,7 @@ import shutil
 import stat
 from pathlib import Path
 
-from afs.afslet.placing import Attributes, Creating, UploadRefused, place
+from afs.afslet.placing import Attributes, UploadRefused, place
 from afs.core import syscalls
 from afs.core.errors import InvalidArgument
 from afs.core.files import remove_tree
@@ -254,10 +254,10 @@ class Staging:
             with contextlib.suppress(FileNotFoundError):
                 os.utime(self._path(name), (attributes.mtime, attributes.mtime), follow_symlinks=False)
 
-    def place_into(self, root: Path, first_id: int = 0, creating: Creating = contextlib.nullcontext) -> None:
+    def place_into(self, root: Path, first_id: int = 0) -> None:
         """Copy everything into the mounted *root*, as if a command in it had; see :func:`afs.afslet.placing.place`."""
         if self._root is not None:
-            place(self.directory, self._explicit, root, first_id, creating)
+            place(self.directory, self._explicit, root, first_id)
 
     def _path(self, name: bytes) -> bytes:
         return os.path.join(os.fsencode(self.directory), name)

@@ -24,6 +24,7 @@ from afs.snapshotter.layermount import MountedLayer
 from afs.snapshotter.overlay import mount_overlay
 from afs.snapshotter.procdev import mount_proc_dev, put_back
 from afs.snapshotter.scratchfs import Scratch
+from afs.snapshotter.shiftedids import Directories, Ids, open_way, shifted
 
 log = logging.getLogger(__name__)
 _WORK, _NEW_UPPER = "work-made", "upper-made"  # links in a home
@@ -34,10 +35,10 @@ class RootRequest:
 
     *upper_dir* gets the directories ``upper``, which stays when the root goes, and ``.afs-work-<random>``, which does not.
     All paths are resolved here, once: what a symlink leads to later changes nothing. *disk_bytes* can be written at most;
-    0: no limit.
+    0: no limit. *ids*: owners appear shifted, for a user namespace.
     """
 
-    __slots__ = ("disk_bytes", "extra_dirs", "proc_dev", "read_only", "suid", "target", "upper_dir", "work_name")
+    __slots__ = ("disk_bytes", "extra_dirs", "ids", "proc_dev", "read_only", "suid", "target", "upper_dir", "work_name")
 
     def __init__(
         self,
@@ -49,6 +50,7 @@ class RootRequest:
         proc_dev: bool = False,
         suid: bool = False,
         disk_bytes: int = 0,
+        ids: Ids | None = None,
     ) -> None:
         if read_only and upper_dir:
             raise InvalidArgument("a read-only root has no upper directory")
@@ -64,6 +66,7 @@ class RootRequest:
         self.work_name = f".afs-work-{secrets.token_hex(8)}" if upper_dir else "work"
         self.proc_dev = proc_dev
         self.disk_bytes = disk_bytes
+        self.ids = ids
         # Nobody but root gets into a directory of the snapshotter's; a target may be anybody's.
         self.suid = suid or not target
         if self.target == Path("/"):
@@ -140,8 +143,10 @@ def _visible(layers: Sequence[MountedLayer]) -> list[Path]:
     return list(paths)
 
 
-def make_root(root: Root, lower: Lower, *, suid: bool) -> None:
+def make_root(root: Root, lower: Lower, *, suid: bool, ids: Ids | None = None) -> None:
     """Make the directories of *root* in its home and mount it; *suid*: setuid programs are setuid there.
+
+    *ids*: owners appear shifted.
 
     If it fails, :func:`detach_root` and :func:`remove_home` clear what is there; else :func:`keep_upper` is next.
     """
@@ -156,16 +161,27 @@ def make_root(root: Root, lower: Lower, *, suid: bool) -> None:
         empty = root.home / "empty"
         empty.mkdir()
         directories = (*directories, empty)
+    if ids is not None:
+        open_way(root.home, root.path, ids)
+    found = Directories(directories, root.upper, root.work)
+    with contextlib.nullcontext(found) if ids is None else shifted(root.home, found, ids) as found:
+        _mount(root, found, suid=suid)
+    if root.proc_dev:
+        mount_proc_dev(root.path, str(root.home))
+
+
+def _mount(root: Root, found: Directories, *, suid: bool) -> None:
     try:
-        volatile = root.kept_upper is None
         mount_overlay(
-            root.path, directories, root.upper, root.work, source=str(root.home), volatile=volatile, suid=suid
+            root.path,
+            *(found.lower, found.upper, found.work),
+            source=str(root.home),
+            volatile=root.kept_upper is None,
+            suid=suid,
         )
     except OSError as error:
         where = f", writing to {root.upper}" if root.upper else ""
         raise FailedPrecondition(f"cannot mount a root at {root.path}{where}: {error.strerror}") from error
-    if root.proc_dev:
-        mount_proc_dev(root.path, str(root.home))
 
 
 def _make_upper(root: Root, upper: Path, attributes: Path) -> None:

@@ -128,10 +128,10 @@ class Roots:
         def make() -> int:
             if root.scratch is not None and self._scratch is not None:
                 self._scratch.make(root.scratch)
-            root.home.mkdir()
+            root.home.mkdir(mode=0o700)  # for the day that the directory above is open, see open_way
             steps.before()
             _check_layers(layers)
-            make_root(root, lower, suid=request.suid)
+            make_root(root, lower, suid=request.suid, ids=request.ids)
             _check_layers(layers)  # what overlayfs was given
             steps.mounted()
             keep_upper(root)
