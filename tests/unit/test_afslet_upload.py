@@ -211,6 +211,18 @@ def test_directories_that_the_client_did_not_describe_are_the_image_s(staging: S
     assert stat.S_IMODE((staging.directory / "tmp" / "below").stat().st_mode) == 0o755
 
 
+def test_the_root_itself_stays_the_image_s(staging: Staging, image: Path) -> None:
+    """Over the image the upload's top directory is the root."""
+    image.chmod(0o711)
+    os.setxattr(image, "user.root", b"1")
+    os.setxattr(image / "tmp", "user.tmp", b"2")
+    put(staging, "tmp/file")
+    staging.settle(image)
+    assert stat.S_IMODE(staging.directory.stat().st_mode) == 0o711
+    assert os.getxattr(staging.directory, "user.root") == b"1"
+    assert os.getxattr(staging.directory / "tmp", "user.tmp") == b"2"
+
+
 def test_described_directories_keep_their_attributes(staging: Staging, image: Path) -> None:
     staging.add_directory("tmp", attributes(0o700, 111))
     put(staging, "tmp/file")

@@ -147,7 +147,9 @@ class _Placing:
                 status = os.fstat(source)
                 offset = 0
                 while offset < status.st_size:
-                    offset += os.sendfile(made, source, offset, _SENDFILE)
+                    if not (sent := os.sendfile(made, source, offset, _SENDFILE)):
+                        raise OSError(errno.EIO, "a staged file has shrunk", os.fsdecode(entry.path))
+                    offset += sent
                 os.fchown(made, status.st_uid + self.first_id, status.st_gid + self.first_id)
                 os.fchmod(made, stat.S_IMODE(status.st_mode))
                 os.utime(made, ns=(status.st_mtime_ns, status.st_mtime_ns))
