@@ -21,6 +21,7 @@ from benchmarks import (
     queue,
     runs,
     trace,
+    transfer,
     warm,
     warmroot,
 )
@@ -37,6 +38,7 @@ BENCHMARKS: dict[str, tuple[Callable[[str, int | None], measure.Report], str]] =
     "first-busybox": (first.run, "busybox"),
     "first-debian": (first.run, "debian"),
     "first-img4": (first.run, "img4"),
+    "transfer": (transfer.run, "busybox"),
     "pull-debian": (pull.run, "debian"),
     "pull-img4": (pull.run, "img4"),
     "convert-img4": (convert.run, "img4"),

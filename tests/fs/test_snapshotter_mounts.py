@@ -12,7 +12,7 @@ import grpc.aio
 import pytest
 from typing_extensions import override
 
-from afs.afslet.diff import diff_chunks
+from afs.afslet.diff import Diff
 from afs.core.digests import sha256_digest
 from afs.core.errors import Internal
 from afs.core.mounts import list_mounts, unmount_below
@@ -293,7 +293,7 @@ async def test_a_root(tmp_path: Path, layers: dict[str, str]) -> None:
             assert (root.upper / "dev" / "x").exists()
             with pytest.raises(OSError, match="Read-only"):
                 (view.path / "x").touch()
-            assert b"".join(diff_chunks(root.upper, root.lower))
+            assert b"".join(Diff(root.upper, root.lower).chunks())
         assert roots.count == 0
         assert list((tmp_path / "r").iterdir()) == []
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from afs.afslet.upload import Attributes, Staging, UploadRefused, check_path
+from afs.afslet.placing import Attributes, UploadRefused
+from afs.afslet.upload import Staging, check_path
 from afs.core.errors import InvalidArgument
 
 ME, MINE = os.getuid(), os.getgid()
@@ -208,6 +209,18 @@ def test_directories_that_the_client_did_not_describe_are_the_image_s(staging: S
     status = (staging.directory / "tmp").stat()
     assert (stat.S_IMODE(status.st_mode), status.st_mtime) == (0o1777, 500)
     assert stat.S_IMODE((staging.directory / "tmp" / "below").stat().st_mode) == 0o755
+
+
+def test_the_root_itself_stays_the_image_s(staging: Staging, image: Path) -> None:
+    """Over the image the upload's top directory is the root."""
+    image.chmod(0o711)
+    os.setxattr(image, "user.root", b"1")
+    os.setxattr(image / "tmp", "user.tmp", b"2")
+    put(staging, "tmp/file")
+    staging.settle(image)
+    assert stat.S_IMODE(staging.directory.stat().st_mode) == 0o711
+    assert os.getxattr(staging.directory, "user.root") == b"1"
+    assert os.getxattr(staging.directory / "tmp", "user.tmp") == b"2"
 
 
 def test_described_directories_keep_their_attributes(staging: Staging, image: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from afs.client.aio import _event, to_json, written_whole
 from afs.client.cli import _environment, _image_name, _split_dir
 from afs.client.events import Accepted, DiffChunk, DiffStart, Done, Finished, Log, Outcome, RunResult
-from afs.client.files import upload_messages
+from afs.client.files import Source, upload_messages
 from afs.core.errors import InvalidArgument
 from afs.proto.v1 import afslet_pb2 as pb
 
@@ -68,7 +68,7 @@ def test_modes_and_times_are_kept_and_owners_are_not(tmp_path: Path) -> None:
 
 
 def test_what_an_upload_cannot_hold(tmp_path: Path) -> None:
-    with pytest.raises(InvalidArgument, match=f"^cannot upload {tmp_path}/none: not a directory$"):
+    with pytest.raises(InvalidArgument, match=f"^cannot upload {tmp_path}/none: neither a directory nor a file$"):
         uploaded(tmp_path / "none")
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(InvalidArgument, match=f"^cannot upload {tmp_path}/fifo: neither file, directory nor symlink$"):
@@ -78,6 +78,28 @@ def test_what_an_upload_cannot_hold(tmp_path: Path) -> None:
         sock.bind(str(tmp_path / "sock"))
         with pytest.raises(InvalidArgument, match="/sock: neither file"):
             uploaded(tmp_path)
+
+
+def test_several_sources_and_patterns(tmp_path: Path) -> None:
+    for name in ("src/a.py", "src/.git/config", "src/build/x", "src/sub/build/y", "src/sub/b.log", "one"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    sources: list[Source] = [(tmp_path / "src", "/work"), (str(tmp_path / "one"), "/etc/x/"), (tmp_path / "one", "")]
+    messages = upload_messages(sources, exclude=[".git/", "/build", "*.log"])
+    begins = [message.file_begin.path for message in messages if message.HasField("file_begin")]
+    assert begins == ["work/a.py", "work/sub", "work/sub/build", "work/sub/build/y", "etc/x/one", "one"]
+    with pytest.raises(InvalidArgument, match=r"^exclude '\[a' has a \[ without \]$"):
+        upload_messages(tmp_path, exclude=["[a"])
+
+
+def test_a_file_that_vanishes_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").write_text("b")
+    messages = upload_messages(tmp_path)
+    next(messages)
+    (tmp_path / "b").unlink()
+    with pytest.raises(InvalidArgument, match=f"^cannot upload {tmp_path}/b: No such file or directory$"):
+        list(messages)
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

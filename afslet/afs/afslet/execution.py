@@ -17,7 +17,7 @@ from typing import Any
 from afs.afslet.bundle import DEFAULT_HOSTNAME, NEW_NETWORK, Process, Sandbox, runtime_config
 from afs.afslet.cgroups import Limits
 from afs.afslet.command import Commands, Place
-from afs.afslet.diff import diff_chunks
+from afs.afslet.diff import Diff, DiffOptions
 from afs.afslet.fastattach import FastAttach
 from afs.afslet.incoming import Incoming
 from afs.afslet.isolation import Isolation
@@ -33,12 +33,12 @@ from afs.afslet.warmroots import WarmRoot, WarmRoots
 from afs.core.errors import AfsError
 from afs.core.files import remove_tree
 from afs.core.rpc import as_afs_error
+from afs.core.threads import to_its_end
 from afs.proto.v1 import afslet_pb2 as pb
 from afs.proto.v1.mounts_pb2 import MountRoot, OpenImage
 from afs.snapshotter.messages import MountedRoot, root_request
 
 Send = Callable[[pb.ExecuteResponse], Awaitable[None]]
-DIFF_NAME = "writable-upper.tar.gz"
 _BUNDLE_FILES = ("config.json", "log.json", "pid")
 
 
@@ -78,7 +78,8 @@ class Execution:
         self._send = send
         self._home = node.scratch / run.run_id
         self._timings = pb.Timings(queue_us=run.queue_us)
-        self._staging: Staging | None = None
+        self._diff_options = DiffOptions.of(run.start)
+        self._staging = Staging(self._home / "upload")
         self._ids = node.isolation.ids_for(run.start.user_namespace)
         self._shift = (self._ids.first, self._ids.count) if self._ids else None
         self._made_by_runtime: list[str] = []
@@ -99,7 +100,7 @@ class Execution:
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(run.release)
             run.accepted = True
-            accepted = pb.Accepted(accepted=True, node_id=self._node.node_id, run_id=run.run_id)
+            accepted = pb.Accepted(accepted=True, node_id=self._node.node_id, run_id=run.run_id, upload_entries=True)
             await self._send(pb.ExecuteResponse(accepted=accepted))
             self._home.mkdir()
             stack.callback(self._remove_home)
@@ -113,10 +114,12 @@ class Execution:
             network = await self._connect(stack)
             result = await self._execute(warm, root, network, incoming)
             await self._check_reads(warm)
-            warm.on_lost = None
             await self._send(pb.ExecuteResponse(result=result))
-            await self._enter(DIFF, pb.Progress.PHASE_DIFF)
-            await self._send_diff(root, done)
+            if self._diff_options.name is not None:
+                await self._enter(DIFF, pb.Progress.PHASE_DIFF)
+                await self._send_diff(self._diff_options.name, root, done)
+                await self._check_reads(warm)  # and whether all that was written could be read again
+            warm.on_lost = None
         # Only now is everything given back: a client that saw `done` can count on it.
         done.timings.CopyFrom(self._timings)
         await self._send(pb.ExecuteResponse(done=done))
@@ -170,23 +173,22 @@ class Execution:
 
     async def _receive(self, incoming: Incoming) -> None:
         with self._timed("upload_us"):
-            await incoming.upload(self._make_staging)
-
-    def _make_staging(self) -> Staging:
-        self._staging = Staging(self._home / "upload")
-        return self._staging
+            await incoming.upload(self._staging)
 
     async def _close_staging(self) -> None:
-        if self._staging is not None:
+        if self._staging.entries:
             await asyncio.to_thread(self._staging.close)
 
     async def _make_root(self, warm: WarmRoot) -> MountedRoot:
-        if self._staging is None:
+        if not self._staging.entries:
             return warm.root
         with self._timed("root_us"):
+            if self._start.upload_mode == pb.UPLOAD_COPY:
+                await to_its_end(self._staging.place_into, warm.root.path, self._ids.first if self._ids else 0)
+                return warm.root
             # Of a root with shifted owners one without: the staging directory gets the image's own.
             view = await warm.mount(root_request(read_only=True)) if self._shift else warm.root
-            await asyncio.to_thread(self._staging.settle, view.path)
+            await to_its_end(self._staging.settle, view.path)
             return await warm.mount(self._wanted_root([self._staging.directory]))
 
     def _wanted_root(self, extra_dirs: Sequence[Path] = ()) -> MountRoot:
@@ -209,7 +211,7 @@ class Execution:
         place = Place(
             root.path,
             f"image {start.image}",
-            warm.manifest_digest if root is warm.root else "",
+            "" if self._staging.entries else warm.manifest_digest,
             self._ids.first if self._ids else 0,
         )
         if node.commands.knows(start, warm.settings, place):
@@ -310,17 +312,16 @@ class Execution:
         result.node_id = self._node.node_id
         return result
 
-    async def _send_diff(self, root: MountedRoot, done: pb.Done) -> None:
-        if self._start.diff_format == pb.DIFF_NONE:
-            return
+    async def _send_diff(self, name: str, root: MountedRoot, done: pb.Done) -> None:
         self._forget_made_files(root)
         assert root.upper is not None
         with self._timed("diff_us"):
-            await self._send(pb.ExecuteResponse(tar_header=pb.TarHeader(name=DIFF_NAME)))
-            chunks = diff_chunks(root.upper, root.lower)
-            while chunk := await asyncio.to_thread(next, chunks, b""):
-                done.diff_bytes += len(chunk)
-                await self._send(pb.ExecuteResponse(tar_chunk=pb.TarChunk(data=chunk)))
+            await self._send(pb.ExecuteResponse(tar_header=pb.TarHeader(name=name)))
+            diff = Diff(root.upper, root.lower, self._diff_options)
+            async with contextlib.aclosing(diff.stream()) as chunks:
+                async for chunk in chunks:
+                    await self._send(pb.ExecuteResponse(tar_chunk=pb.TarChunk(data=chunk)))
+            done.diff_bytes, done.diff_entries, done.diff_error = diff.bytes, diff.entries, diff.error
 
 
 async def _settled(task: "asyncio.Task[Any]") -> None:

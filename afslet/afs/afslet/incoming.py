@@ -4,9 +4,9 @@ State: the iterator of requests has one reader at a time, :meth:`Incoming.upload
 :meth:`Incoming.feed`.
 """
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
-from afs.afslet.receiving import receive_one
+from afs.afslet.receiving import receive
 from afs.afslet.stdio import Stdio, Window
 from afs.afslet.upload import Staging
 from afs.core.errors import InvalidArgument
@@ -21,20 +21,10 @@ class Incoming:
         self._stdin = start.stdin
         self._no_upload = start.no_upload
 
-    async def upload(self, make: Callable[[], Staging]) -> None:
-        """Receive files until the client half-closes, or says that they are all there; *make* is called if there are any."""
-        staging: Staging | None = None
+    async def upload(self, staging: Staging) -> None:
+        """Receive files until the client half-closes, or says that they are all there."""
         if not self._no_upload:
-            async for request in self._requests:
-                if request.HasField("start"):
-                    raise InvalidArgument("a second start")
-                if request.upload_end:
-                    break
-                if staging is None:
-                    staging = make()
-                await receive_one(staging, request)
-        if staging is not None:
-            staging.finish()
+            await receive(self._requests, staging)
 
     async def feed(self, stdio: Stdio) -> None:
         """Give standard input and terminal sizes to the command until the client half-closes."""

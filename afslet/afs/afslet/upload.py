@@ -1,4 +1,4 @@
-"""Files from the client, on their way to be a read-only directory over the image.
+"""Files from the client, on their way to be a read-only directory over the image, or to be copied into a root.
 
 Nothing in a path is trusted: it is relative, has no ``..``, and is opened below the staging directory without following
 any symlink (openat2(2): RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS). Where the *image* has a symlink to a directory, as in
@@ -10,32 +10,15 @@ import errno
 import os
 import shutil
 import stat
-from dataclasses import dataclass
 from pathlib import Path
 
+from afs.afslet.placing import Attributes, UploadRefused, place
 from afs.core import syscalls
 from afs.core.errors import InvalidArgument
 from afs.core.files import remove_tree
 
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _BENEATH = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
-
-
-class UploadRefused(InvalidArgument):
-    """An entry of an upload that cannot be placed; *path* is as the client sent it."""
-
-    def __init__(self, path: str, cause: str) -> None:
-        self.path = path
-        super().__init__(f"upload of {path!r} refused: {cause}")
-
-
-@dataclass(frozen=True, slots=True)
-class Attributes:
-    """*mode* is permission bits (0: the usual ones), *mtime* in seconds."""
-
-    mode: int
-    uid: int
-    gid: int
-    mtime: int
 
 
 def check_path(path: str) -> bytes:
@@ -54,30 +37,45 @@ def check_path(path: str) -> bytes:
 
 
 class Staging:
-    """A directory that receives one upload. Blocking; one caller at a time.
+    """A directory that receives one upload; made with its first entry. Blocking; one caller at a time.
 
     Everything is placed with its attributes but for directory times, which are set at the end, because making an entry
     changes its directory's.
     """
 
     def __init__(self, directory: Path) -> None:
-        directory.mkdir(mode=0o755)
         self.directory = directory
-        self._root = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._root: int | None = None
         self._file: int | None = None
         self._entry: tuple[bytes, Attributes] | None = None
         self._explicit: dict[bytes, Attributes] = {}
         self._without_data = False
+        # The directory of the entry before: the next one is most often in it, too. Directories never go away here.
+        self._last: tuple[bytes, int] | None = None
         self.bytes = 0
         self.entries = 0
 
     def close(self) -> None:
         """Remove all."""
+        self._forget_last()
         if self._file is not None:
             os.close(self._file)
             self._file = None
-        os.close(self._root)
-        remove_tree(self.directory)
+        if self._root is not None:
+            os.close(self._root)
+            self._root = None
+            remove_tree(self.directory)
+
+    def _open(self) -> int:
+        if self._root is None:
+            self.directory.mkdir(mode=0o755)
+            self._root = os.open(self.directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        return self._root
+
+    def _forget_last(self) -> None:
+        if self._last is not None:
+            os.close(self._last[1])
+            self._last = None
 
     # Entries
 
@@ -88,15 +86,12 @@ class Staging:
         if not name:  # the root itself: its attributes are the image's
             return
         parent, base = self._parent(path, name)
-        try:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(base, 0o755, dir_fd=parent)
-            if not stat.S_ISDIR(os.lstat(base, dir_fd=parent).st_mode):
-                raise UploadRefused(path, "an uploaded file is in the way")
-            os.chown(base, attributes.uid, attributes.gid, dir_fd=parent, follow_symlinks=False)
-            os.chmod(base, attributes.mode & 0o7777 or 0o755, dir_fd=parent)
-        finally:
-            os.close(parent)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(base, 0o755, dir_fd=parent)
+        if not stat.S_ISDIR(os.lstat(base, dir_fd=parent).st_mode):
+            raise UploadRefused(path, "an uploaded file is in the way")
+        os.chown(base, attributes.uid, attributes.gid, dir_fd=parent, follow_symlinks=False)
+        os.chmod(base, attributes.mode & 0o7777 or 0o755, dir_fd=parent)
         self._explicit[name] = attributes
 
     def add_symlink(self, path: str, target: str, attributes: Attributes) -> None:
@@ -107,12 +102,12 @@ class Staging:
         self.entries += 1
         parent, base = self._parent(path, name)
         try:
+            os.symlink(target, base, dir_fd=parent)
+        except FileExistsError:
             self._make_room(path, parent, base)
             os.symlink(target, base, dir_fd=parent)
-            os.chown(base, attributes.uid, attributes.gid, dir_fd=parent, follow_symlinks=False)
-            os.utime(base, (attributes.mtime, attributes.mtime), dir_fd=parent, follow_symlinks=False)
-        finally:
-            os.close(parent)
+        os.chown(base, attributes.uid, attributes.gid, dir_fd=parent, follow_symlinks=False)
+        os.utime(base, (attributes.mtime, attributes.mtime), dir_fd=parent, follow_symlinks=False)
 
     def begin_file(self, path: str, attributes: Attributes) -> None:
         """Start a file; chunks and :meth:`end_file` follow."""
@@ -124,11 +119,10 @@ class Staging:
         self.entries += 1
         parent, base = self._parent(path, name)
         try:
+            self._file = os.open(base, _NEW, 0o600, dir_fd=parent)
+        except FileExistsError:
             self._make_room(path, parent, base)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            self._file = os.open(base, flags, 0o600, dir_fd=parent)
-        finally:
-            os.close(parent)
+            self._file = os.open(base, _NEW, 0o600, dir_fd=parent)
         self._entry, self._without_data = (name, attributes), False
 
     def expect_end(self) -> None:
@@ -143,6 +137,12 @@ class Staging:
         while view:
             view = view[os.write(self._file, view) :]
         self.bytes += len(data)
+
+    def add_file(self, path: str, attributes: Attributes, data: bytes) -> None:
+        """A whole file."""
+        self.begin_file(path, attributes)
+        self.write(data)
+        self.end_file()
 
     def end_file(self) -> None:
         """Finish the file."""
@@ -175,13 +175,22 @@ class Staging:
             raise UploadRefused(path, "an uploaded directory is in the way") from None
 
     def _parent(self, path: str, name: bytes) -> tuple[int, bytes]:
-        """An open descriptor of the directory that holds *name*, made if need be, and the last part of it."""
+        """A descriptor of the directory that holds *name*, made if need be, and the last part of it.
+
+        It stays open until the next call.
+        """
         directory, _, base = name.rpartition(b"/")
+        if self._last is not None and self._last[0] == directory:
+            return self._last[1], base
+        self._forget_last()
         for _ in range(2):
             try:
-                return syscalls.openat2(self._root, directory or b".", os.O_PATH | os.O_DIRECTORY, _BENEATH), base
+                found = syscalls.openat2(self._open(), directory or b".", os.O_PATH | os.O_DIRECTORY, _BENEATH)
             except OSError as error:
                 self._explain(path, error)
+            else:
+                self._last = directory, found
+                return found, base
             self._make_parents(path, directory)
         raise UploadRefused(path, "its directory vanished")
 
@@ -200,7 +209,7 @@ class Staging:
         for count in range(1, len(parts) + 1):
             above = b"/".join(parts[: count - 1]) or b"."
             try:
-                parent = syscalls.openat2(self._root, above, os.O_PATH | os.O_DIRECTORY, _BENEATH)
+                parent = syscalls.openat2(self._open(), above, os.O_PATH | os.O_DIRECTORY, _BENEATH)
             except OSError as error:
                 self._explain(path, error)
                 raise
@@ -216,10 +225,12 @@ class Staging:
     def settle(self, image_root: Path) -> None:
         """Follow the image's symlinks to directories, and give directories that the client did not describe its attributes.
 
-        *image_root* is the image, mounted read-only.
+        *image_root* is the image, mounted read-only. The directory is then fit to lie over it.
         """
+        self._forget_last()
         root = os.open(image_root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
+            self._copy_attributes(root, b"")
             pending, moves = [b""], 0
             while pending:
                 moved = False
@@ -243,6 +254,11 @@ class Staging:
             with contextlib.suppress(FileNotFoundError):
                 os.utime(self._path(name), (attributes.mtime, attributes.mtime), follow_symlinks=False)
 
+    def place_into(self, root: Path, first_id: int = 0) -> None:
+        """Copy everything into the mounted *root*, as if a command in it had; see :func:`afs.afslet.placing.place`."""
+        if self._root is not None:
+            place(self.directory, self._explicit, root, first_id)
+
     def _path(self, name: bytes) -> bytes:
         return os.path.join(os.fsencode(self.directory), name)
 
@@ -252,13 +268,15 @@ class Staging:
         return sorted(os.path.join(name, entry) for entry in found)
 
     def _copy_attributes(self, root: int, name: bytes) -> None:
-        fd = syscalls.openat2(root, name, os.O_PATH | os.O_DIRECTORY, syscalls.RESOLVE_IN_ROOT)
+        fd = syscalls.openat2(root, name or b".", os.O_RDONLY | os.O_DIRECTORY, syscalls.RESOLVE_IN_ROOT)
+        path = self._path(name)
         try:
             status = os.fstat(fd)
+            os.chown(path, status.st_uid, status.st_gid, follow_symlinks=False)
+            for key in os.listxattr(fd):
+                os.setxattr(path, key, os.getxattr(fd, key), follow_symlinks=False)
         finally:
             os.close(fd)
-        path = self._path(name)
-        os.chown(path, status.st_uid, status.st_gid, follow_symlinks=False)
         os.chmod(path, status.st_mode & 0o7777)
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
@@ -267,7 +285,8 @@ class Staging:
         shown = os.fsdecode(name)
         if target:
             # Made and opened like any uploaded path: an uploaded symlink on the way must not lead us outside.
-            os.close(self._parent(shown, target + b"/")[0])
+            self._parent(shown, target + b"/")
+            self._forget_last()  # what is merged away is gone
         for entry in os.listdir(self._path(name)):
             source, destination = self._path(os.path.join(name, entry)), self._path(os.path.join(target, entry))
             if _is_directory(source) and _is_directory(destination):

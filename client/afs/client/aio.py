@@ -11,7 +11,7 @@ from typing import Any, Self, cast
 import grpc.aio
 
 from afs.client.events import Accepted, DiffChunk, DiffStart, Done, Event, Finished, Log, Outcome, RunResult
-from afs.client.files import upload_messages
+from afs.client.files import Sources, upload_stream
 from afs.core.errors import AfsError, Internal
 from afs.core.rpc import EOF, calling, channel
 from afs.proto.v1 import afslet_pb2 as pb
@@ -61,7 +61,7 @@ class AfsClient:
         memory_mb: int = 512,
         timeout: float = 0,
         env: Mapping[str, str] | None = None,
-        upload: Path | str | None = None,
+        upload: Sources | None = None,
         upload_to: str = "/",
         platform: tuple[str, str, str] = ("", "", ""),
         node_id: str = "",
@@ -93,13 +93,15 @@ class AfsClient:
             no_upload=upload is None,
             bytes_only=True,
         )
-        files = upload_messages(Path(upload), upload_to) if upload is not None else None
         call = self._afslet.Execute()
-        sending = asyncio.create_task(_send(call, start, files))
+        accepted: asyncio.Future[pb.Accepted] = asyncio.get_running_loop().create_future()
+        sending = asyncio.create_task(_send(call, start, accepted, upload, upload_to))
         try:
             with calling(self._peer):
                 while (response := await call.read()) is not EOF:
-                    event = _event(cast("pb.ExecuteResponse", response))
+                    event = _event(response := cast("pb.ExecuteResponse", response))
+                    if response.HasField("accepted") and not accepted.done():
+                        accepted.set_result(response.accepted)
                     if event is not None:
                         yield event
         except (AfsError, asyncio.CancelledError):
@@ -167,11 +169,17 @@ class AfsClient:
             return await self._proxy.ReconcileImageReplica(request)
 
 
-async def _send(call: Any, start: pb.StartRequest, files: Iterator[pb.ExecuteRequest] | None) -> None:
+async def _send(
+    call: Any, start: pb.StartRequest, accepted: "asyncio.Future[pb.Accepted]", upload: Sources | None, upload_to: str
+) -> None:
     try:
         await call.write(pb.ExecuteRequest(start=start))
-        while files is not None and (message := await asyncio.to_thread(next, files, None)) is not None:
-            await call.write(message)
+        if upload is not None:
+            # Nothing is read of us before that anyway, and only now is known what the node understands.
+            entries = (await accepted).upload_entries
+            async with contextlib.aclosing(upload_stream(upload, upload_to, entries=entries)) as messages:
+                async for message in messages:
+                    await call.write(message)
         await call.done_writing()
     except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
         return  # the other side ended the call; its status comes with the read

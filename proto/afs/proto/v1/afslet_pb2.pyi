@@ -174,6 +174,7 @@ class ExecuteRequest(_message.Message):
     STDIN_FIELD_NUMBER: _builtins.int
     STDIN_END_FIELD_NUMBER: _builtins.int
     TERMINAL_SIZE_FIELD_NUMBER: _builtins.int
+    ENTRIES_FIELD_NUMBER: _builtins.int
     upload_end: _builtins.bool
     """One of these, in a request without payload. Only after a start that asked for it.
     with start.stdin: the command may run; what follows is standard input
@@ -193,6 +194,12 @@ class ExecuteRequest(_message.Message):
     def terminal_size(self) -> Global___TerminalSize:
         """with start.tty: the terminal has another size now"""
 
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___UploadEntry]:
+        """Whole entries of the upload, many in one message: a message for each costs more than a small file itself. Only after
+        an Accepted that says upload_entries.
+        """
+
     def __init__(
         self,
         *,
@@ -204,16 +211,41 @@ class ExecuteRequest(_message.Message):
         stdin: _builtins.bytes = ...,
         stdin_end: _builtins.bool = ...,
         terminal_size: Global___TerminalSize | None = ...,
+        entries: _abc.Iterable[Global___UploadEntry] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["file_begin", b"file_begin", "file_chunk", b"file_chunk", "file_end", b"file_end", "payload", b"payload", "start", b"start", "terminal_size", b"terminal_size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["file_begin", b"file_begin", "file_chunk", b"file_chunk", "file_end", b"file_end", "payload", b"payload", "start", b"start", "stdin", b"stdin", "stdin_end", b"stdin_end", "terminal_size", b"terminal_size", "upload_end", b"upload_end"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "file_begin", b"file_begin", "file_chunk", b"file_chunk", "file_end", b"file_end", "payload", b"payload", "start", b"start", "stdin", b"stdin", "stdin_end", b"stdin_end", "terminal_size", b"terminal_size", "upload_end", b"upload_end"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["start", "file_begin", "file_chunk", "file_end"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_payload) -> _WhichOneofReturnType_payload | None: ...
 
 Global___ExecuteRequest: _TypeAlias = ExecuteRequest  # noqa: Y015
+
+@_typing.final
+class UploadEntry(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BEGIN_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """all of a file"""
+    @_builtins.property
+    def begin(self) -> Global___FileEntryBegin: ...
+    def __init__(
+        self,
+        *,
+        begin: Global___FileEntryBegin | None = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "data", b"data"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UploadEntry: _TypeAlias = UploadEntry  # noqa: Y015
 
 @_typing.final
 class TerminalSize(_message.Message):
@@ -637,20 +669,24 @@ class Accepted(_message.Message):
     ACCEPTED_FIELD_NUMBER: _builtins.int
     NODE_ID_FIELD_NUMBER: _builtins.int
     RUN_ID_FIELD_NUMBER: _builtins.int
+    UPLOAD_ENTRIES_FIELD_NUMBER: _builtins.int
     accepted: _builtins.bool
     node_id: _builtins.str
     run_id: _builtins.str
     """what Runs.List and Runs.Cancel call it"""
+    upload_entries: _builtins.bool
+    """ExecuteRequest.entries are understood"""
     def __init__(
         self,
         *,
         accepted: _builtins.bool = ...,
         node_id: _builtins.str = ...,
         run_id: _builtins.str = ...,
+        upload_entries: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "node_id", b"node_id", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "node_id", b"node_id", "run_id", b"run_id", "upload_entries", b"upload_entries"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
