@@ -1,0 +1,84 @@
+"""A run to its end, as one result."""
+
+import contextlib
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from afs.client.events import DiffChunk, DiffStart, Log, RunResult
+from afs.core.errors import Internal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from afs.client.run import Run
+
+
+class _NotWhole(Exception):
+    """Ends the block of a diff's file, which then does not appear."""
+
+
+async def collect(run: "Run", diff_to: Path | str | None) -> RunResult:
+    """Read *run* to its end. What was read before is not in the result."""
+    stdout, stderr = bytearray(), bytearray()
+    with contextlib.suppress(_NotWhole), contextlib.ExitStack() as stack:
+        out = stack.enter_context(written_whole(Path(diff_to))) if diff_to is not None else None
+        diff: bytearray | None = None
+        async for event in run:
+            match event:
+                case Log():
+                    (stderr if event.source == "stderr" else stdout).extend(event.data)
+                case DiffStart() if out is None:
+                    diff = bytearray()
+                case DiffChunk() if out is not None:
+                    out.write(event.data)
+                case DiffChunk() if diff is not None:
+                    diff += event.data
+                case _:
+                    pass
+        result = _result(run, bytes(stdout), bytes(stderr), diff)
+        if result.diff_error:
+            raise _NotWhole(result.diff_error)
+    return result
+
+
+def _result(run: "Run", stdout: bytes, stderr: bytes, diff: bytearray | None) -> RunResult:
+    finished, done = run.finished, run.done
+    if finished is None:
+        raise Internal("the run has ended without a result")
+    whole = diff is not None and not (done is not None and done.diff_error)
+    return RunResult(
+        run.accepted.node_id if run.accepted is not None else finished.node_id,
+        finished.exit_code,
+        finished.outcome,
+        finished.error,
+        stdout,
+        stderr,
+        bytes(diff) if diff is not None and whole else None,
+        finished.peak_memory,
+        finished.cpu_time,
+        {**finished.timings, **done.timings} if done is not None else finished.timings,
+        finished.signal,
+        run.run_id,
+        finished.bytes_fetched,
+        finished.stdout_bytes or len(stdout),  # servers older than the count
+        finished.stderr_bytes or len(stderr),
+        finished.stdout_dropped,
+        finished.stderr_dropped,
+        finished.replayed,
+        done.diff_bytes if done is not None else 0,
+        done.diff_entries if done is not None else 0,
+        done.diff_error if done is not None else "",
+    )
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> "Iterator[IO[bytes]]":
+    """A file to write that appears at *path* when the block succeeds, and leaves nothing when it fails."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with temporary.open("wb") as out:
+            yield out
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
