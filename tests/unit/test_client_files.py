@@ -84,13 +84,16 @@ def test_what_an_upload_cannot_hold(tmp_path: Path) -> None:
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "out"
-    with written_whole(path) as out:
-        out.write(b"first")
+    with written_whole(path) as file:
+        file.out.write(b"first")
         assert not path.exists()
     assert path.read_bytes() == b"first"
-    with pytest.raises(KeyError), written_whole(path) as out:
-        out.write(b"second")
+    with pytest.raises(KeyError), written_whole(path) as file:
+        file.out.write(b"second")
         raise KeyError
+    with written_whole(path) as file:
+        file.out.write(b"third")
+        file.wanted = False
     assert path.read_bytes() == b"first"
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(FileNotFoundError), written_whole(tmp_path / "no" / "out"):

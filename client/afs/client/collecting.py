@@ -1,6 +1,7 @@
 """A run to its end, as one result."""
 
 import contextlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -13,32 +14,32 @@ if TYPE_CHECKING:
     from afs.client.run import Run
 
 
-class _NotWhole(Exception):
-    """Ends the block of a diff's file, which then does not appear."""
-
-
 async def collect(run: "Run", diff_to: Path | str | None) -> RunResult:
     """Read *run* to its end. What was read before is not in the result."""
-    stdout, stderr = bytearray(), bytearray()
-    with contextlib.suppress(_NotWhole), contextlib.ExitStack() as stack:
-        out = stack.enter_context(written_whole(Path(diff_to))) if diff_to is not None else None
-        diff: bytearray | None = None
-        async for event in run:
-            match event:
-                case Log():
-                    (stderr if event.source == "stderr" else stdout).extend(event.data)
-                case DiffStart() if out is None:
-                    diff = bytearray()
-                case DiffChunk() if out is not None:
-                    out.write(event.data)
-                case DiffChunk() if diff is not None:
-                    diff += event.data
-                case _:
-                    pass
-        result = _result(run, bytes(stdout), bytes(stderr), diff)
-        if result.diff_error:
-            raise _NotWhole(result.diff_error)
+    if diff_to is None:
+        return await _collect(run, None)
+    with written_whole(Path(diff_to)) as file:
+        result = await _collect(run, file.out)
+        file.wanted = not result.diff_error
     return result
+
+
+async def _collect(run: "Run", out: IO[bytes] | None) -> RunResult:
+    stdout, stderr = bytearray(), bytearray()
+    diff: bytearray | None = None
+    async for event in run:
+        match event:
+            case Log():
+                (stderr if event.source == "stderr" else stdout).extend(event.data)
+            case DiffStart() if out is None:
+                diff = bytearray()
+            case DiffChunk() if out is not None:
+                out.write(event.data)
+            case DiffChunk() if diff is not None:
+                diff += event.data
+            case _:
+                pass
+    return _result(run, bytes(stdout), bytes(stderr), diff)
 
 
 def _result(run: "Run", stdout: bytes, stderr: bytes, diff: bytearray | None) -> RunResult:
@@ -71,14 +72,23 @@ def _result(run: "Run", stdout: bytes, stderr: bytes, diff: bytearray | None) ->
     )
 
 
+@dataclass(slots=True)
+class WholeFile:
+    """A file that is being written; it appears if it is *wanted* at the end."""
+
+    out: IO[bytes]
+    wanted: bool = True
+
+
 @contextlib.contextmanager
-def written_whole(path: Path) -> "Iterator[IO[bytes]]":
+def written_whole(path: Path) -> "Iterator[WholeFile]":
     """A file to write that appears at *path* when the block succeeds, and leaves nothing when it fails."""
     temporary = path.with_name(f".{path.name}.part")
     try:
         with temporary.open("wb") as out:
-            yield out
-        temporary.replace(path)
-    except BaseException:
+            file = WholeFile(out)
+            yield file
+        if file.wanted:
+            temporary.replace(path)
+    finally:
         temporary.unlink(missing_ok=True)
-        raise

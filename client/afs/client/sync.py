@@ -14,6 +14,7 @@ from afs.client.many import Completed
 from afs.client.options import RunOptions, RunRequest
 from afs.client.retrying import DEFAULT_BACKOFF_S
 from afs.client.run import Run
+from afs.core.errors import FailedPrecondition
 from afs.proto.v1 import proxy_pb2
 
 T = TypeVar("T")
@@ -28,7 +29,10 @@ class _Loop:
         self._thread.start()
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of *work*; Ctrl-C while waiting cancels it."""
+        """The result of *work*; Ctrl-C while waiting cancels it. FailedPrecondition after :meth:`close`."""
+        if self._loop.is_closed():
+            work.close()
+            raise FailedPrecondition("the client is closed")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
@@ -42,7 +46,8 @@ class _Loop:
             while (item := self.call(anext_or(source, _END))) is not _END:
                 yield item
         finally:
-            self.call(source.aclose())
+            if not self._loop.is_closed():  # closing has ended it
+                self.call(source.aclose())
 
     def close(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Cancel what is left, do *last* and end the thread."""
@@ -69,6 +74,7 @@ async def _settle() -> None:
         task.cancel()
     if others:
         await asyncio.wait(others)
+    await asyncio.get_running_loop().shutdown_asyncgens()
 
 
 class SyncRun:
