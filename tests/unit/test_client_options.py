@@ -56,7 +56,7 @@ ON_THIS_SIDE = {"upload", "upload_to"}
 
 def default() -> pb.StartRequest:
     """What a request says that asks for nothing."""
-    return pb.StartRequest(image="image", cpu_cores=1, memory_mb=512, bytes_only=True)
+    return pb.StartRequest(image="image", cpu_cores=1, memory_mb=512, bytes_only=True, no_upload=True)
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -75,7 +75,7 @@ def test_no_option_is_missing() -> None:
         RunOptions.__annotations__
     )
     said = {field for _, fields in FIELDS.values() for field in fields} | {"image", "command", "cpu_cores"}
-    internal = {"bytes_only", "progress", "discovery_addr", "fuse_max_read_ahead_bytes"}
+    internal = {"bytes_only", "progress", "no_upload", "discovery_addr", "fuse_max_read_ahead_bytes"}
     assert said | internal == {field.name for field in pb.StartRequest.DESCRIPTOR.fields}
 
 

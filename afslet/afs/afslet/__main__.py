@@ -37,6 +37,8 @@ class Config:
     max_pids: int = setting(4096, "Processes and threads of one run.")
     default_timeout: float = setting(3600.0, "Timeout of a run that asks for none.", parse_duration)
     term_grace: float = setting(2.0, "Time between SIGTERM and SIGKILL after a timeout.", parse_duration)
+    warm_roots: int = setting(8, "Unused roots that are kept mounted for the next runs of their images.")
+    seccomp: str = setting("", "Seccomp profile, of Docker's or the runtime spec's form; unconfined for none.")
     insecure: bool = setting(False, "Serve other than loopback addresses in the clear.")
     log_level: str = setting("INFO", "Least level to log.")
 
@@ -51,12 +53,18 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
     """Serve until *stop* is set."""
     from afs.afslet.admission import Admission, Capacity
     from afs.afslet.cgroups import clean_up
-    from afs.afslet.execution import Node
-    from afs.afslet.runc import Runtime
+    from afs.afslet.bundle import CAPABILITIES
+    from afs.afslet.command import Commands
+    from afs.afslet.execution import Node, RunSettings
+    from afs.afslet.fastattach import FastAttach
+    from afs.afslet.runc import Runtime, become_subreaper
+    from afs.afslet.runtimebinary import RuntimeBinary
+    from afs.afslet.seccomp import load_filter
     from afs.afslet.server import AfsletService
     from afs.core.files import locked, remove_tree
     from afs.core.rpc import serving
     from afs.proto.v1.afslet_pb2_grpc import add_AfsletServicer_to_server
+    from afs.afslet.warmroots import WarmRoots
     from afs.snapshotter.client import Mounts
 
     node_id = config.node_id or socket.gethostname()
@@ -79,8 +87,24 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
         limit = Capacity(config.cpu_cores or os.cpu_count() or 1, config.memory_mb or total * 9 // 10)
         files = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], MAX_FILES)
-        runtime = Runtime(config.runtime, state, parent, config.term_grace, files)
-        node = Node(node_id, scratch, mounts, Admission(limit), runtime, config.default_timeout, config.max_pids)
+        binary = RuntimeBinary(config.runtime)
+        stack.callback(binary.close)
+        become_subreaper()
+        attach = FastAttach()
+        stack.callback(attach.close)
+        roots = WarmRoots(mounts, config.warm_roots)
+        stack.push_async_callback(roots.close)
+        seccomp = load_filter(config.seccomp, CAPABILITIES)
+        node = Node(
+            node_id,
+            scratch,
+            roots,
+            Admission(limit),
+            Runtime(binary, state, parent, files),
+            RunSettings(config.default_timeout, config.term_grace, config.max_pids, seccomp),
+            attach,
+            Commands(),
+        )
         service = AfsletService(node)
         stack.push_async_callback(service.drained)
         bound = await stack.enter_async_context(

@@ -11,7 +11,7 @@ from afs.core.errors import InvalidArgument, ResourceExhausted
 class Capacity:
     """CPU in cores, memory in MiB."""
 
-    cpus: int
+    cpus: float
     memory_mb: int
 
 
@@ -29,7 +29,7 @@ class Admission:
         return Capacity(self.limit.cpus - self.used.cpus, self.limit.memory_mb - self.used.memory_mb)
 
     @contextlib.contextmanager
-    def reserve(self, cpus: int, memory_mb: int) -> Iterator[None]:
+    def reserve(self, cpus: float, memory_mb: int) -> Iterator[None]:
         """Hold the reservation while the block runs.
 
         InvalidArgument if the node could never give it, ResourceExhausted if it cannot now.

@@ -7,9 +7,9 @@ import errno
 import os
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -149,6 +149,21 @@ def find_user(root: int, spec: str) -> User:
         return User(uid, wanted, (), home)
     extra = {_number(line[2]) for line in _lines(groups, 4) if login and login in line[3].split(",")}
     return User(uid, gid, tuple(sorted(g for g in extra if g is not None and g != gid)), home)
+
+
+def find_groups(root: int, user: User, names: Sequence[str]) -> User:
+    """*user* with more supplementary groups: names of /etc/group, or numbers. Raises UnknownUser."""
+    if not names:
+        return user
+    known, extra = read_file(root, "etc/group"), set(user.groups)
+    for name in names:
+        number = _number(name)
+        if number is None:
+            number = next((_number(line[2]) for line in _lines(known, 3) if line[0] == name), None)
+        if number is None:
+            raise UnknownUser(f"group {name!r} is not in its /etc/group")
+        extra.add(number)
+    return replace(user, groups=tuple(sorted(extra)))
 
 
 def _may_execute(status: os.stat_result, user: User) -> bool:

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import math
+import secrets
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -36,7 +38,7 @@ class AfsletService(pb_grpc.AfsletServicer):
         first = await anext(request_iterator, None)
         if first is None or not first.HasField("start"):
             raise InvalidArgument("the first request must be start")
-        execution = Execution(self._node, first.start)
+        execution = Execution(self._node, first.start, secrets.token_hex(8))
         self._running += 1
         self._idle.clear()
         try:
@@ -58,9 +60,9 @@ class AfsletService(pb_grpc.AfsletServicer):
             running_containers=admission.running,
             limit_cpu_cores=limit.cpus,
             limit_memory_mb=limit.memory_mb,
-            used_cpu_cores=used.cpus,
+            used_cpu_cores=math.ceil(used.cpus),
             used_memory_mb=used.memory_mb,
-            available_cpu_cores=free.cpus,
+            available_cpu_cores=int(free.cpus),
             available_memory_mb=free.memory_mb,
             node_id=self._node.node_id,
         )

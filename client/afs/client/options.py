@@ -155,6 +155,7 @@ def _start(request: RunRequest, progress: bool) -> pb.StartRequest:
         force_local_fetch=request.force_local_fetch,
         bytes_only=True,
         progress=progress,
+        no_upload=request.upload is None,
     )
     if request.cpu != start.cpu_cores:
         start.cpu_millis = math.ceil(request.cpu * 1000)

@@ -60,6 +60,7 @@ RESOLVE_BENEATH = 0x08
 RESOLVE_IN_ROOT = 0x10
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
 _SYNC_FILE_RANGE_WRITE = 2
 
 _FS_IOC_GETFLAGS = 0x80086601  # linux/fs.h
@@ -119,6 +120,11 @@ def openat2(dir_fd: int, path: bytes, flags: int, resolve: int, mode: int = 0) -
 def set_parent_death_signal(signum: int) -> None:
     """prctl(PR_SET_PDEATHSIG): get *signum* when the thread that started this process ends."""
     _check(_libc.prctl(_PR_SET_PDEATHSIG, signum, 0, 0, 0), "prctl")
+
+
+def set_child_subreaper() -> None:
+    """prctl(PR_SET_CHILD_SUBREAPER): descendants whose parent ended become children of this process."""
+    _check(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl")
 
 
 def start_writeback(fd: int, offset: int, length: int) -> None:
