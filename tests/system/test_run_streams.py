@@ -37,14 +37,14 @@ async def output_until(run: Any, text: bytes) -> bytes:
 
 async def test_lines_go_in_and_come_out(shared_cluster: RealCluster, busybox_image: BusyboxImage) -> None:
     script = 'while read line; do echo "got $line"; done; echo end'
-    async with shared_cluster.client() as client:
-        async with client.open(busybox_image.reference, ["sh", "-c", script], stdin=True) as run:
-            for word in (b"one", b"two"):
-                await run.write(word + b"\n")
-                assert await output_until(run, b"\n") == b"got " + word + b"\n"
-            await run.write(b"last\n")
-            await run.close_stdin()
-            result = await run.result()
+    command = ["sh", "-c", script]
+    async with shared_cluster.client() as client, client.open(busybox_image.reference, command, stdin=True) as run:
+        for word in (b"one", b"two"):
+            await run.write(word + b"\n")
+            assert await output_until(run, b"\n") == b"got " + word + b"\n"
+        await run.write(b"last\n")
+        await run.close_stdin()
+        result = await run.result()
     assert (result.exit_code, result.stdout, result.stderr) == (0, b"got last\nend\n", b"")
 
 
@@ -70,11 +70,13 @@ async def test_without_stdin_it_is_empty(shared_cluster: RealCluster, busybox_im
 
 async def test_input_after_an_upload(shared_cluster: RealCluster, busybox_image: BusyboxImage, tmp_path: Any) -> None:
     (tmp_path / "f").write_bytes(b"file\n")
-    async with shared_cluster.client() as client:
-        async with client.open(busybox_image.reference, ["cat", "/f", "-"], stdin=True, upload=tmp_path) as run:
-            await run.write(b"input\n")
-            await run.close_stdin()
-            assert (await run.result()).stdout == b"file\ninput\n"
+    async with (
+        shared_cluster.client() as client,
+        client.open(busybox_image.reference, ["cat", "/f", "-"], stdin=True, upload=tmp_path) as run,
+    ):
+        await run.write(b"input\n")
+        await run.close_stdin()
+        assert (await run.result()).stdout == b"file\ninput\n"
 
 
 async def test_a_command_that_ends_without_reading(shared_cluster: RealCluster, busybox_image: BusyboxImage) -> None:
@@ -103,11 +105,13 @@ async def test_ctrl_c_at_a_terminal_reaches_the_command(
     shared_cluster: RealCluster, busybox_image: BusyboxImage
 ) -> None:
     script = "trap 'echo caught; exit 9' INT; echo ready; while :; do sleep 0.1; done"
-    async with shared_cluster.client() as client:
-        async with client.open(busybox_image.reference, ["sh", "-c", script], stdin=True, tty=True) as run:
-            await output_until(run, b"ready")
-            await run.write(b"\x03")
-            result = await run.result()
+    async with (
+        shared_cluster.client() as client,
+        client.open(busybox_image.reference, ["sh", "-c", script], stdin=True, tty=True) as run,
+    ):
+        await output_until(run, b"ready")
+        await run.write(b"\x03")
+        result = await run.result()
     assert result.exit_code == 9
     assert b"caught" in result.stdout
 
@@ -120,7 +124,7 @@ async def test_cancelling_gives_everything_back(shared_cluster: RealCluster, bus
             await run.cancel()
             with pytest.raises(RunCancelled):
                 await run.result()
-    assert shared_cluster.busy() == []
+    assert await asyncio.to_thread(shared_cluster.busy) == []
 
 
 # afs_cli
