@@ -72,7 +72,8 @@ def test_commands(block: str, image: str, environment: dict[str, str], tmp_path:
 def test_programs(
     block: str, image: str, environment: dict[str, str], tmp_path: Path, shared_cluster: RealCluster
 ) -> None:
-    if "asyncio.run" not in block:  # README shows the body of a coroutine
+    if "async with" in block and "asyncio.run" not in block:
+        # README shows the body of a coroutine
         body = "\n".join(f"    {line}" for line in block.splitlines())
         block = f"import asyncio\nasync def main():\n{body}\nasyncio.run(main())\n"
     program = block.replace("alpine:3.20", image).replace("127.0.0.1:62051", shared_cluster.proxy)
