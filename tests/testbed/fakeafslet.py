@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import grpc
@@ -153,3 +154,26 @@ async def fake_afslet(script: Script = echo) -> AsyncIterator[FakeAfslet]:
     async with serving(["127.0.0.1:0"], register, grace_s=0) as (address,):
         fake.address = address
         yield fake
+
+
+@contextlib.contextmanager
+def fake_in_thread(script: Script = echo) -> Iterator[FakeAfslet]:
+    """A server on an event loop in another thread."""
+    loop, ready, stop = asyncio.new_event_loop(), threading.Event(), asyncio.Event()
+    found: list[FakeAfslet] = []
+
+    async def serve() -> None:
+        async with fake_afslet(script) as fake:
+            found.append(fake)
+            ready.set()
+            await stop.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread.start()
+    assert ready.wait(10)
+    try:
+        yield found[0]
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join()
+        loop.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +21,10 @@ from afs.client import (
     Upload,
 )
 from afs.core.errors import FailedPrecondition, InvalidArgument, NotFound
-from tests.testbed.fakeafslet import Context, FakeAfslet, abort, accepted, diff, done, fake_afslet, log, result
+from tests.testbed.fakeafslet import Context, abort, accepted, diff, done, fake_afslet, fake_in_thread, log, result
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
 
     from afs.proto.v1 import afslet_pb2 as pb
 
@@ -180,32 +179,9 @@ async def test_a_command_that_does_not_read_holds_the_writer_back() -> None:
 # The blocking client
 
 
-@contextlib.contextmanager
-def threaded(script: Any) -> Iterator[FakeAfslet]:
-    """A server on an event loop in another thread."""
-    loop, ready, stop = asyncio.new_event_loop(), threading.Event(), asyncio.Event()
-    found: list[FakeAfslet] = []
-
-    async def serve() -> None:
-        async with fake_afslet(script) as fake:
-            found.append(fake)
-            ready.set()
-            await stop.wait()
-
-    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
-    thread.start()
-    assert ready.wait(10)
-    try:
-        yield found[0]
-    finally:
-        loop.call_soon_threadsafe(stop.set)
-        thread.join()
-        loop.close()
-
-
 def test_sync_conversation_from_two_threads() -> None:
     with (
-        threaded(cat) as fake,
+        fake_in_thread(cat) as fake,
         SyncAfsClient(fake.address) as client,
         client.open("image", stdin=True, tty=True) as run,
     ):
@@ -231,7 +207,7 @@ def test_sync_client_in_many_threads() -> None:
             yield response
 
     got: dict[int, bytes] = {}
-    with threaded(echo) as fake, SyncAfsClient(fake.address) as client:
+    with fake_in_thread(echo) as fake, SyncAfsClient(fake.address) as client:
 
         def work(number: int) -> None:
             for step in range(5):
@@ -254,7 +230,7 @@ def test_sync_lists_and_cancellation() -> None:
         yield accepted("n1", "r1")
         await asyncio.Event().wait()
 
-    with threaded(wait) as fake, SyncAfsClient(fake.address) as client:
+    with fake_in_thread(wait) as fake, SyncAfsClient(fake.address) as client:
         with client.open("image") as run:
             assert next(iter(run)) == Accepted("n1", "r1")
             run.cancel("enough")  # NOT_FOUND at Runs.Cancel: the call is cancelled

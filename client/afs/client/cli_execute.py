@@ -110,6 +110,7 @@ class _Session:
 
     async def _cancel(self, run: Run) -> None:
         await run.cancel("interrupted")
+        self._output.over = True  # what has come already, but was not written yet
         if self._output.waiting and self._main is not None:
             self._main.cancel()  # it will not come to read how the run ended
 

@@ -16,11 +16,14 @@ class Output:
     """``waiting``: a thread is stuck in a write. Only the event loop's thread uses it."""
 
     def __init__(self) -> None:
+        self.over = False  # nothing is written any more
         self.waiting = False
         self.began = False  # something was written
 
     async def write(self, source: str, data: bytes) -> None:
         """Write all of *data*. Whoever is slow to read keeps this waiting, but not the event loop. Closed."""
+        if self.over:
+            return
         stream = sys.stderr if source == "stderr" else sys.stdout
         self.began = True
         fd = stream.fileno()
