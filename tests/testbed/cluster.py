@@ -154,6 +154,7 @@ def cluster(nodes: int = 2, *, proxy: bool = True, **settings: Any) -> Iterator[
     The directory is short, because paths of unix sockets are limited to 107 bytes.
     """
     directory = Path(tempfile.mkdtemp(prefix="afs-", dir="/tmp"))
+    directory.chmod(0o711)  # runs in user namespaces have to come to their roots
     chosen = Settings(directory, **{"cpus": 4, "memory_mb": 4096, **settings})
     running = RealCluster(directory, chosen)
     try:

@@ -2,11 +2,13 @@
 
 import functools
 import glob
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from afs.afslet.rootfs import User
+from afs.core.errors import InvalidArgument
 
 DEFAULT_HOSTNAME = "afs"
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -21,7 +23,8 @@ _MASKED = (
     "/proc/timer_list", "/proc/timer_stats", "/proc/sched_debug", "/proc/scsi", "/sys/firmware",
     "/sys/devices/virtual/powercap",
 )  # fmt: skip
-_READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
+# As Docker, and /proc/pressure, which everybody may write to: every trigger that is set there is work for the kernel.
+_READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/pressure", "/proc/sys", "/proc/sysrq-trigger")
 # What is mounted below the machine's /sys, which a container gets to see only if it cannot have a /sys of its own.
 _MASKED_BELOW_SYS = ("/sys/fs/bpf", "/sys/fs/cgroup", "/sys/fs/fuse", "/sys/kernel/debug", "/sys/kernel/security",
                      "/sys/kernel/tracing")  # fmt: skip
@@ -195,6 +198,17 @@ def merge_env(image: Sequence[str], request: Sequence[str], usual: Mapping[str, 
         name, _, value = entry.partition("=")
         merged[name] = value
     return tuple(f"{name}={value}" for name, value in merged.items())
+
+
+def image_settings(config: bytes, where: str) -> dict[str, Any]:
+    """``config`` of an image's configuration (OCI image spec, config.md); InvalidArgument names *where* it is from."""
+    try:
+        settings = json.loads(config).get("config") or {}
+    except (ValueError, AttributeError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise InvalidArgument(f"{where}: its config makes no sense")
+    return settings
 
 
 def command_line(config: Mapping[str, Any], command: Sequence[str]) -> tuple[str, ...]:

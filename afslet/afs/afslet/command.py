@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from afs.afslet.bundle import DEFAULT_HOSTNAME, Process, command_line, merge_env
+from afs.afslet.networks import HOSTS, RESOLV_CONF
 from afs.afslet.rootfs import (
     Command,
     UnknownUser,
     User,
+    find_bad_mount_point,
     find_command,
     find_groups,
     find_user,
@@ -25,10 +27,23 @@ _REMEMBERED = 1000
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """A *root* to look into; *where* is its name in errors, such as ``image alpine``.
+
+    *unchanged* is the manifest digest of the image that the root still equals, else "". The root's owners are shifted so
+    that 0 is *first_id*.
+    """
+
+    root: Path
+    where: str
+    unchanged: str = ""
+    first_id: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class _Wanted:
     """All that the look-up depends on, but for the root itself."""
 
-    image: str
     user: str
     groups: tuple[str, ...]
     cwd: str
@@ -41,38 +56,48 @@ class _Found:
     user: User
     has_cwd: bool
     command: Command
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What to run, and whether it can be; *missing*: which of the files about the network the root does not have."""
+
+    process: Process
+    command: Command
+    missing: tuple[str, ...]
 
 
 class Commands:
     """Looks commands up. What was found in an unchanged image is remembered: nine reads and stats a run."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[tuple[str, _Wanted], _Found] = OrderedDict()
+        self._known: OrderedDict[tuple[str, int, _Wanted], _Found] = OrderedDict()
 
-    def prepare(
-        self, start: pb.StartRequest, settings: dict[str, Any], root: Path, unchanged: str
-    ) -> tuple[Process, Command]:
-        """What to run, and whether it can be. Blocking: it reads files of the image, which a peer may have to send first.
+    def prepare(self, start: pb.StartRequest, settings: dict[str, Any], place: Place) -> Prepared:
+        """Look up what to run. Blocking: it reads files of the image, which a peer may have to send first.
 
-        *settings* are the image's; *unchanged* is its manifest digest if *root* is the image as it is, else "".
-        InvalidArgument if image or request name no command, or an unknown user.
+        *settings* are the image's. InvalidArgument if image or request name no command, or an unknown user.
         """
-        wanted = _wanted(start, settings)
-        found = self._known.pop((unchanged, wanted), None) or _look_up(root, wanted)
-        if unchanged:
-            self._known[unchanged, wanted] = found
+        wanted = _wanted(start, settings, place.where)
+        key = (place.unchanged, place.first_id, wanted)
+        found = self._known.pop(key, None) or _look_up(place, wanted)
+        if place.unchanged:
+            self._known[key] = found
             if len(self._known) > _REMEMBERED:
                 self._known.popitem(last=False)
         if not found.has_cwd:
-            with open_root(root) as fd:
-                if not make_directories(fd, wanted.cwd, found.user.uid, found.user.gid):
-                    raise InvalidArgument(f"image {start.image}: the working directory {wanted.cwd} is not a directory")
+            with open_root(place.root) as fd:
+                if not make_directories(fd, wanted.cwd, found.user.uid, found.user.gid, place.first_id):
+                    raise InvalidArgument(f"{place.where}: the working directory {wanted.cwd} is not a directory")
         argv, env = command_line(settings, start.command), _environment(start, settings, found.user.home)
-        return Process(argv, env, wanted.cwd, found.user), found.command
+        return Prepared(Process(argv, env, wanted.cwd, found.user), found.command, found.missing)
 
-    def knows(self, start: pb.StartRequest, settings: dict[str, Any], unchanged: str) -> bool:
+    def knows(self, start: pb.StartRequest, settings: dict[str, Any], place: Place) -> bool:
         """Whether :meth:`prepare` would touch nothing in the root."""
-        found = self._known.get((unchanged, _wanted(start, settings))) if unchanged else None
+        if not place.unchanged:
+            return False
+        found = self._known.get((place.unchanged, place.first_id, _wanted(start, settings, place.where)))
         return found is not None and found.has_cwd
 
 
@@ -83,13 +108,12 @@ def _environment(start: pb.StartRequest, settings: dict[str, Any], home: str) ->
     return merge_env(settings.get("Env") or (), start.env, usual)
 
 
-def _wanted(start: pb.StartRequest, settings: dict[str, Any]) -> _Wanted:
+def _wanted(start: pb.StartRequest, settings: dict[str, Any], where: str) -> _Wanted:
     argv = command_line(settings, start.command)
     if not argv:
-        raise InvalidArgument(f"image {start.image} has neither Entrypoint nor Cmd: give a command")
+        raise InvalidArgument(f"{where} has neither Entrypoint nor Cmd: give a command")
     env = _environment(start, settings, "/")
     return _Wanted(
-        start.image,
         start.user or str(settings.get("User") or ""),
         tuple(start.groups),
         start.cwd or str(settings.get("WorkingDir") or "/"),
@@ -98,12 +122,16 @@ def _wanted(start: pb.StartRequest, settings: dict[str, Any]) -> _Wanted:
     )
 
 
-def _look_up(root: Path, wanted: _Wanted) -> _Found:
-    with open_root(root) as fd:
+def _look_up(place: Place, wanted: _Wanted) -> _Found:
+    with open_root(place.root) as fd:
+        if bad := find_bad_mount_point(fd):
+            raise InvalidArgument(f"{place.where}: {bad} is not a directory")
         try:
             user = find_groups(fd, find_user(fd, wanted.user), wanted.groups)
         except UnknownUser as error:
-            raise InvalidArgument(f"image {wanted.image}: {error}") from None
+            raise InvalidArgument(f"{place.where}: {error}") from None
         cwd = stat_inside(fd, wanted.cwd)
         has_cwd = cwd is not None and stat.S_ISDIR(cwd.st_mode)
-        return _Found(user, has_cwd, find_command(fd, wanted.name, wanted.cwd, wanted.path, user))
+        command = find_command(fd, wanted.name, wanted.cwd, wanted.path, user, place.first_id)
+        missing = tuple(path for path in (HOSTS, RESOLV_CONF) if stat_inside(fd, path) is None)
+        return _Found(user, has_cwd, command, missing)

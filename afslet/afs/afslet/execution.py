@@ -7,22 +7,26 @@ container) is on one exit stack, so whatever ends the call gives everything back
 import asyncio
 import contextlib
 import os
+import stat
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from afs.afslet.admission import Admission
-from afs.afslet.bundle import Process, Sandbox, runtime_config
+from afs.afslet.bundle import DEFAULT_HOSTNAME, NEW_NETWORK, Process, Sandbox, runtime_config
 from afs.afslet.cgroups import Limits
-from afs.afslet.command import Commands
+from afs.afslet.command import Commands, Place
 from afs.afslet.diff import diff_chunks
 from afs.afslet.fastattach import FastAttach
 from afs.afslet.incoming import Incoming
+from afs.afslet.isolation import Isolation
+from afs.afslet.networks import Networks, RunNetwork
 from afs.afslet.outcomes import Subject, cannot_run, result_of
 from afs.afslet.outputs import Outputs
 from afs.afslet.requests import check_start, resources_of
+from afs.afslet.rootfs import open_root, remove_inside, stat_inside
 from afs.afslet.runc import Job, Runtime, run_container
 from afs.afslet.stdio import Pipes, Stdio, Terminal, Window
 from afs.afslet.upload import Staging
@@ -30,7 +34,7 @@ from afs.afslet.warmroots import WarmRoot, WarmRoots
 from afs.core.errors import AfsError, Internal
 from afs.core.files import remove_tree
 from afs.proto.v1 import afslet_pb2 as pb
-from afs.proto.v1.mounts_pb2 import OpenImage
+from afs.proto.v1.mounts_pb2 import MountRoot, OpenImage
 from afs.snapshotter.messages import MountedRoot, root_request
 
 DIFF_NAME = "writable-upper.tar.gz"
@@ -45,7 +49,6 @@ class RunSettings:
     default_timeout: float
     term_grace: float
     max_pids: int
-    seccomp: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,8 @@ class Node:
     settings: RunSettings
     attach: FastAttach
     commands: Commands
+    isolation: Isolation
+    networks: Networks
 
 
 class Execution:
@@ -74,6 +79,10 @@ class Execution:
         self._timings = pb.Timings()
         self._staging: Staging | None = None
         self._fault: BaseException | None = None
+        self._ids = node.isolation.ids_for(start.user_namespace)
+        self._made_by_runtime: list[str] = []
+        node.networks.check(start.network, start.egress_allow)
+        self._shift = (self._ids.first, self._ids.count) if self._ids else None
 
     @contextlib.contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -100,7 +109,8 @@ class Execution:
             warm = await self._prepare(stack, incoming)
             root = await self._make_root(warm)
             result: pb.Result | None = None
-            async with contextlib.aclosing(self._run(warm, root, incoming)) as events:
+            network = await self._connect(stack)
+            async with contextlib.aclosing(self._run(warm, root, network, incoming)) as events:
                 async for event in events:
                     if isinstance(event, pb.Result):
                         result = event
@@ -109,6 +119,7 @@ class Execution:
             if result is None:
                 raise Internal(f"run {self._run_id} ended without a result")
             yield pb.ExecuteResponse(result=result)
+            self._forget_made_files(root)
             if start.diff_format != pb.DIFF_NONE:
                 with self._timed("diff_us"):
                     yield pb.ExecuteResponse(tar_header=pb.TarHeader(name=DIFF_NAME))
@@ -144,7 +155,7 @@ class Execution:
 
         async def open_image() -> WarmRoot:
             with self._timed("image_us"):
-                return await stack.enter_async_context(self._node.roots.taking(image, root_request()))
+                return await stack.enter_async_context(self._node.roots.taking(image, self._wanted_root()))
 
         if start.no_upload:
             return await open_image()
@@ -177,27 +188,48 @@ class Execution:
         if self._staging is None:
             return warm.root
         with self._timed("root_us"):
-            await asyncio.to_thread(self._staging.settle, warm.root.path)
-            return await warm.mount(root_request([self._staging.directory]))
+            # Of a root with shifted owners one without: the staging directory gets the image's own.
+            view = await warm.mount(root_request(read_only=True)) if self._shift else warm.root
+            await asyncio.to_thread(self._staging.settle, view.path)
+            return await warm.mount(self._wanted_root([self._staging.directory]))
+
+    def _wanted_root(self, extra_dirs: Sequence[Path] = ()) -> MountRoot:
+        return root_request(extra_dirs, ids=self._shift)
+
+    async def _connect(self, stack: contextlib.AsyncExitStack) -> RunNetwork:
+        start, networks = self._start, self._node.networks
+        mode, _ = networks.check(start.network, start.egress_allow)
+        if mode == pb.NETWORK_NONE and self._ids is not None:
+            # One that belongs to the user namespace, so that the run can have a /sys of its own: made by the runtime.
+            return RunNetwork(NEW_NETWORK, {})
+        network = networks.network(start.network, start.egress_allow, start.hostname)
+        return await stack.enter_async_context(network)
 
     # The command
 
     async def _run(
-        self, warm: WarmRoot, root: MountedRoot, incoming: Incoming
+        self, warm: WarmRoot, root: MountedRoot, network: RunNetwork, incoming: Incoming
     ) -> AsyncGenerator[pb.ExecuteResponse | pb.Result, None]:
         """Output while the command runs, then its result. Closing it early kills the container."""
         start, node = self._start, self._node
         unchanged = warm.manifest_digest if root is warm.root else ""
-        look = (start, warm.settings, root.path, unchanged)
-        if node.commands.knows(start, warm.settings, unchanged):
-            process, command = node.commands.prepare(*look)
+        where = f"image {start.image}"
+        place = Place(root.path, where, unchanged, self._ids.first if self._ids else 0)
+        if node.commands.knows(start, warm.settings, place):
+            prepared = node.commands.prepare(start, warm.settings, place)
         else:
-            process, command = await asyncio.to_thread(node.commands.prepare, *look)
+            prepared = await asyncio.to_thread(node.commands.prepare, start, warm.settings, place)
+        process, command = prepared.process, prepared.command
         timeout = start.timeout_ms / 1000 or node.settings.default_timeout
-        subject = Subject(process.argv[0], start.image, timeout, start.memory_mb << 20)
+        subject = Subject(process.argv[0], where, timeout, start.memory_mb << 20)
         if not command.executable:
             yield self._finish(cannot_run(subject, command), None)
             return
+        if network.address:  # names matter: the runtime makes what it has to mount on
+            self._made_by_runtime = [path for path in network.files if path in prepared.missing]
+        else:
+            files = {path: file for path, file in network.files.items() if path not in prepared.missing}
+            network = replace(network, files=files)
         outputs = Outputs(start.max_output_bytes, text=not start.bytes_only)
         queue: asyncio.Queue[pb.ExecuteResponse | None] = asyncio.Queue(_OUTPUT_QUEUE)
         stdio = self._stdio()
@@ -208,7 +240,7 @@ class Execution:
                 await queue.put(message)
 
         async def run() -> pb.Result:
-            job = self._job(process, root, stdio, timeout)
+            job = self._job(process, root, network, stdio, timeout)
             feeding = asyncio.create_task(incoming.feed(stdio), name=f"input of {self._run_id}")
             feeding.add_done_callback(lambda ended: self._input_ended(ended, task))
             try:
@@ -252,12 +284,18 @@ class Execution:
         socket = self._node.runtime.state_dir / f"{self._run_id}.sock"
         return Terminal(socket, Window(size.rows or 24, size.columns or 80))
 
-    def _job(self, process: Process, root: MountedRoot, stdio: Stdio, timeout: float) -> Job:
+    def _job(self, process: Process, root: MountedRoot, network: RunNetwork, stdio: Stdio, timeout: float) -> Job:
         start, node = self._start, self._node
         size = start.terminal_size
         terminal = (size.rows or 24, size.columns or 80) if start.tty else None
         sandbox = Sandbox(
-            node.runtime.max_files, start.hostname or "afs", seccomp=node.settings.seccomp, terminal=terminal
+            node.runtime.max_files,
+            start.hostname or DEFAULT_HOSTNAME,
+            network=network.path,
+            ids=self._ids,
+            seccomp=node.isolation.seccomp,
+            terminal=terminal,
+            files=tuple((str(source), path) for path, source in network.files.items()),
         )
         config = runtime_config(process, str(root.path), sandbox)
         pids = min(start.pids_limit or node.settings.max_pids, node.settings.max_pids)
@@ -270,6 +308,15 @@ class Execution:
         if not feeding.cancelled() and (error := feeding.exception()) is not None:
             self._fault = error
             running.cancel()
+
+    def _forget_made_files(self, root: MountedRoot) -> None:
+        """The runtime made what it had to mount on; the run did not."""
+        assert root.upper is not None
+        for path in self._made_by_runtime:
+            with open_root(root.upper) as fd:
+                found = stat_inside(fd, path)
+                if found is not None and stat.S_ISREG(found.st_mode) and not found.st_size:
+                    remove_inside(fd, path)
 
     async def _check_reads(self, warm: WarmRoot) -> None:
         """An I/O error of ours may have become the command's exit code."""

@@ -61,7 +61,7 @@ class FastAttach:
                     time.sleep(_EVERY_S)
                 else:
                     self._wake.clear()
-                    if time.monotonic() >= self._until:  # else expect() came between the two
+                    if time.monotonic() >= self._until and not self._closed:  # as set before _wake was
                         self._wake.wait()
         except OSError as error:
             log.warning("containers start some milliseconds slower after a pause: %s", error)

@@ -12,10 +12,10 @@ TIMED_OUT, NOT_EXECUTABLE, NOT_FOUND, KILLED = 124, 126, 127, 137  # as timeout(
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What ran: the command's name, the image, and its limits (seconds, bytes)."""
+    """What ran: the command's name, where (such as ``image alpine``), and its limits (seconds, bytes)."""
 
     name: str
-    image: str
+    where: str
     timeout: float
     memory: int
 
@@ -53,14 +53,14 @@ def _start_failure(subject: Subject, ended: Ended) -> pb.Result:
         )
     if "exec format error" in message or ("permission denied" in message and "exec" in message):
         return cannot_run(subject, Command(found=True, executable=False))
-    raise Internal(f"the runtime could not start the container of {subject.image}: {ended.start_error}")
+    raise Internal(f"the runtime could not start the container of {subject.where}: {ended.start_error}")
 
 
 def cannot_run(subject: Subject, command: Command) -> pb.Result:
     """The Result of a command that is not there or cannot be executed."""
     why = f": {command.why}" if command.why else ""
     if command.found:
-        error = f"command {subject.name!r} in image {subject.image} cannot be executed{why}"
+        error = f"command {subject.name!r} in {subject.where} cannot be executed{why}"
         return pb.Result(exit_code=NOT_EXECUTABLE, error=error, outcome=pb.OUTCOME_COMMAND_NOT_EXECUTABLE)
-    error = f"command {subject.name!r} not found in image {subject.image}{why}"
+    error = f"command {subject.name!r} not found in {subject.where}{why}"
     return pb.Result(exit_code=NOT_FOUND, error=error, outcome=pb.OUTCOME_COMMAND_NOT_FOUND)

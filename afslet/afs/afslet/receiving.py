@@ -1,11 +1,14 @@
 """Messages of an upload on their way to a staging directory."""
 
 import asyncio
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from afs.afslet.upload import Attributes, Staging
 from afs.core.errors import InvalidArgument
 from afs.proto.v1 import afslet_pb2 as pb
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _INLINE_WRITE = 1 << 16  # bytes that are written to the page cache without a thread
 

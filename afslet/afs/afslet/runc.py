@@ -192,13 +192,10 @@ class _Container:
     async def _clear(self, runtime: Child, init: "_Init | None", copying: "asyncio.Task[None]") -> None:
         """Leave nothing, whatever happened."""
         if init is None:
-            # Killed in the middle of a start, the runtime leaves us children that nobody else would reap.
-            children = {*_children(runtime.pid), *self._cgroup.pids()}
             if runtime.poll() is None:
                 runtime.kill()
                 await wait(runtime)
-            for pid in children | {*self._cgroup.pids()}:
-                await _end_child(pid)
+            await self._reap_start(runtime.pid)
         await _kill_all(self._cgroup)
         if init is not None:
             await init.ended()
@@ -209,6 +206,16 @@ class _Container:
             copying.exception()
         self._job.stdio.close()
         self._forget()
+
+    async def _reap_start(self, session: int) -> None:
+        """Killed in the middle of a start, the runtime leaves us children that nobody else would reap.
+
+        They are in the session that the runtime began, or in the cgroup: the first one enters it before it does anything.
+        """
+        while pids := {*_of_session(session), *self._cgroup.pids()}:
+            self._cgroup.kill()
+            for pid in pids:
+                await _end_child(pid)
 
     def _forget(self) -> None:
         """Remove the runtime's state of the container: a few files."""
@@ -256,7 +263,7 @@ class _Init:
         """(exit code, signal) when it has ended; it is reaped then."""
         if self._status is None:
             await _readable(self._fd)
-            found = os.waitid(os.P_PIDFD, self._fd, os.WEXITED)
+            found = os.waitid(os.P_PIDFD, self._fd, os.WEXITED)  # noqa: ASYNC222 - it is a zombie already
             assert found is not None
             exited = found.si_code == os.CLD_EXITED
             self._status = (found.si_status, 0) if exited else (128 + found.si_status, found.si_status)
@@ -285,21 +292,35 @@ async def _readable(fd: int) -> None:
 
 async def _end_child(pid: int) -> None:
     """Kill and reap *pid* if it is a child of this process, and so cannot be another one of that number."""
+    if _stat(pid)[:1] != [os.getpid()]:
+        await asyncio.sleep(0)
+        return
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        if int(fields[1]) != os.getpid():
-            return
         fd = os.pidfd_open(pid)
-    except (FileNotFoundError, ProcessLookupError):
+    except ProcessLookupError:
         return
     try:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         await _readable(fd)
         with contextlib.suppress(ChildProcessError):
-            os.waitid(os.P_PIDFD, fd, os.WEXITED)
+            os.waitid(os.P_PIDFD, fd, os.WEXITED)  # noqa: ASYNC222 - it is a zombie already
     finally:
         os.close(fd)
+
+
+def _stat(pid: int) -> list[int]:
+    """Parent, process group and session of a process; empty if it has gone."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    return [int(number) for number in text.rpartition(")")[2].split()[1:4]]
+
+
+def _of_session(session: int) -> list[int]:
+    """Children of this process in *session*."""
+    return [pid for pid in _children(os.getpid()) if _stat(pid)[2:] == [session]]
 
 
 def _children(pid: int) -> list[int]:

@@ -11,6 +11,7 @@ import os
 import shutil
 from pathlib import Path
 
+from afs.afslet.cgroups import hierarchies
 from afs.core.errors import FailedPrecondition
 
 log = logging.getLogger(__name__)
@@ -18,13 +19,18 @@ _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_S
 
 
 class RuntimeBinary:
-    """The program *name*, looked up on PATH; FailedPrecondition if it is not there. :meth:`path` is what to execute."""
+    """The program *name*, looked up on PATH; empty: runc, or crun if only that is there and can work.
+
+    FailedPrecondition if it is not installed, or cannot run on this machine. :meth:`path` is what to execute.
+    """
 
     def __init__(self, name: str) -> None:
-        found = shutil.which(name)
+        found = shutil.which(name or "runc") or (shutil.which("crun") if not name else None)
         if found is None:
-            raise FailedPrecondition(f"the OCI runtime {name} is not installed")
+            raise FailedPrecondition(f"the OCI runtime {name or 'runc'} is not installed")
         self.name = Path(found).name
+        if self.name == "crun" and "" not in hierarchies():
+            raise FailedPrecondition("crun runs on machines with cgroup v2 alone, and this one has v1: use runc")
         self._file = Path(found).resolve()
         self._copy: int | None = None
         self._seen: tuple[int, ...] = ()

@@ -58,7 +58,7 @@ class AfsletService(pb_grpc.AfsletServicer):
         limit, used, free = admission.limit, admission.used, admission.available
         return pb.GetRuntimeStatusResponse(
             running_containers=admission.running,
-            limit_cpu_cores=limit.cpus,
+            limit_cpu_cores=int(limit.cpus),
             limit_memory_mb=limit.memory_mb,
             used_cpu_cores=math.ceil(used.cpus),
             used_memory_mb=used.memory_mb,

@@ -17,7 +17,6 @@ that nobody waits for; :meth:`close` does.
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import time
@@ -26,7 +25,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from afs.core.errors import AfsError, InvalidArgument, ResourceExhausted
+from afs.afslet.bundle import image_settings
+from afs.core.errors import AfsError, ResourceExhausted
 from afs.core.images import LOCAL_SCHEMES
 from afs.proto.v1.mounts_pb2 import MountRoot, OpenImage
 from afs.snapshotter.client import Hold, Mounts
@@ -149,9 +149,7 @@ class WarmRoots:
         hold = self._mounts.hold()
         try:
             opened, root = await hold.open_and_mount(image, wanted)
-            settings = json.loads(opened.config).get("config") or {}
-            if not isinstance(settings, dict):
-                raise InvalidArgument(f"image {image.image}: its config makes no sense")
+            settings = image_settings(opened.config, f"image {image.image}")
         except BaseException:
             await _given_back(hold)
             raise

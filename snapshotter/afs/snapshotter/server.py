@@ -20,6 +20,7 @@ from afs.snapshotter.layermounts import LayerMounts
 from afs.snapshotter.opening import Opener
 from afs.snapshotter.rootmount import RootRequest
 from afs.snapshotter.roots import Roots
+from afs.snapshotter.shiftedids import Ids
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -172,4 +173,6 @@ def _root_request(request: pb.MountRoot) -> RootRequest:
         upper_dir=request.upper_dir,
         proc_dev=request.proc_dev,
         suid=request.suid,
+        disk_bytes=request.disk_bytes,
+        ids=Ids(request.id_first, request.id_count) if request.id_count else None,
     )
