@@ -42,7 +42,8 @@ def started(fake: FakeAfslet, *arguments: str, **options: Any) -> Iterator[subpr
     """afs_cli under way; killed at the end of the block."""
     environment = {**os.environ, "AFS_PROXY": fake.address}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    with subprocess.Popen([str(BIN / "afs_cli"), *arguments], env=environment, **streams) as process:
+    popen: Any = subprocess.Popen  # which of its many forms depends on the options
+    with popen([str(BIN / "afs_cli"), *arguments], env=environment, **streams) as process:
         try:
             yield process
         finally:
