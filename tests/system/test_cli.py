@@ -51,13 +51,14 @@ def started(fake: FakeAfslet, *arguments: str, **options: Any) -> Iterator[subpr
 
 
 def say(*responses: pb.ExecuteResponse) -> Any:
-    """A script that says *responses* when the client has sent everything."""
+    """A script that says *responses*, those after `accepted` when the client has sent everything."""
 
     async def script(start: pb.StartRequest, requests: Any, context: Context) -> AsyncIterator[pb.ExecuteResponse]:
-        async for _ in requests:
-            pass
         for response in responses:
             yield response
+            if response.HasField("accepted"):
+                async for _ in requests:
+                    pass
 
     return script
 

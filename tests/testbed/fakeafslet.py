@@ -133,9 +133,9 @@ async def echo(
     start: pb.StartRequest, requests: AsyncIterator[pb.ExecuteRequest], context: Context
 ) -> AsyncIterator[pb.ExecuteResponse]:
     """The command's words on stdout."""
+    yield accepted()
     async for _ in requests:
         pass
-    yield accepted()
     yield log(" ".join(start.command).encode())
     yield result()
     yield done()
