@@ -454,6 +454,21 @@ async def test_uploads_arrive_in_pieces_and_in_order(tmp_path: Path) -> None:
     assert (len(got), got["bin/one"], got["etc/text"]) == (303, b"1" * 3_000_000, b"text")
 
 
+async def test_why_an_upload_was_refused_is_never_lost() -> None:
+    """The server ends the call while the client writes; what it said has to arrive."""
+
+    async def refuse(start: pb.StartRequest, requests: Any, context: Context) -> AsyncIterator[pb.ExecuteResponse]:
+        yield accepted()
+        await anext(requests)
+        await abort(context, Code.INVALID_ARGUMENT, "a path leads outside")
+
+    parts = [Upload(b"x" * 1000, f"/{number}") for number in range(200)]
+    async with fake_afslet(refuse) as fake, AfsClient(fake.address) as client:
+        for _ in range(50):
+            with pytest.raises(RunRejected, match="a path leads outside"):
+                await client.run("image", upload=parts)
+
+
 async def test_an_upload_that_fails_here(tmp_path: Path) -> None:
     async with fake_afslet() as fake, AfsClient(fake.address) as client:
         for upload, message in (

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import grpc.aio
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 _STDIN_CHUNK = 1 << 18
 # What a write raises when the other side has ended the call; the call's status comes with the read.
-_CALL_ENDED = (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError)
+_CALL_ENDED = (grpc.aio.AioRpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
 
 
 class Run:
@@ -55,6 +55,7 @@ class Run:
         self.request = request
         self._start = start_message(request, progress=progress)
         self._sending: asyncio.Task[None] | None = None
+        self._taken: asyncio.Event | None = None  # set when a node has taken the run; uploads wait for it
         self._upload_failure: Exception | None = None
         self._failure: BaseException | None = None  # what ended the run instead of a result
         self._stdin_closed = False
@@ -72,15 +73,18 @@ class Run:
         self._connection = self._connections.take()
         try:
             self._call = self._connection.afslet.Execute()
+            self._raw_call: Any = getattr(self._call, "_cython_call")  # noqa: B009 - see _put
         except BaseException:
             self._connections.give_back(self._connection)
             raise
         try:
             if self.request.upload is None:
                 with contextlib.suppress(*_CALL_ENDED):
-                    await self._call.write(pb.ExecuteRequest(start=self._start))
+                    await self._put(pb.ExecuteRequest(start=self._start))
                     await self._end_upload()
             else:
+                if not self.request.stdin:  # who talks with a run may write before reading, and would wait for ever
+                    self._taken = asyncio.Event()
                 self._sending = asyncio.create_task(self._send(), name=f"upload to {self._peer}")
         except BaseException:
             await self._close()
@@ -105,11 +109,14 @@ class Run:
     async def _send(self) -> None:
         assert self.request.upload is not None
         try:
+            await self._put(pb.ExecuteRequest(start=self._start))
+            # Nothing is read of us before that, and who is refused need not open a file.
+            if self._taken is not None:
+                await self._taken.wait()
             files = messages(self.request.upload, self.request.upload_to)
-            await self._call.write(pb.ExecuteRequest(start=self._start))
             while batch := await asyncio.to_thread(next_batch, files):
                 for message in batch:
-                    await self._call.write(message)
+                    await self._put(message)
                     self.uploaded += len(message.file_chunk.data)
             await self._end_upload()
         except _CALL_ENDED:
@@ -119,9 +126,18 @@ class Run:
             self._upload_failure = error
             self._call.cancel()
 
+    async def _put(self, message: pb.ExecuteRequest) -> None:
+        """Write *message*; one of _CALL_ENDED.
+
+        The call's own write() says INTERNAL in place of the server's status if the server ends the call meanwhile (grpcio
+        1.85, aio/_call.py), and why a run was refused would be lost.
+        """
+        await self._call.wait_for_connection()
+        await self._raw_call.send_serialized_message(message.SerializeToString())
+
     async def _end_upload(self) -> None:
         if self._start.stdin:
-            await self._call.write(pb.ExecuteRequest(upload_end=True))
+            await self._put(pb.ExecuteRequest(upload_end=True))
         else:
             await self._call.done_writing()
 
@@ -155,7 +171,7 @@ class Run:
             if self._ended or self.finished is not None:
                 raise RunEnded("the run has ended")
             try:
-                await self._call.write(message)
+                await self._put(message)
             except _CALL_ENDED:
                 raise RunEnded("the run has ended") from None
 
@@ -181,6 +197,8 @@ class Run:
                 pass  # by far the most frequent one
             case Accepted():
                 self.accepted = event
+                if self._taken is not None:
+                    self._taken.set()
             case Finished():
                 self.finished = event
             case DiffChunk():
