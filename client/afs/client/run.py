@@ -7,6 +7,7 @@ across nothing else. Nothing is read ahead, so a consumer that waits holds the c
 
 import asyncio
 import contextlib
+import logging
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -37,6 +38,8 @@ from afs.proto.v1 import runs_pb2
 
 if TYPE_CHECKING:
     from afs.client.channels import Connections
+
+log = logging.getLogger(__name__)
 
 _STDIN_CHUNK = 1 << 18
 # What a write raises when the other side has ended the call; the call's status comes with the read.
@@ -283,8 +286,11 @@ class Run:
             with calling(self._peer):
                 request = runs_pb2.CancelRunRequest(run_id=self.run_id, reason=reason)
                 await self._connection.lists.Cancel(request, timeout=10.0)
-        except (NotFound, Unimplemented, Unavailable):
-            self._call.cancel()  # another proxy's run, an old server, or one that is away: the call is the lease
+        except (NotFound, Unimplemented, Unavailable) as error:
+            # Another proxy's run, an old server, or one that is away. The call is the lease, so ending it will do; only
+            # nobody tells when the node has given everything back.
+            log.info("run %s is cancelled by its call: %s", self.run_id, error.line)
+            self._call.cancel()
         async with self._reading:
             while not self._ended:
                 await self._read()
