@@ -121,10 +121,7 @@ class _There:
         """A run that has changed as much as *source* has; the action takes the diff."""
         out = directory / "diff.tar.gz"
         command = ["cp", "-r", "/up", "/changed"]
-        events = cast(
-            "AsyncGenerator[Event, None]",
-            self._client.execute(self._reference, command, upload=source, upload_to="/up"),
-        )
+        events = self._client.execute(self._reference, command, upload=source, upload_to="/up")
         self._runner.run(_until_finished(events))
         try:
             yield lambda: self._runner.run(_take(events, out))

@@ -7,12 +7,16 @@ Usage: sync_run.py IMAGE DIRECTORY COMMAND [ARGUMENT...]
 import os
 import sys
 
-from afs.client import SyncAfsClient
+from afs.client import RunError, SyncAfsClient
 
 
 def main(image: str, directory: str, command: list[str]) -> int:
     with SyncAfsClient(os.environ.get("AFS_PROXY", "127.0.0.1:62051")) as client:
-        result = client.run(image, command, upload=directory, upload_to="/work", diff_to="diff.tar.gz", timeout=60)
+        try:
+            result = client.run(image, command, upload=directory, upload_to="/work", diff_to="diff.tar.gz", timeout=60)
+        except RunError as error:  # nothing is known about the command
+            print(f"{error.outcome.value}: {error}", "- it may work later" if error.retryable else "", file=sys.stderr)
+            return 1
     print(result.stdout.decode(), end="")
     print(result.stderr.decode(), end="", file=sys.stderr)
     print(f"exit code {result.exit_code}, changed files in diff.tar.gz")

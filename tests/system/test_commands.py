@@ -339,7 +339,7 @@ def test_afs_cli_json(shared_cluster: RealCluster, busybox_image: BusyboxImage) 
     missing = shared_cluster.cli("execute", "--json", "--image", f"oci:{busybox_image.layout}:nope", "--", "true")
     shown = json.loads(missing.stdout)
     assert (missing.returncode, missing.stderr) == (66, "")
-    assert (shown["outcome"], shown["code"]) == ("infrastructure error", "NOT_FOUND")
+    assert (shown["outcome"], shown["code"], shown["retryable"]) == ("rejected", "NOT_FOUND", False)
     assert re.match(r"image oci:\S+:nope not found: ", shown["error"])
 
 

@@ -73,7 +73,8 @@ def test_commands(block: str, image: str, environment: dict[str, str], tmp_path:
 def test_programs(
     block: str, image: str, environment: dict[str, str], tmp_path: Path, shared_cluster: RealCluster
 ) -> None:
-    if "asyncio.run" not in block:  # README shows the body of a coroutine
+    if "async with" in block and "asyncio.run" not in block:
+        # README shows the body of a coroutine
         body = "\n".join(f"    {line}" for line in block.splitlines())
         block = f"import asyncio\nasync def main():\n{body}\nasyncio.run(main())\n"
     program = block.replace("alpine:3.20", image).replace("127.0.0.1:62051", shared_cluster.proxy)
@@ -88,14 +89,25 @@ def test_programs(
     ("example", "arguments"),
     [
         ("one_run.py", ["{image}", "echo", "hello"]),
-        ("batch.py", ["{image}", "12", "sh", "-c", "echo $NUMBER"]),
+        ("batch.py", ["--runs=200", "{five}", "sh", "-c", "test $NUMBER -ge 0"]),
+        ("conversation.py", ["{image}"]),
         ("sync_run.py", ["{image}", "{upload}", "sh", "-c", "cat /work/input.txt > /copy"]),
     ],
 )
-def test_examples(example: str, arguments: list[str], image: str, environment: dict[str, str], tmp_path: Path) -> None:
+def test_examples(
+    example: str,
+    arguments: list[str],
+    image: str,
+    busybox_image: BusyboxImage,
+    environment: dict[str, str],
+    tmp_path: Path,
+) -> None:
     (tmp_path / "upload").mkdir()
     (tmp_path / "upload" / "input.txt").write_text("data\n")
-    filled = [argument.format(image=image, upload=tmp_path / "upload") for argument in arguments]
+    five = ",".join(
+        f"oci:{busybox_image.layout}:{tag}" for tag in ("latest", "gzip", "multi", "docker", "docker-multi")
+    )
+    filled = [argument.format(image=image, five=five, upload=tmp_path / "upload") for argument in arguments]
     argv = [sys.executable, str(ROOT / "examples" / example), *filled]
     done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr + done.stdout

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from afs.client import Accepted, DiffChunk, DiffStart, Done, Finished, Log, Outcome
+from afs.client import Accepted, DiffChunk, DiffStart, Done, Finished, Log, Outcome, Progress, Queued
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,7 +33,7 @@ async def test_events_come_in_the_order_that_clients_know(
     async with shared_cluster.client() as client:
         command = ["sh", "-c", "echo out; echo err >&2; echo x > /made; exit 3"]
         events = [event async for event in client.execute(busybox_image.reference, command)]
-    kinds = [type(event) for event in events if not isinstance(event, DiffChunk)]
+    kinds = [type(event) for event in events if not isinstance(event, DiffChunk | Progress | Queued)]
     logs = [event for event in events if isinstance(event, Log)]
     assert kinds == [Accepted, *[Log] * len(logs), Finished, DiffStart, Done]
     assert {(log.source, log.data) for log in logs} == {("stdout", b"out\n"), ("stderr", b"err\n")}
@@ -50,7 +50,7 @@ async def test_logs_come_while_the_command_runs(shared_cluster: RealCluster, bus
             if isinstance(event, Log):
                 assert event.data == b"first\n"
                 break
-        await events.aclose()  # type: ignore[attr-defined]
+        await events.aclose()
 
 
 def test_cli_uploads_runs_and_brings_the_changes_back(

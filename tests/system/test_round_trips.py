@@ -16,6 +16,7 @@ import pytest
 import zstandard
 
 from afs.client.files import upload_stream
+from afs.client.uploads import Upload
 from afs.core.errors import InvalidArgument
 from afs.core.rpc import EOF, calling, channel
 from afs.proto.v1 import afslet_pb2 as pb
@@ -194,11 +195,11 @@ async def test_an_upload_over_what_the_image_has(
     (tmp_path / "file").write_text("x")
     async with shared_cluster.client() as client:
         result = await client.run(
-            image, ["cat", "/data/hello.txt"], upload=[(tmp_path / "x", "data/in"), (tmp_path, "/y")]
+            image, ["cat", "/data/hello.txt"], upload=[Upload(tmp_path / "x", "data/in/x"), Upload(tmp_path, "/y")]
         )
         assert result.ok, result
         result = await client.run(
-            image, ["ls", "/data/in", "/y"], upload=[(tmp_path / "x", "data/in"), (tmp_path, "/y")]
+            image, ["ls", "/data/in", "/y"], upload=[Upload(tmp_path / "x", "data/in/x"), Upload(tmp_path, "/y")]
         )
         assert result.stdout == b"/data/in:\nx\n\n/y:\nfile\nx\n"
 

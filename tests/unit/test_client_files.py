@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from afs.client.aio import _event, to_json, written_whole
-from afs.client.cli import _environment, _image_name, _split_dir
+from afs.client.cli_arguments import environment, image_name, labels, platform, split_dir, split_file
+from afs.client.collecting import written_whole
 from afs.client.events import Accepted, DiffChunk, DiffStart, Done, Finished, Log, Outcome, RunResult
 from afs.client.files import Source, upload_messages
+from afs.client.uploads import Upload
+from afs.client.wire import event_of, to_json
 from afs.core.errors import InvalidArgument
 from afs.proto.v1 import afslet_pb2 as pb
 
@@ -104,13 +106,16 @@ def test_a_file_that_vanishes_is_named(tmp_path: Path) -> None:
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "out"
-    with written_whole(path) as out:
-        out.write(b"first")
+    with written_whole(path) as file:
+        file.out.write(b"first")
         assert not path.exists()
     assert path.read_bytes() == b"first"
-    with pytest.raises(KeyError), written_whole(path) as out:
-        out.write(b"second")
+    with pytest.raises(KeyError), written_whole(path) as file:
+        file.out.write(b"second")
         raise KeyError
+    with written_whole(path) as file:
+        file.out.write(b"third")
+        file.wanted = False
     assert path.read_bytes() == b"first"
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(FileNotFoundError), written_whole(tmp_path / "no" / "out"):
@@ -135,18 +140,18 @@ def test_events() -> None:
         (pb.ExecuteResponse(done=pb.Done()), Done()),
         (pb.ExecuteResponse(), None),
     ):
-        assert _event(response) == event
+        assert event_of(response) == event
 
 
 def test_events_of_an_old_server() -> None:
     log = pb.ExecuteResponse(log=pb.LogMessage(source="stderr", message="ü"))
-    assert _event(log) == Log("stderr", "ü".encode())
-    assert _event(pb.ExecuteResponse(result=pb.Result(exit_code=3))) == Finished(3, Outcome.UNKNOWN, "")
+    assert event_of(log) == Log("stderr", "ü".encode())
+    assert event_of(pb.ExecuteResponse(result=pb.Result(exit_code=3))) == Finished(3, Outcome.UNKNOWN, "")
 
 
 def test_every_outcome_has_a_name() -> None:
     for name, number in pb.Outcome.items():
-        event = _event(pb.ExecuteResponse(result=pb.Result(outcome=number)))
+        event = event_of(pb.ExecuteResponse(result=pb.Result(outcome=number)))
         assert isinstance(event, Finished)
         assert (event.outcome is Outcome.UNKNOWN) == (name == "OUTCOME_UNSPECIFIED")
 
@@ -164,26 +169,48 @@ def test_a_result_is_ok_only_after_an_exit_with_0() -> None:
 def test_directories_and_prefixes(tmp_path: Path) -> None:
     odd = tmp_path / "a:"
     (odd / "b").mkdir(parents=True)
-    assert _split_dir("d") == (Path("d"), "/")
-    assert _split_dir("d:/opt/x") == (Path("d"), "/opt/x")
-    assert _split_dir("d:relative") == (Path("d:relative"), "/")
-    assert _split_dir(f"{odd}/b") == (odd / "b", "/")
+    assert split_dir("d") == Upload(Path("d"), "/")
+    assert split_dir("d:/opt/x") == Upload(Path("d"), "/opt/x")
+    assert split_dir("d:relative") == Upload(Path("d:relative"), "/")
+    assert split_dir(f"{odd}/b") == Upload(odd / "b", "/")
+
+
+def test_files_and_their_places(tmp_path: Path) -> None:
+    file = tmp_path / "a:"
+    file.mkdir()
+    file /= "f"
+    file.touch()
+    assert split_file(f"{file}") == Upload(file, "/f")
+    assert split_file(f"{file}:/opt/x") == Upload(file, "/opt/x")
+    assert split_file(f"{file}:/opt/") == Upload(file, "/opt/f")
+    for wrong in (f"{file}:opt", f"{tmp_path}:/opt", f"{tmp_path}/none"):
+        with pytest.raises(InvalidArgument, match=r": not a file$"):
+            split_file(wrong)
+
+
+def test_labels_and_platforms() -> None:
+    assert labels(("a=b=c", "d=")) == {"a": "b=c", "d": ""}
+    for wrong in ("a", "=b"):
+        with pytest.raises(InvalidArgument, match=f"^--label '{wrong}' is not KEY=value$"):
+            labels((wrong,))
+    assert platform("linux/arm64/v8") == ("linux", "arm64", "v8")
+    assert platform("") == ("", "", "")
 
 
 def test_local_images_get_absolute_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dir").mkdir()
-    assert _image_name("alpine:3.20") == "alpine:3.20"
-    assert _image_name("oci:/abs:v1") == "oci:/abs:v1"
-    assert _image_name("oci:dir:v1") == f"oci:{tmp_path}/dir:v1"
-    assert _image_name("oci:./dir") == f"oci:{tmp_path}/dir"
-    assert _image_name("docker-archive:sub/x.tar") == f"docker-archive:{tmp_path}/sub/x.tar"
+    assert image_name("alpine:3.20") == "alpine:3.20"
+    assert image_name("oci:/abs:v1") == "oci:/abs:v1"
+    assert image_name("oci:dir:v1") == f"oci:{tmp_path}/dir:v1"
+    assert image_name("oci:./dir") == f"oci:{tmp_path}/dir"
+    assert image_name("docker-archive:sub/x.tar") == f"docker-archive:{tmp_path}/sub/x.tar"
 
 
 def test_environments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PASSED", "on")
     monkeypatch.delenv("ABSENT", raising=False)
-    assert _environment(("A=1", "B=", "C=x=y", "PASSED")) == {"A": "1", "B": "", "C": "x=y", "PASSED": "on"}
+    assert environment(("A=1", "B=", "C=x=y", "PASSED")) == {"A": "1", "B": "", "C": "x=y", "PASSED": "on"}
     for bad in ("ABSENT", "", "=x"):
         with pytest.raises(InvalidArgument, match=f"^--env '{bad}' is not NAME=value$"):
-            _environment((bad,))
+            environment((bad,))

@@ -45,7 +45,9 @@ class Config:
     memory_mb: int = setting(0, "MiB of memory to give away; nine tenths of the machine's if 0.")
     disk_mb: int = setting(0, "MiB that all runs together may write; not limited if 0.")
     max_runs: int = setting(0, "Runs at once; not limited if 0.")
-    max_disk_mb: int = setting(10240, "MiB that one run may write, and what it gets if it asks for none; not limited if 0.")
+    max_disk_mb: int = setting(
+        10240, "MiB that one run may write, and what it gets if it asks for none; not limited if 0."
+    )
     max_pids: int = setting(4096, "Processes and threads of one run.")
     max_queued: int = setting(0, "Runs that wait here for room, of clients that do not come through a proxy.")
     runtime: str = setting("runc", "OCI runtime.")

@@ -1,43 +1,38 @@
 """The asyncio client."""
 
 import asyncio
-import contextlib
-import json
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+import random
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Self, Unpack
 
-import grpc.aio
-
-from afs.client.events import Accepted, DiffChunk, DiffStart, Done, Event, Finished, Log, Outcome, RunResult
-from afs.client.files import Sources, upload_stream
-from afs.core.errors import AfsError, Internal
-from afs.core.rpc import EOF, calling, channel
-from afs.proto.v1 import afslet_pb2 as pb
-from afs.proto.v1 import proxy_pb2
-from afs.proto.v1.afslet_pb2_grpc import AfsletStub
-from afs.proto.v1.proxy_pb2_grpc import AfsProxyStub
+from afs.client.channels import Connections
+from afs.client.cluster import Contents, Rounds, RunInfo
+from afs.client.events import Event, RunResult
+from afs.client.many import Completed, Requests, run_many
+from afs.client.options import RunOptions, RunRequest, make_request
+from afs.client.retrying import DEFAULT_BACKOFF_S, allowed_retries, is_worth_repeating, pauses
+from afs.client.run import Run
+from afs.core.errors import AfsError, InvalidArgument
+from afs.core.rpc import calling
+from afs.proto.v1 import proxy_pb2, runs_pb2
 
 DEFAULT_PROXY = "127.0.0.1:62051"
-_OUTCOMES = {
-    pb.OUTCOME_EXITED: Outcome.EXITED,
-    pb.OUTCOME_SIGNALLED: Outcome.SIGNALLED,
-    pb.OUTCOME_TIMED_OUT: Outcome.TIMED_OUT,
-    pb.OUTCOME_OUT_OF_MEMORY: Outcome.OUT_OF_MEMORY,
-    pb.OUTCOME_COMMAND_NOT_FOUND: Outcome.COMMAND_NOT_FOUND,
-    pb.OUTCOME_COMMAND_NOT_EXECUTABLE: Outcome.COMMAND_NOT_EXECUTABLE,
-}
 
 
 class AfsClient:
-    """A connection to ``afs_proxy`` (or to one ``afslet``); usable by many tasks at once."""
+    """A client of ``afs_proxy`` (or of one ``afslet``); usable by many tasks of one event loop at once.
 
-    def __init__(self, address: str = DEFAULT_PROXY) -> None:
+    State: the connections, see :mod:`afs.client.channels`. *rng* gives chances between 0 and 1 for pauses.
+    """
+
+    def __init__(self, address: str = DEFAULT_PROXY, *, rng: Callable[[], float] = random.random) -> None:
         self._peer = f"AFS at {address}"
-        self._channel = channel(address)
-        self._afslet = AfsletStub(self._channel)
-        self._proxy = AfsProxyStub(self._channel)
+        self._connections = Connections(address)
+        self._rng = rng
 
     async def __aenter__(self) -> Self:
         return self
@@ -48,202 +43,130 @@ class AfsClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connection; runs on it are cancelled."""
-        await self._channel.close()
+        """Close the connections; runs on them are cancelled."""
+        await self._connections.close()
+
+    # Runs
+
+    def open(self, image: str | RunRequest, command: Sequence[str] = (), **options: Unpack[RunOptions]) -> Run:
+        """A run to talk with while it is under way: ``async with client.open(...) as run``; see :class:`Run`."""
+        return Run(self._connections, self._peer, make_request(image, command, **options))
 
     async def execute(
-        self,
-        image: str,
-        command: Sequence[str] = (),
-        *,
-        tag: str = "",
-        cpu: int = 1,
-        memory_mb: int = 512,
-        timeout: float = 0,
-        env: Mapping[str, str] | None = None,
-        upload: Sources | None = None,
-        upload_to: str = "/",
-        platform: tuple[str, str, str] = ("", "", ""),
-        node_id: str = "",
-        max_retries: int = 0,
-        backoff: float = 0,
-        force_local_fetch: bool = False,
-    ) -> AsyncIterator[Event]:
+        self, image: str | RunRequest, command: Sequence[str] = (), **options: Unpack[RunOptions]
+    ) -> AsyncGenerator[Event, None]:
         """Run *command* (the image's own if empty) and yield what happens, ending with :class:`Done`.
 
-        *timeout* and *backoff* are in seconds, *memory_mb* in MiB. The directory *upload* is placed at *upload_to* in the
-        container's root. While no node has room the proxy tries again, *max_retries* times (0: as long as this iterator
-        lives). Closing the iterator early cancels the run. Raises AfsError if the cluster could not run it.
+        :class:`RunRequest` says what the options mean. Closing the iterator early cancels the run. Raises
+        :class:`RunError` if the cluster could not run it; it is never tried again, since events have been given out.
         """
-        start = pb.StartRequest(
-            image=image,
-            tag=tag,
-            command=command,
-            cpu_cores=cpu,
-            memory_mb=memory_mb,
-            timeout_ms=int(timeout * 1000),
-            node_id=node_id,
-            platform_os=platform[0],
-            platform_arch=platform[1],
-            platform_variant=platform[2],
-            proxy_dispatch_max_retries=max_retries,
-            proxy_dispatch_backoff_ms=int(backoff * 1000),
-            env=[f"{name}={value}" for name, value in (env or {}).items()],
-            force_local_fetch=force_local_fetch,
-            no_upload=upload is None,
-            bytes_only=True,
-        )
-        call = self._afslet.Execute()
-        accepted: asyncio.Future[pb.Accepted] = asyncio.get_running_loop().create_future()
-        sending = asyncio.create_task(_send(call, start, accepted, upload, upload_to))
-        try:
-            with calling(self._peer):
-                while (response := await call.read()) is not EOF:
-                    event = _event(response := cast("pb.ExecuteResponse", response))
-                    if response.HasField("accepted") and not accepted.done():
-                        accepted.set_result(response.accepted)
-                    if event is not None:
-                        yield event
-        except (AfsError, asyncio.CancelledError):
-            # A local fault of the upload cancelled the call, which read() reports as it does a cancellation of this
-            # task: that fault is the cause.
-            if sending.done() and not sending.cancelled() and (cause := sending.exception()) is not None:
-                raise cause from None
-            raise
-        finally:
-            call.cancel()
-            sending.cancel()
-            await asyncio.wait([sending])
+        async with self.open(image, command, **options) as run:
+            async for event in run:
+                yield event
 
     async def run(
         self,
-        image: str,
+        image: str | RunRequest,
         command: Sequence[str] = (),
         *,
         diff_to: Path | str | None = None,
-        **options: Any,
+        retries: int | None = None,
+        retry_backoff: float = DEFAULT_BACKOFF_S,
+        **options: Unpack[RunOptions],
     ) -> RunResult:
-        """:meth:`execute` to its end, as one result. The diff goes to the file *diff_to* if given, else into the result."""
-        streams = {"stdout": bytearray(), "stderr": bytearray()}
-        node_id, finished, diff = "", None, bytearray()
-        with contextlib.ExitStack() as stack:
-            out = stack.enter_context(written_whole(Path(diff_to))) if diff_to is not None else None
-            async with contextlib.aclosing(self.execute(image, command, **options)) as events:  # type: ignore[type-var]
-                async for event in events:
-                    match event:
-                        case Accepted():
-                            node_id = event.node_id
-                        case Log():
-                            streams[event.source] += event.data
-                        case Finished():
-                            finished = event
-                        case DiffChunk():
-                            out.write(event.data) if out is not None else diff.extend(event.data)
-                        case DiffStart() | Done():
-                            pass
-        if finished is None:
-            raise Internal(f"{self._peer} ended the run without a result")
-        return RunResult(
-            node_id,
-            finished.exit_code,
-            finished.outcome,
-            finished.error,
-            bytes(streams["stdout"]),
-            bytes(streams["stderr"]),
-            None if diff_to is not None else bytes(diff),
-            finished.peak_memory,
-            finished.cpu_time,
-            finished.timings,
-        )
+        """:meth:`execute` to its end, as one result. The diff goes to the file *diff_to* if given, else into the result.
+
+        A run that ends with a retryable fault is tried again, *retries* times (2 if not given), at first about
+        *retry_backoff* seconds apart; a run that ended with a result never is. Raises :class:`RunError` of the last try.
+        """
+        request = make_request(image, command, **options)
+        if diff_to is not None:
+            request = replace(request, diff_to=diff_to)
+        return await self._run(request, retries, retry_backoff)
+
+    async def _run(self, request: RunRequest, retries: int | None, backoff: float) -> RunResult:
+        if request.diff_to is not None and request.diff_format == "none":
+            raise InvalidArgument(f"no diff is asked for, so there is nothing for {request.diff_to}")
+        if request.stdin:
+            raise InvalidArgument("a run with standard input needs open(): run() has nothing to write to it")
+        left = allowed_retries(request, retries)
+        tries = 1
+        for pause in pauses(backoff, self._rng):
+            try:
+                async with Run(self._connections, self._peer, request, progress=False) as run:
+                    result = await run.result(request.diff_to)
+            except AfsError as error:
+                if not left or not is_worth_repeating(error, request):
+                    raise
+            else:
+                return result if tries == 1 else replace(result, attempts=tries)
+            await asyncio.sleep(pause)
+            left, tries = left - 1, tries + 1
+        raise AssertionError("pauses never end")
+
+    async def map(
+        self,
+        requests: Requests,
+        *,
+        concurrency: int = 32,
+        retries: int | None = None,
+        retry_backoff: float = DEFAULT_BACKOFF_S,
+    ) -> AsyncGenerator[Completed, None]:
+        """Run all *requests*, *concurrency* at once, and yield each as it ends; see :class:`Completed`.
+
+        Requests are taken from the iterator when there is a place for them, so it may be endless; results wait for the
+        consumer, so memory is bounded by *concurrency*. Faults are in what is yielded and end nothing but their run.
+        Closing the iterator early cancels what is under way.
+        """
+        async with aclosing(
+            run_many(lambda request: self._run(request, retries, retry_backoff), requests, concurrency)
+        ) as ends:
+            async for completed in ends:
+                yield completed
+
+    # The cluster
+
+    async def runs(self) -> list[RunInfo]:
+        """What is queued or under way: at a proxy all that it dispatched, at an afslet all that it has."""
+        with calling(self._peer):
+            answer = await self._connections.first().lists.List(runs_pb2.ListRunsRequest(), timeout=10.0)
+            return [RunInfo.of(run) for run in answer.runs]
+
+    async def cancel(self, run_id: str, reason: str = "") -> None:
+        """End a run, whoever started it; who waits for it gets :class:`RunCancelled`. NotFound if it is not under way."""
+        with calling(self._peer):
+            request = runs_pb2.CancelRunRequest(run_id=run_id, reason=reason)
+            await self._connections.first().lists.Cancel(request, timeout=10.0)
 
     async def status(self) -> list[proxy_pb2.StatusResponse]:
         """The cluster's layerstores and afslets."""
         with calling(self._peer):
             request = proxy_pb2.StatusRequest(include_layerstores=True, include_afslets=True)
-            return [response async for response in self._proxy.Status(request, timeout=10.0)]
+            return [response async for response in self._connections.first().proxy.Status(request, timeout=10.0)]
+
+    async def watch_status(self, interval: float = 1.0) -> AsyncIterator[list[proxy_pb2.StatusResponse]]:
+        """:meth:`status` now, and again every *interval* seconds."""
+        request = proxy_pb2.StatusRequest(
+            include_layerstores=True, include_afslets=True, follow_ms=max(1, int(interval * 1000))
+        )
+        while True:
+            rounds = Rounds()
+            with calling(self._peer):
+                call = self._connections.first().proxy.Status(request)
+                try:
+                    async for response in call:
+                        if (complete := rounds.add(response)) is not None:
+                            yield complete
+                finally:
+                    call.cancel()
+            await asyncio.sleep(interval)  # a proxy that knows no follow_ms says it once
+
+    async def contents(self) -> Contents:
+        """The images and layers that the cluster's nodes have."""
+        return Contents.of(await self.status())
 
     async def reconcile(self, image: str, replicas: int, *, tag: str = "") -> proxy_pb2.ReconcileImageReplicaResponse:
         """Have *replicas* nodes hold every layer of *image* completely."""
         with calling(self._peer):
             request = proxy_pb2.ReconcileImageReplicaRequest(image=image, tag=tag, replica=replicas)
-            return await self._proxy.ReconcileImageReplica(request)
-
-
-async def _send(
-    call: Any, start: pb.StartRequest, accepted: "asyncio.Future[pb.Accepted]", upload: Sources | None, upload_to: str
-) -> None:
-    try:
-        await call.write(pb.ExecuteRequest(start=start))
-        if upload is not None:
-            # Nothing is read of us before that anyway, and only now is known what the node understands.
-            entries = (await accepted).upload_entries
-            async with contextlib.aclosing(upload_stream(upload, upload_to, entries=entries)) as messages:
-                async for message in messages:
-                    await call.write(message)
-        await call.done_writing()
-    except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
-        return  # the other side ended the call; its status comes with the read
-    except BaseException:
-        call.cancel()
-        raise
-
-
-@contextlib.contextmanager
-def written_whole(path: Path) -> "Iterator[Any]":
-    """A file to write that appears at *path* when the block succeeds, and leaves nothing when it fails."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with temporary.open("wb") as out:
-            yield out
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _event(response: pb.ExecuteResponse) -> Event | None:
-    match response.WhichOneof("payload"):
-        case "accepted":
-            return Accepted(response.accepted.node_id)
-        case "log":
-            # A server of before the bytes field sends text only.
-            return Log(response.log.source, response.log.data or response.log.message.encode())
-        case "result":
-            return _finished(response.result)
-        case "tar_header":
-            return DiffStart(response.tar_header.name)
-        case "tar_chunk":
-            return DiffChunk(response.tar_chunk.data)
-        case "done":
-            return Done()
-        case _:
-            return None  # of a newer server
-
-
-def _finished(result: pb.Result) -> Finished:
-    timings = {field.name.removesuffix("_us"): value / 1e6 for field, value in result.timings.ListFields()}
-    return Finished(
-        result.exit_code,
-        _OUTCOMES.get(result.outcome, Outcome.UNKNOWN),
-        result.error,
-        result.signal,
-        result.peak_memory_bytes,
-        result.cpu_time_us / 1e6,
-        timings,
-    )
-
-
-def to_json(result: RunResult) -> str:
-    """*result* without its diff as one line of JSON; output as text, undecodable bytes replaced."""
-    document = {
-        "node_id": result.node_id,
-        "exit_code": result.exit_code,
-        "outcome": result.outcome.value,
-        "error": result.error,
-        "stdout": result.stdout.decode(errors="replace"),
-        "stderr": result.stderr.decode(errors="replace"),
-        "peak_memory_bytes": result.peak_memory,
-        "cpu_time_s": result.cpu_time,
-        "timings_s": result.timings,
-    }
-    return json.dumps(document)
+            return await self._connections.first().proxy.ReconcileImageReplica(request)

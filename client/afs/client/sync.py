@@ -2,40 +2,143 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 
 from afs.client.aio import DEFAULT_PROXY, AfsClient
-from afs.client.events import Event, RunResult
+from afs.client.cluster import Contents, RunInfo
+from afs.client.events import Accepted, Event, Finished, RunResult
+from afs.client.many import Completed
+from afs.client.options import RunOptions, RunRequest
+from afs.client.retrying import DEFAULT_BACKOFF_S
+from afs.client.run import Run
+from afs.core.errors import FailedPrecondition
+from afs.proto.v1 import proxy_pb2
 
 T = TypeVar("T")
 
 
-class SyncAfsClient:
-    """Blocking twin of :class:`~afs.client.AfsClient`; usable from several threads.
+class _Loop:
+    """An event loop in a thread; everything of the async client happens there."""
 
-    State: the loop runs in ``_thread`` until :meth:`close`; everything of the async client happens there.
-    """
-
-    def __init__(self, address: str = DEFAULT_PROXY) -> None:
+    def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="afs-client", daemon=True)
         self._thread.start()
-        self._client = self._call(self._make(address))
 
-    @staticmethod
-    async def _make(address: str) -> AfsClient:
-        return AfsClient(address)
-
-    def _call(self, work: Coroutine[Any, Any, T]) -> T:
+    def call(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of *work*; Ctrl-C while waiting cancels it. FailedPrecondition after :meth:`close`."""
+        if self._loop.is_closed():
+            work.close()
+            raise FailedPrecondition("the client is closed")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
         except BaseException:
-            future.cancel()  # Ctrl-C while waiting: the run is cancelled too
+            future.cancel()
             raise
+
+    def iterate(self, source: AsyncGenerator[T, None]) -> Iterator[T]:
+        """What *source* yields; it is closed with this iterator."""
+        try:
+            while (item := self.call(anext_or(source, _END))) is not _END:
+                yield item
+        finally:
+            if not self._loop.is_closed():  # closing has ended it
+                self.call(source.aclose())
+
+    def close(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Cancel what is left, do *last* and end the thread."""
+        if self._loop.is_closed():
+            return
+        self.call(_settle())
+        self.call(last())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+_END: Any = object()
+
+
+async def anext_or(source: AsyncIterator[T], default: T) -> T:
+    """``anext`` as a coroutine."""
+    return await anext(source, default)
+
+
+async def _settle() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    if others:
+        await asyncio.wait(others)
+    await asyncio.get_running_loop().shutdown_asyncgens()
+
+
+class SyncRun:
+    """Blocking twin of :class:`Run`; use it with ``with``. One thread may read while another one writes."""
+
+    def __init__(self, loop: _Loop, run: Run) -> None:
+        self._loop = loop
+        self._run = run
+
+    def __enter__(self) -> Self:
+        self._loop.call(self._run.__aenter__())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._loop.call(self._run.__aexit__(kind, error, traceback))
+
+    def __iter__(self) -> Iterator[Event]:
+        while (event := self._loop.call(anext_or(self._run, _END))) is not _END:
+            yield event
+
+    @property
+    def accepted(self) -> Accepted | None:
+        """See :class:`Run`."""
+        return self._run.accepted
+
+    @property
+    def finished(self) -> Finished | None:
+        """See :class:`Run`."""
+        return self._run.finished
+
+    @property
+    def run_id(self) -> str:
+        """See :class:`Run`."""
+        return self._run.run_id
+
+    def write(self, data: bytes) -> None:
+        """See :meth:`Run.write`."""
+        self._loop.call(self._run.write(data))
+
+    def close_stdin(self) -> None:
+        """See :meth:`Run.close_stdin`."""
+        self._loop.call(self._run.close_stdin())
+
+    def resize(self, rows: int, columns: int) -> None:
+        """See :meth:`Run.resize`."""
+        self._loop.call(self._run.resize(rows, columns))
+
+    def cancel(self, reason: str = "") -> None:
+        """See :meth:`Run.cancel`."""
+        self._loop.call(self._run.cancel(reason))
+
+    def result(self, diff_to: Path | str | None = None) -> RunResult:
+        """See :meth:`Run.result`."""
+        return self._loop.call(self._run.result(diff_to))
+
+
+class SyncAfsClient:
+    """Blocking twin of :class:`~afs.client.AfsClient`; usable from several threads at once."""
+
+    def __init__(self, address: str = DEFAULT_PROXY) -> None:
+        self._client = AfsClient(address)
+        self._loop = _Loop()
 
     def __enter__(self) -> Self:
         return self
@@ -46,38 +149,63 @@ class SyncAfsClient:
         self.close()
 
     def close(self) -> None:
-        """Close the connection and end the thread."""
-        if self._loop.is_closed():
-            return
-        self._call(self._client.close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        """Close the connections and end the thread; runs under way are cancelled."""
+        self._loop.close(self._client.close)
+
+    def open(self, image: str | RunRequest, command: Sequence[str] = (), **options: Unpack[RunOptions]) -> SyncRun:
+        """See :meth:`AfsClient.open`: ``with client.open(...) as run``."""
+        return SyncRun(self._loop, self._client.open(image, command, **options))
+
+    def execute(
+        self, image: str | RunRequest, command: Sequence[str] = (), **options: Unpack[RunOptions]
+    ) -> Iterator[Event]:
+        """See :meth:`AfsClient.execute`; a generator."""
+        return self._loop.iterate(self._client.execute(image, command, **options))
 
     def run(
         self,
-        image: str,
+        image: str | RunRequest,
         command: Sequence[str] = (),
         *,
         diff_to: Path | str | None = None,
-        **options: Any,
+        retries: int | None = None,
+        retry_backoff: float = DEFAULT_BACKOFF_S,
+        **options: Unpack[RunOptions],
     ) -> RunResult:
         """See :meth:`AfsClient.run`."""
-        return self._call(self._client.run(image, command, diff_to=diff_to, **options))
+        return self._loop.call(
+            self._client.run(image, command, diff_to=diff_to, retries=retries, retry_backoff=retry_backoff, **options)
+        )
 
-    def execute(self, image: str, command: Sequence[str] = (), **options: Any) -> Iterator[Event]:
-        """See :meth:`AfsClient.execute`; a generator."""
-        events: AsyncIterator[Event] = self._client.execute(image, command, **options)
-        try:
-            while (event := self._call(_next(events))) is not None:
-                yield event
-        finally:
-            self._call(_close(events))
+    def map(
+        self,
+        requests: Iterable[RunRequest],
+        *,
+        concurrency: int = 32,
+        retries: int | None = None,
+        retry_backoff: float = DEFAULT_BACKOFF_S,
+    ) -> Iterator[Completed]:
+        """See :meth:`AfsClient.map`; a generator. *requests* is read in the client's own thread."""
+        return self._loop.iterate(
+            self._client.map(requests, concurrency=concurrency, retries=retries, retry_backoff=retry_backoff)
+        )
 
+    def runs(self) -> list[RunInfo]:
+        """See :meth:`AfsClient.runs`."""
+        return self._loop.call(self._client.runs())
 
-async def _next(events: AsyncIterator[Event]) -> Event | None:
-    return await anext(events, None)
+    def cancel(self, run_id: str, reason: str = "") -> None:
+        """See :meth:`AfsClient.cancel`."""
+        self._loop.call(self._client.cancel(run_id, reason))
 
+    def status(self) -> list[proxy_pb2.StatusResponse]:
+        """See :meth:`AfsClient.status`."""
+        return self._loop.call(self._client.status())
 
-async def _close(events: Any) -> None:
-    await events.aclose()
+    def contents(self) -> Contents:
+        """See :meth:`AfsClient.contents`."""
+        return self._loop.call(self._client.contents())
+
+    def reconcile(self, image: str, replicas: int, *, tag: str = "") -> proxy_pb2.ReconcileImageReplicaResponse:
+        """See :meth:`AfsClient.reconcile`."""
+        return self._loop.call(self._client.reconcile(image, replicas, tag=tag))

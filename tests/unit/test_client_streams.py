@@ -1,0 +1,250 @@
+"""Standard input, terminals and the blocking client against a server that follows a script."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from afs.client import (
+    Accepted,
+    AfsClient,
+    DiffStart,
+    Finished,
+    Log,
+    RunCancelled,
+    RunEnded,
+    RunRequest,
+    SyncAfsClient,
+    Upload,
+)
+from afs.core.errors import FailedPrecondition, InvalidArgument, NotFound
+from tests.testbed.fakeafslet import Context, abort, accepted, diff, done, fake_afslet, fake_in_thread, log, result
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from afs.proto.v1 import afslet_pb2 as pb
+
+
+async def cat(start: pb.StartRequest, requests: Any, context: Context) -> AsyncIterator[pb.ExecuteResponse]:
+    """What comes on standard input goes to stdout, sizes of the terminal to stderr, names of files come first."""
+    yield accepted("n1", "r1")
+    assert start.stdin
+    uploading = True
+    async for request in requests:
+        kinds = [field.name for field, _ in request.ListFields()]
+        assert len(kinds) == 1, request
+        assert uploading or not request.WhichOneof("payload"), "the upload has ended"
+        if request.HasField("file_begin"):
+            yield log(request.file_begin.path.encode() + b"\n")
+        if request.upload_end:
+            assert uploading
+            uploading = False
+            yield log(b"ready\n")
+        if request.HasField("terminal_size"):
+            yield log(f"{request.terminal_size.rows}x{request.terminal_size.columns}".encode(), "stderr")
+        if request.stdin:
+            yield log(request.stdin)
+        if request.stdin_end:
+            break
+    yield result()
+    for response in (*diff(b"tar"), done()):
+        yield response
+
+
+async def deaf(start: pb.StartRequest, requests: Any, context: Context) -> AsyncIterator[pb.ExecuteResponse]:
+    """Ends without reading its standard input."""
+    yield accepted()
+    yield result()
+    yield done()
+
+
+async def output_until(run: Any, size: int) -> bytes:
+    """*size* bytes of stdout."""
+    got = b""
+    while len(got) < size:
+        event = await anext(run)
+        if isinstance(event, Log) and event.source == "stdout":
+            got += event.data
+    return got
+
+
+async def test_a_conversation() -> None:
+    async with fake_afslet(cat) as fake, AfsClient(fake.address) as client:
+        async with client.open("image", ["cat"], stdin=True) as run:
+            assert await anext(run) == Accepted("n1", "r1")
+            assert run.run_id == "r1"
+            assert await output_until(run, 6) == b"ready\n"
+            for line in (b"one\n", b"\0\xff\n"):
+                await run.write(line)
+                assert await output_until(run, len(line)) == line
+            await run.close_stdin()
+            with pytest.raises(RunEnded, match="standard input was closed"):
+                await run.write(b"more")
+            rest = await run.result()
+            assert (rest.exit_code, rest.stdout, rest.diff) == (0, b"", b"tar")
+        with pytest.raises(StopAsyncIteration):
+            await anext(run)
+
+
+async def test_large_input_is_cut_into_messages_and_comes_back_whole() -> None:
+    data = bytes(range(256)) * 8192
+    async with fake_afslet(cat) as fake, AfsClient(fake.address) as client, client.open("image", stdin=True) as run:
+
+        async def feed() -> None:
+            await run.write(data)
+            await run.close_stdin()
+
+        feeding = asyncio.create_task(feed())
+        got = await run.result()
+        await feeding
+    assert got.stdout == b"ready\n" + data
+
+
+async def test_input_comes_after_the_upload() -> None:
+    parts = [Upload(b"%d" % number, f"/f{number}") for number in range(600)]
+    async with (
+        fake_afslet(cat) as fake,
+        AfsClient(fake.address) as client,
+        client.open("image", stdin=True, upload=parts) as run,
+    ):
+        await run.write(b"input")
+        await run.close_stdin()
+        got = await run.result()
+    assert got.stdout == b"".join(b"f%d\n" % number for number in range(600)) + b"ready\ninput"
+
+
+async def test_terminals() -> None:
+    async with fake_afslet(cat) as fake, AfsClient(fake.address) as client:
+        async with client.open("image", stdin=True, tty=True, terminal_size=(24, 80)) as run:
+            await run.resize(50, 132)
+            await run.close_stdin()
+            assert (await run.result()).stderr == b"50x132"
+        size = fake.starts[0].terminal_size
+        assert (fake.starts[0].tty, size.rows, size.columns) == (True, 24, 80)
+        async with client.open("image", stdin=True) as run:
+            with pytest.raises(InvalidArgument, match="no terminal"):
+                await run.resize(1, 1)
+        async with client.open("image", tty=True) as run:
+            with pytest.raises(InvalidArgument, match="no standard input"):
+                await run.resize(1, 1)
+
+
+async def test_writing_to_a_run_that_has_ended() -> None:
+    async with fake_afslet(deaf) as fake, AfsClient(fake.address) as client:
+        async with client.open("image", stdin=True) as run:
+            assert (await run.result()).ok
+            for write in (run.write(b"x"), run.close_stdin()):
+                with pytest.raises(RunEnded, match="the run has ended"):
+                    await write
+        async with client.open("image") as run:
+            with pytest.raises(InvalidArgument, match="no standard input: give it stdin=True"):
+                await run.write(b"x")
+
+
+async def test_a_command_that_does_not_read_holds_the_writer_back() -> None:
+    """At most gRPC's window is under way; when the run ends the writer is told."""
+    go = asyncio.Event()
+
+    async def wait(start: pb.StartRequest, requests: Any, context: Context) -> AsyncIterator[pb.ExecuteResponse]:
+        yield accepted()
+        await go.wait()
+        await abort(context, pytest.importorskip("grpc").StatusCode.INTERNAL, "broken")
+
+    written = 0
+    async with fake_afslet(wait) as fake, AfsClient(fake.address) as client, client.open("image", stdin=True) as run:
+
+        async def feed() -> None:
+            nonlocal written
+            while True:
+                await run.write(b"x" * 65536)
+                written += 65536
+
+        feeding = asyncio.create_task(feed())
+        await anext(run)
+        while True:  # until it cannot go on
+            before = written
+            await asyncio.wait([feeding], timeout=0.2)
+            if written == before:
+                break
+        assert 0 < written < 24 << 20
+        go.set()
+        with pytest.raises(RunEnded):
+            await feeding
+
+
+# The blocking client
+
+
+def test_sync_conversation_from_two_threads() -> None:
+    with (
+        fake_in_thread(cat) as fake,
+        SyncAfsClient(fake.address) as client,
+        client.open("image", stdin=True, tty=True) as run,
+    ):
+
+        def feed() -> None:
+            run.resize(2, 3)
+            run.write(b"hello")
+            run.close_stdin()
+
+        writer = threading.Thread(target=feed)
+        writer.start()
+        events = list(run)
+        writer.join()
+        assert b"".join(e.data for e in events if isinstance(e, Log) and e.source == "stdout") == b"ready\nhello"
+        assert {DiffStart, Finished, Accepted} <= {type(event) for event in events}
+        assert (run.run_id, run.accepted, run.finished) == ("r1", Accepted("n1", "r1"), run.finished)
+        assert run.result().exit_code == 0
+
+
+def test_sync_client_in_many_threads() -> None:
+    async def echo(start: pb.StartRequest, requests: Any, context: Context) -> AsyncIterator[pb.ExecuteResponse]:
+        for response in (accepted(), log(start.command[0].encode()), result(), done()):
+            yield response
+
+    got: dict[int, bytes] = {}
+    with fake_in_thread(echo) as fake, SyncAfsClient(fake.address) as client:
+
+        def work(number: int) -> None:
+            for step in range(5):
+                got[number * 5 + step] = client.run("image", [str(number * 5 + step)]).stdout
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert got == {number: b"%d" % number for number in range(40)}
+        requests = [RunRequest("image", [str(number)]) for number in range(50)]
+        ends = {end.index: end.get().stdout for end in client.map(requests, concurrency=7)}
+        assert ends == {number: b"%d" % number for number in range(50)}
+        assert [type(event) for event in client.execute("image", ["x"])][:2] == [Accepted, Log]
+
+
+def test_sync_lists_and_cancellation() -> None:
+    async def wait(start: pb.StartRequest, requests: Any, context: Context) -> AsyncIterator[pb.ExecuteResponse]:
+        yield accepted("n1", "r1")
+        await asyncio.Event().wait()
+
+    with fake_in_thread(wait) as fake, SyncAfsClient(fake.address) as client:
+        with client.open("image") as run:
+            assert next(iter(run)) == Accepted("n1", "r1")
+            run.cancel("enough")  # NOT_FOUND at Runs.Cancel: the call is cancelled
+            with pytest.raises(RunCancelled):
+                run.result()
+        assert client.runs() == []
+        with pytest.raises(NotFound):
+            client.cancel("r9")
+        assert (client.status(), client.contents().images) == ([], ())
+        assert client.reconcile("image", 2).ensured
+        events = client.execute("image")
+        assert next(events) == Accepted("n1", "r1")
+    with pytest.raises(FailedPrecondition, match="the client is closed"):
+        client.runs()
+    with pytest.raises(FailedPrecondition, match="the client is closed"):
+        next(events)
+    client.close()
