@@ -54,17 +54,18 @@ class Series:
 
 @dataclass(frozen=True)
 class Target:
-    """Something measured that is to be at most *limit*."""
+    """Something measured that is to be at most *limit*, or with *least* at least that."""
 
     what: str
     value: float
     limit: float
     unit: str = "x"
+    least: bool = False
 
     @property
     def met(self) -> bool:
         """Whether it is."""
-        return self.value <= self.limit
+        return self.value >= self.limit if self.least else self.value <= self.limit
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,10 @@ def _section(document: dict[str, Any]) -> str:
 
 def load(document: dict[str, Any]) -> Report:
     """A report from its JSON."""
-    targets = [Target(each["what"], each["value"], each["limit"], each["unit"]) for each in document["targets"]]
+    targets = [
+        Target(each["what"], each["value"], each["limit"], each["unit"], each.get("least", False))
+        for each in document["targets"]
+    ]
     series = [Series(**each) for each in document["series"]]
     return Report(document["name"], document["title"], series, targets, document["order"], document["notes"])
 
@@ -213,7 +217,7 @@ def table(report: Report) -> list[str]:
     if report.targets:
         rows = [["", "measured", "target", ""]]
         for target in report.targets:
-            limit = f"<= {shown(target.limit, target.unit)}"
+            limit = f"{'>=' if target.least else '<='} {shown(target.limit, target.unit)}"
             rows.append([target.what, shown(target.value, target.unit), limit, "met" if target.met else "**missed**"])
         lines += ["", *_aligned(rows)]
     return lines

@@ -8,7 +8,21 @@ from typing import TYPE_CHECKING
 
 import click
 
-from benchmarks import coldroot, containerd, convert, first, fused, lazy, measure, memory, pull, trace, warm, warmroot
+from benchmarks import (
+    coldroot,
+    containerd,
+    convert,
+    first,
+    fused,
+    lazy,
+    measure,
+    memory,
+    pull,
+    runs,
+    trace,
+    warm,
+    warmroot,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,6 +30,9 @@ if TYPE_CHECKING:
 BENCHMARKS: dict[str, tuple[Callable[[str, int | None], measure.Report], str]] = {
     "warm-busybox": (warm.run, "busybox"),
     "warm-img4": (warm.run, "img4"),
+    "runs-img4": (runs.latency, "img4"),
+    "rate-busybox": (runs.throughput, "busybox"),
+    "rate-img4": (runs.throughput, "img4"),
     "first-busybox": (first.run, "busybox"),
     "first-debian": (first.run, "debian"),
     "first-img4": (first.run, "img4"),

@@ -68,6 +68,21 @@ class Client:
         if result.exit_code or result.outcome is not Outcome.EXITED:
             raise RuntimeError(f"{command} in {reference}: {result}")
 
+    def run_many(self, reference: str, count: int, at_once: int) -> None:
+        """*count* runs of /bin/true, *at_once* at a time; all have to succeed."""
+        numbers = iter(range(count))
+
+        async def work() -> None:
+            for _ in numbers:
+                result = await self._client.run(reference, TRUE, memory_mb=64)
+                if not result.ok:
+                    raise RuntimeError(f"{reference}: {result}")
+
+        async def everything() -> None:
+            await asyncio.gather(*(work() for _ in range(at_once)))
+
+        self._loop.run_until_complete(everything())
+
 
 @contextmanager
 def connected(address: str, *, proxy: bool = True) -> Iterator[Client]:

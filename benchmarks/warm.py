@@ -18,9 +18,10 @@ from tests.testbed.containerd import Containerd
 from tests.testbed.registry import Registry
 
 from afs.afslet.__main__ import MAX_FILES
-from afs.afslet.bundle import Process, merge_env, runtime_config
+from afs.afslet.bundle import CAPABILITIES, Process, Sandbox, merge_env, runtime_config
 from afs.afslet.cgroups import clean_up
 from afs.afslet.rootfs import User
+from afs.afslet.seccomp import load_filter
 from afs.proto.v1.mounts_pb2 import OpenImage
 from afs.snapshotter.client import Mounts
 from benchmarks import measure, subjects
@@ -74,14 +75,14 @@ def run(name: str, samples: int | None) -> measure.Report:
 
 
 @contextmanager
-def bare_runc(run_dir: Path, reference: str) -> Iterator[Callable[[], None]]:
+def bare_runc(run_dir: Path, reference: str, label: str = "") -> Iterator[Callable[[], None]]:
     """`runc run` in a root that the node's snapshotter mounts, with the configuration that afslet writes."""
-    parent, names = f"afs-bench-{os.getpid()}", itertools.count()
+    parent, names = f"afs-bench{label}-{os.getpid()}", itertools.count()
     with _mounted(run_dir, reference) as (root, image), tempfile.TemporaryDirectory(prefix="afs-bench-") as directory:
         user = User(0, 0, (), "/root")
-        process = Process(subjects.TRUE, merge_env(image.get("Env") or (), (), user.home), "/", user)
+        process = Process(subjects.TRUE, merge_env(image.get("Env") or (), (), {"HOME": user.home}), "/", user)
         files = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], MAX_FILES)
-        config = runtime_config(process, root, files)
+        config = runtime_config(process, root, Sandbox(files, seccomp=load_filter("", CAPABILITIES)))
 
         def act() -> None:
             name = f"bench{next(names)}"

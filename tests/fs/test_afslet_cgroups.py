@@ -96,7 +96,19 @@ def test_leftovers_are_cleaned_up(parent: str) -> None:
     left.remove()  # it is gone already
 
 
-def test_v2_on_a_directory(tmp_path: Path) -> None:
+def test_v2_on_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel makes a group's files with its directory; here this does."""
+    limits = ("memory.max", "memory.swap.max", "cpu.max", "pids.max")
+
+    def make(path: str) -> None:
+        (tmp_path / "cgroup.subtree_control").touch()
+        for directory in (tmp_path / "parent", Path(path)):
+            directory.mkdir()
+            (directory / "cgroup.subtree_control").touch()
+        for name in limits:
+            Path(path, name).touch()
+
+    monkeypatch.setattr(os, "makedirs", make)
     group = CgroupV2(tmp_path, "parent", "run", LIMITS)
     top = tmp_path / "parent" / "run"
     assert group.path == f"/parent/run/{CONTAINER}"

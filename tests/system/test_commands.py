@@ -94,6 +94,17 @@ def test_service_refuses_the_open_network_in_the_clear(name: str, tmp_path: Path
     assert "not an address: 'nowhere'" in wrong.stderr
 
 
+@pytest.mark.parametrize("content", [None, "{}"])
+def test_afslet_does_not_start_with_a_bad_seccomp_profile(tmp_path: Path, content: str | None) -> None:
+    profile = tmp_path / "profile.json"
+    if content is not None:
+        profile.write_text(content)
+    flags = [f"--root={tmp_path}/root", f"--run-dir={tmp_path}", "--listen=127.0.0.1:0", f"--seccomp={profile}"]
+    done = call("afslet", *flags)
+    why = "No such file or directory" if content is None else "it has no syscalls"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (64, f"afslet: seccomp profile {profile}: {why}")
+
+
 # afs_runc
 
 
@@ -120,7 +131,7 @@ RUNS = {
     "not found": (["nothing"], 127, "", "afs_runc: command 'nothing' not found in {root}\n"),
     "not executable": (
         *(["/in"], 126, ""),
-        "afs_runc: command '/in' cannot be executed in {root}: it has no execute permission\n",
+        "afs_runc: command '/in' in {root} cannot be executed: it has no execute permission\n",
     ),
     "timeout": (["sleep", "1000"], 124, "", "afs_runc: command 'sleep' timed out after 0.2 s\n"),
     "memory": (
@@ -140,6 +151,17 @@ def test_afs_runc(rootfs: Path, name: str) -> None:
     done = call("afs_runc", f"--rootfs={rootfs}", f"--timeout={timeout}", "--memory-mb=64", "--", *argv)
     assert (done.returncode, done.stdout, done.stderr) == (status, stdout, stderr.format(root=rootfs))
     assert runc_cgroups() == before
+
+
+@pytest.mark.root
+def test_afs_runc_refuses_a_root_whose_dev_leads_elsewhere(rootfs: Path, tmp_path: Path) -> None:
+    """runc would make its links there."""
+    (tmp_path / "trap").mkdir()
+    (rootfs / "dev").rmdir()
+    (rootfs / "dev").symlink_to(tmp_path / "trap")
+    done = call("afs_runc", f"--rootfs={rootfs}", "--", "echo", "x")
+    assert (done.returncode, done.stderr) == (67, f"afs_runc: /dev is not a directory in {rootfs}\n")
+    assert list((tmp_path / "trap").iterdir()) == []
 
 
 @pytest.mark.root

@@ -8,13 +8,15 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import pytest
 
 from afs.core.cluster import start_process
 from afs.core.rpc import EOF
+from afs.proto.v1 import afslet_pb2 as pb
 from tests.testbed import capabilities, leaks, netns
 from tests.testbed.leaseclient import PHASES, TALKING, reached, start
-from tests.testbed.leased import GRACE, calling, end, keeper_of, nothing_left, until
+from tests.testbed.leased import GRACE, calling, end, fault_of, keeper_of, nothing_left, other_flags, until
 
 if TYPE_CHECKING:
     import random
@@ -93,23 +95,37 @@ async def test_snapshotter(leased: RealCluster, busybox_image: BusyboxImage, pha
     await nothing_left(leased)
 
 
-@pytest.mark.parametrize("how", HOW)
-async def test_runtime(leased: RealCluster, busybox_image: BusyboxImage, how: signal.Signals) -> None:
+async def test_command_that_is_stopped(leased: RealCluster, busybox_image: BusyboxImage) -> None:
     node = leased.nodes[0]
     async with reached(leased.proxy, busybox_image.reference, "run") as client:
-        (runtime,) = leased.runtimes(node)
-        os.kill(runtime, how)
-        if how is STOP:
-            client.kill()
+        for pid in leased.processes_of_runs(node):
+            os.kill(pid, STOP)
+        client.kill()
         await nothing_left(leased)
 
 
-async def test_runtime_that_is_stopped_when_afslet_is_killed(leased: RealCluster, busybox_image: BusyboxImage) -> None:
+@pytest.mark.parametrize("who", ["client", "afslet", "runtime"])
+async def test_runtime_that_hangs(leased: RealCluster, busybox_image: BusyboxImage, tmp_path: Path, who: str) -> None:
+    """It is in no cgroup of the run, and nobody waits for it when its afslet was killed."""
     node = leased.nodes[0]
-    async with reached(leased.proxy, busybox_image.reference, "run"):
-        (runtime,) = leased.runtimes(node)
-        os.kill(runtime, STOP)
-        await end(node.afslet)
+    runtime = tmp_path / "runc"
+    runtime.write_text('#!/bin/sh\nkill -STOP $$\nexec /usr/sbin/runc "$@"\n')
+    runtime.chmod(0o755)
+    async with (
+        other_flags(leased, f"--runtime={runtime}"),
+        calling(node.afslet.address, start(busybox_image.reference, "true")) as call,
+    ):
+        await until(lambda: bool(leased.runtimes(node)), "the runtime is started")
+        (pid,) = leased.runtimes(node)
+        if who == "client":
+            call.cancel()
+        elif who == "afslet":
+            await end(node.afslet)
+        else:
+            os.kill(pid, KILL)
+            code, result = await fault_of(call)
+            assert (code, result.outcome) == (grpc.StatusCode.INTERNAL, pb.OUTCOME_INFRASTRUCTURE_ERROR)
+            assert result.error == "the runtime runc was killed by signal 9"
         await nothing_left(leased)
 
 
@@ -121,7 +137,7 @@ async def test_keeper(leased: RealCluster, busybox_image: BusyboxImage, how: sig
     async with reached(leased.proxy, busybox_image.reference, "run"):
         os.kill(keeper, how)
         await until(lambda: keeper_of(node.afslet) not in (0, keeper), "another one is there")
-        assert leased.runtimes(node)
+        assert leased.processes_of_runs(node)
         await end(node.afslet)
         await nothing_left(leased)
 
@@ -132,7 +148,7 @@ async def test_afslet_and_keeper(leased: RealCluster, busybox_image: BusyboxImag
     async with reached(leased.proxy, busybox_image.reference, "run"):
         os.kill(keeper_of(node.afslet), KILL)
         await end(node.afslet)
-        assert leased.runtimes(node)
+        assert leased.processes_of_runs(node)
         await leased.restart(node.afslet)
         assert not leased.left_by_runs(node)
         assert "killed 1 runs that an earlier afslet left" in leased.log("node1-afslet")
@@ -148,7 +164,7 @@ async def test_the_next_afslet_starts_while_the_keeper_clears_up(
             await leased.restart(node.afslet)
             assert not leased.left_by_runs(node)
         async with reached(node.afslet.address, busybox_image.reference, "run"):
-            assert leased.runtimes(node), "no keeper of an earlier afslet ends it"
+            assert leased.processes_of_runs(node), "no keeper of an earlier afslet ends it"
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
@@ -181,7 +197,7 @@ async def test_a_link_is_cut(leased: RealCluster, busybox_image: BusyboxImage, s
         remote = await start_process("remote-afslet", "afs.afslet", arguments, leased.directory, prefix=hosts[1].prefix)
         with leaks.exempt(pids=[remote.popen.pid]):
             async with reached(address, busybox_image.reference, "run", hosts[2].prefix):
-                assert leased.runtimes(node)
+                assert leased.processes_of_runs(node)
                 hosts[2 if side == "client" else 1].cut()
                 await nothing_left(leased)
             remote.popen.terminate()

@@ -186,11 +186,13 @@ PROBES: dict[str, Callable[[], None]] = {
     "cgroup": _cgroup,
     "netns": _netns,
     "runc": _program("runc"),
+    "crun": _program("crun"),
     "containerd": _program("containerd", "ctr"),
     "ctr-remote": _program("ctr-remote"),
     "systemd": _program("systemd-analyze", "systemd-tmpfiles"),
     "docker-registry": _program("docker-registry"),
     "umoci": _program("umoci"),
     "debootstrap": _program("debootstrap"),
+    "gcc": _program("gcc"),
     "qemu": _program("qemu-system-x86_64", "depmod", "dpkg-deb"),
 }

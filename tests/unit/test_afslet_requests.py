@@ -1,12 +1,11 @@
-"""What a start request must look like, admission, and the runtime's configuration."""
+"""What a start request must look like, and admission."""
 
 import re
 
 import pytest
 
-from afs.afslet.bundle import DEFAULT_PATH, Process, command_line, merge_env, runtime_config
+from afs.afslet.bundle import DEFAULT_PATH, command_line, merge_env
 from afs.afslet.requests import check_start
-from afs.afslet.rootfs import User
 from afs.core.errors import InvalidArgument
 from afs.proto.v1 import afslet_pb2 as pb
 
@@ -62,37 +61,8 @@ def test_command_lines(config: dict[str, object], command: list[str], expected: 
 
 
 def test_environments() -> None:
-    assert merge_env([], [], "/root") == (f"PATH={DEFAULT_PATH}", "HOME=/root", "HOSTNAME=afs")
-    merged = merge_env(["PATH=/i", "A=image", "B=1=2", "BARE"], ["A=request", "HOME=/h", "E="], "/root")
+    assert merge_env([], [], {"HOME": "/root"}) == (f"PATH={DEFAULT_PATH}", "HOME=/root")
+    merged = merge_env(["PATH=/i", "A=image", "B=1=2", "BARE"], ["A=request", "HOME=/h", "E="], {"HOME": "/root"})
     assert dict(entry.split("=", 1) for entry in merged) == {
-        "PATH": "/i", "HOME": "/h", "HOSTNAME": "afs", "A": "request", "B": "1=2", "BARE": "", "E": "",
+        "PATH": "/i", "HOME": "/h", "A": "request", "B": "1=2", "BARE": "", "E": "",
     }  # fmt: skip
-
-
-def config_for(uid: int) -> dict[str, object]:
-    """The runtime's configuration for a user."""
-    user = User(uid, 7, (8, 9), "/")
-    return runtime_config(Process(("true",), ("A=1",), "/w", user), "/root/fs", 5000)
-
-
-def test_the_sandbox() -> None:
-    config = config_for(0)
-    process, linux = config["process"], config["linux"]
-    assert isinstance(process, dict)
-    assert isinstance(linux, dict)
-    assert process["noNewPrivileges"]
-    assert "CAP_SYS_ADMIN" not in process["capabilities"]["bounding"]
-    assert process["capabilities"]["effective"] == process["capabilities"]["bounding"]
-    assert {entry["type"] for entry in linux["namespaces"]} >= {"pid", "ipc", "uts", "mount", "network", "cgroup"}
-    assert "/proc/kcore" in linux["maskedPaths"]
-    assert "/proc/sys" in linux["readonlyPaths"]
-    assert process["rlimits"] == [{"type": "RLIMIT_NOFILE", "soft": 1024, "hard": 5000}]
-
-
-def test_only_root_has_capabilities() -> None:
-    process = config_for(1000)["process"]
-    assert isinstance(process, dict)
-    assert not process["capabilities"].get("effective")
-    assert not process["capabilities"].get("permitted")
-    assert not process["capabilities"].get("ambient")
-    assert process["user"] == {"uid": 1000, "gid": 7, "additionalGids": [8, 9]}

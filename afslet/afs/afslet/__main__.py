@@ -8,10 +8,11 @@ import re
 import resource
 import signal
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from afs.afslet.isolation import DEFAULT_ID_COUNT, DEFAULT_ID_FIRST, OFF, load_isolation, parse_user_namespace
 from afs.core.cli import daemon_command
 from afs.core.config import setting
 from afs.core.errors import Internal
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import grpc.aio
 
     from afs.afslet.admission import Capacity
+    from afs.afslet.execution import Node
     from afs.afslet.remains import Remains
 
 SERVICE = "afslet"
@@ -54,6 +56,25 @@ class Config:
     drain_timeout: float = setting(
         20.0, "How long runs under way may go on after SIGTERM; a second one ends them at once.", parse_duration
     )
+    warm_roots: int = setting(8, "Unused roots that are kept mounted for the next runs of their images.")
+    seccomp: str = setting(
+        "", "Seccomp profile: a file, or unconfined. If empty, /usr/share/containers/seccomp.json, made stricter."
+    )
+    user_namespace: str = setting(
+        OFF, "User namespaces: off or on, unless the request says otherwise, or required.", parse_user_namespace
+    )
+    id_first: int = setting(DEFAULT_ID_FIRST, "User and group that root of a user namespace is outside.")
+    id_count: int = setting(DEFAULT_ID_COUNT, "How many ids a user namespace has.")
+    network_default: str = setting("none", "Network of a run that asks for none: none, bridge or host.")
+    networks_allowed: tuple[str, ...] = setting(("none", "bridge"), "Networks that runs may have.")
+    network_pool: int = setting(16, "Network namespaces that are made ahead of runs.")
+    bridge_subnet: str = setting("100.127.0.0/16", "Private network that the bridge takes a part of (a /20).")
+    egress_allow: tuple[str, ...] = setting(
+        (), "ADDRESS[/BITS][:PORT] that runs on the bridge may reach although it is private."
+    )
+    egress_deny: tuple[str, ...] = setting((), "ADDRESS[/BITS][:PORT] that runs on the bridge may not reach.")
+    egress_connections: int = setting(4096, "Connections that one run on the bridge may have at a time.")
+    name_servers: tuple[str, ...] = setting((), "Address of a name server of runs on the bridge; the node's if empty.")
     insecure: bool = setting(False, "Serve other than loopback addresses in the clear.")
     log_level: str = setting("INFO", "Least level to log.")
 
@@ -66,17 +87,14 @@ def cgroup_parent(node_id: str, root: Path) -> str:
 
 async def serve(config: Config, stop: asyncio.Event) -> None:
     """Serve until *stop* is set, and until the runs that are under way then have ended."""
-    from afs.afslet.execution import Node
     from afs.afslet.keeping import kept
     from afs.afslet.locks import take
     from afs.afslet.remains import Remains, clean_up
-    from afs.afslet.runc import Runtime
     from afs.afslet.runs import Runs
     from afs.afslet.server import AfsletService, RunsService
     from afs.core.rpc import serving
     from afs.proto.v1.afslet_pb2_grpc import add_AfsletServicer_to_server
     from afs.proto.v1.runs_pb2_grpc import add_RunsServicer_to_server
-    from afs.snapshotter.client import Mounts
 
     node_id = config.node_id or socket.gethostname()
     parent = cgroup_parent(node_id, config.root)
@@ -89,13 +107,10 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         await stack.enter_async_context(kept(remains, config.lease_ttl))
         await asyncio.to_thread(clean_up, remains, "an earlier afslet")
         stack.push_async_callback(_clean_up, remains)
-        for directory in (remains.scratch, remains.state):
+        for directory in (remains.scratch, remains.state, remains.network_files):
             directory.mkdir(mode=0o700)  # uploads may hold setuid files
-        mounts = Mounts(f"unix:{config.run_dir}/mounts.sock", lease_ttl=config.lease_ttl)
-        stack.push_async_callback(mounts.close)
-        files = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], MAX_FILES)
-        runtime = Runtime(config.runtime, remains.state, parent, config.term_grace, files)
-        service = AfsletService(Node(node_id, remains.scratch, mounts, runtime, config.default_timeout), runs)
+        node = await _node(config, remains, stack)
+        service = AfsletService(node, runs)
         status = RunsService(runs)
 
         def register(server: "grpc.aio.Server") -> None:
@@ -111,6 +126,45 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         await stop.wait()
         await runs.end_all(config.drain_timeout, _second_signal())
         status.close()
+
+
+async def _node(config: Config, remains: "Remains", stack: contextlib.AsyncExitStack) -> "Node":
+    """What runs share; *stack* gives it back."""
+    from afs.afslet.command import Commands
+    from afs.afslet.execution import Node, RunSettings
+    from afs.afslet.fastattach import FastAttach
+    from afs.afslet.networks import Networks, NetworkSettings
+    from afs.afslet.runc import Runtime, become_subreaper
+    from afs.afslet.runtimebinary import RuntimeBinary
+    from afs.afslet.warmroots import WarmRoots
+    from afs.snapshotter.client import Mounts
+
+    mounts = Mounts(f"unix:{config.run_dir}/mounts.sock", lease_ttl=config.lease_ttl)
+    stack.push_async_callback(mounts.close)
+    files = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], MAX_FILES)
+    binary = RuntimeBinary(config.runtime)
+    stack.callback(binary.close)
+    become_subreaper()
+    attach = FastAttach()
+    stack.callback(attach.close)
+    roots = WarmRoots(mounts, config.warm_roots)
+    stack.push_async_callback(roots.close)
+    settings = NetworkSettings(**{field.name: getattr(config, field.name) for field in fields(NetworkSettings)})
+    networks = Networks(settings, remains.cgroup_parent, remains.network_files)
+    await networks.start()
+    stack.push_async_callback(networks.close)
+    isolation = load_isolation(config.seccomp, config.user_namespace, config.id_first, config.id_count)
+    return Node(
+        config.node_id or socket.gethostname(),
+        remains.scratch,
+        roots,
+        Runtime(binary, remains.state, remains.cgroup_parent, files),
+        RunSettings(config.default_timeout, config.term_grace),
+        attach,
+        Commands(),
+        isolation,
+        networks,
+    )
 
 
 def _capacity(config: Config) -> "Capacity":

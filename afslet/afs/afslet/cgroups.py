@@ -29,11 +29,12 @@ CONTAINER = "c"  # the runtime's group inside ours
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """*cpus* may be a fraction; memory is in bytes, without swap."""
+    """*cpus* may be a fraction; memory is in bytes, *swap* how much more may be on disk."""
 
     cpus: float
     memory: int
     pids: int
+    swap: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,10 @@ class Cgroup(Protocol):
 
     def counters(self) -> Counters:
         """Read after the command ended."""
+        ...
+
+    def pids(self) -> list[int]:
+        """The processes in it."""
         ...
 
     def kill(self) -> bool:
@@ -108,10 +113,10 @@ def clean_up(parent: str, patience_s: float = 10.0) -> int:
             continue
         runs = max(runs, sum(1 for entry in top.iterdir() if entry.is_dir()))
         while True:
-            alive = _kill_tree(top)
+            alive = _kill_tree(str(top))
             try:
                 if not alive:
-                    _remove_tree(top)
+                    _remove_tree(str(top))
                     break
             except OSError as error:
                 if error.errno != errno.EBUSY or time.monotonic() > deadline:
@@ -122,39 +127,62 @@ def clean_up(parent: str, patience_s: float = 10.0) -> int:
     return runs
 
 
-def _write(path: Path, value: object) -> None:
-    path.write_text(f"{value}\n", encoding="ascii")
+# Plain strings and descriptors below: with pathlib, making and removing a group took twice as long, and a run does both.
+def _write(path: str, value: object) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, f"{value}\n".encode("ascii"))
+    finally:
+        os.close(fd)
 
 
-def _read_int(path: Path) -> int:
-    return int(path.read_text(encoding="ascii"))
+def _read(path: str) -> str:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, 1 << 16).decode("ascii")
+    finally:
+        os.close(fd)
 
 
-def _pids(top: Path) -> Iterator[int]:
+def _pids_below(top: str) -> Iterator[int]:
     for directory, _, _ in os.walk(top, topdown=False):
-        try:
-            with open(f"{directory}/cgroup.procs", encoding="ascii") as lines:
-                pids = [int(line) for line in lines]
-        except OSError as error:
-            # The runtime removed the group before it was opened, or (ENODEV) while it was read.
-            if error.errno not in (errno.ENOENT, errno.ENODEV):
-                raise
-            continue
-        yield from pids
+        yield from _pids_in(directory)
 
 
-def _kill_tree(top: Path) -> bool:
+def _pids_in(directory: str) -> list[int]:
+    try:
+        with open(f"{directory}/cgroup.procs", encoding="ascii") as lines:
+            return [pid for pid in map(int, lines) if pid]  # 0: of another pid namespace, not ours to see
+    except OSError as error:
+        # The runtime removed the group before it was opened, or (ENODEV) while it was read.
+        if error.errno not in (errno.ENOENT, errno.ENODEV):
+            raise
+        return []
+
+
+def _kill_tree(top: str) -> bool:
     found = False
-    for pid in _pids(top):
-        if pid == 0:  # a process of another pid namespace; not ours to see
-            continue
+    for pid in _pids_below(top):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
             found = True
     return found
 
 
-def _remove_tree(top: Path) -> None:
+def _remove_group(top: str) -> None:
+    """Remove a run's group, which as a rule has just the runtime's below it or nothing."""
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.rmdir(f"{top}/{CONTAINER}")
+        with contextlib.suppress(FileNotFoundError):
+            os.rmdir(top)
+    except OSError as error:
+        if error.errno not in (errno.EBUSY, errno.ENOTEMPTY):
+            raise
+        _remove_tree(top)
+
+
+def _remove_tree(top: str) -> None:
     """rmdir the group and its children. EBUSY for a moment after the last process died is normal: zombies count.
 
     Raises it after a millisecond or so; callers that can wait try again.
@@ -178,13 +206,13 @@ class CgroupV1:
 
     def __init__(self, mounts: dict[str, Path], parent: str, name: str, limits: Limits) -> None:
         self.path = f"/{parent}/{name}/{CONTAINER}"
-        self._directories = {mount: mount / parent / name for mount in set(mounts.values())}
+        self._directories = {mount: f"{mount}/{parent}/{name}" for mount in set(mounts.values())}
         self._memory = self._directories[mounts["memory"]]
         self._cpuacct = self._directories[mounts["cpuacct"]] if "cpuacct" in mounts else None
         self._oom = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         try:
             for controller in ("memory", "cpu", "pids"):
-                self._directories[mounts[controller]].mkdir(parents=True, exist_ok=True)
+                os.makedirs(self._directories[mounts[controller]], exist_ok=True)
             self._limit(self._directories[mounts["cpu"]], self._directories[mounts["pids"]], limits)
         except KeyError as error:
             self.remove()
@@ -193,18 +221,18 @@ class CgroupV1:
             self.remove()
             raise
 
-    def _limit(self, cpu: Path, pids: Path, limits: Limits) -> None:
-        _write(self._memory / "memory.limit_in_bytes", limits.memory)
+    def _limit(self, cpu: str, pids: str, limits: Limits) -> None:
+        _write(f"{self._memory}/memory.limit_in_bytes", limits.memory)
         with contextlib.suppress(FileNotFoundError):  # absent without swap accounting
-            _write(self._memory / "memory.memsw.limit_in_bytes", limits.memory)
-        _write(cpu / "cpu.cfs_period_us", CPU_PERIOD_US)
-        _write(cpu / "cpu.cfs_quota_us", int(limits.cpus * CPU_PERIOD_US))
-        _write(pids / "pids.max", limits.pids)
+            _write(f"{self._memory}/memory.memsw.limit_in_bytes", limits.memory + limits.swap)
+        _write(f"{cpu}/cpu.cfs_period_us", CPU_PERIOD_US)
+        _write(f"{cpu}/cpu.cfs_quota_us", max(int(limits.cpus * CPU_PERIOD_US), 1000))  # the kernel's least
+        _write(f"{pids}/pids.max", limits.pids)
         # The eventfd is signalled when the limit of this group leads to an OOM kill anywhere below it. (The oom_kill
         # counter of v1 counts in the victim's own group only, which is gone by the time we could read it.)
-        control = os.open(self._memory / "memory.oom_control", os.O_RDONLY | os.O_CLOEXEC)
+        control = os.open(f"{self._memory}/memory.oom_control", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            _write(self._memory / "cgroup.event_control", f"{self._oom} {control}")
+            _write(f"{self._memory}/cgroup.event_control", f"{self._oom} {control}")
         finally:
             os.close(control)
 
@@ -213,8 +241,14 @@ class CgroupV1:
             oom = os.eventfd_read(self._oom) > 0
         except BlockingIOError:
             oom = False
-        cpu = _read_int(self._cpuacct / "cpuacct.usage") // 1000 if self._cpuacct and self._cpuacct.is_dir() else 0
-        return Counters(oom, _read_int(self._memory / "memory.max_usage_in_bytes"), cpu)
+        cpu = 0
+        if self._cpuacct is not None:
+            with contextlib.suppress(FileNotFoundError):  # the runtime never came so far as to make it
+                cpu = int(_read(f"{self._cpuacct}/cpuacct.usage")) // 1000
+        return Counters(oom, int(_read(f"{self._memory}/memory.max_usage_in_bytes")), cpu)
+
+    def pids(self) -> list[int]:
+        return list(_pids_below(self._memory))
 
     def kill(self) -> bool:
         return _kill_tree(self._memory)
@@ -224,7 +258,7 @@ class CgroupV1:
             os.close(self._oom)
             self._oom = -1
         for directory in self._directories.values():
-            _remove_tree(directory)
+            _remove_group(directory)
 
 
 class CgroupV2:
@@ -232,16 +266,16 @@ class CgroupV2:
 
     def __init__(self, mount: Path, parent: str, name: str, limits: Limits) -> None:
         self.path = f"/{parent}/{name}/{CONTAINER}"
-        self._directory = mount / parent / name
+        self._directory = f"{mount}/{parent}/{name}"
         try:
-            self._directory.mkdir(parents=True)
-            for ancestor in (mount, mount / parent, self._directory):
-                _write(ancestor / "cgroup.subtree_control", "+cpu +memory +pids")
-            _write(self._directory / "memory.max", limits.memory)
+            os.makedirs(self._directory)
+            for ancestor in (str(mount), f"{mount}/{parent}", self._directory):
+                _write(f"{ancestor}/cgroup.subtree_control", "+cpu +memory +pids")
+            _write(f"{self._directory}/memory.max", limits.memory)
             with contextlib.suppress(FileNotFoundError):  # absent without swap accounting
-                _write(self._directory / "memory.swap.max", 0)
-            _write(self._directory / "cpu.max", f"{int(limits.cpus * CPU_PERIOD_US)} {CPU_PERIOD_US}")
-            _write(self._directory / "pids.max", limits.pids)
+                _write(f"{self._directory}/memory.swap.max", limits.swap)
+            _write(f"{self._directory}/cpu.max", f"{max(int(limits.cpus * CPU_PERIOD_US), 1000)} {CPU_PERIOD_US}")
+            _write(f"{self._directory}/pids.max", limits.pids)
         except BaseException:
             self.remove()
             raise
@@ -249,19 +283,19 @@ class CgroupV2:
     def counters(self) -> Counters:
         # memory.events is hierarchical: it counts kills in the runtime's group below.
         events = self._table("memory.events")
-        peak = self._directory / "memory.peak"  # kernel 5.19
-        return Counters(
-            events.get("oom_kill", 0) > 0,
-            _read_int(peak) if peak.exists() else 0,
-            self._table("cpu.stat").get("usage_usec", 0),
-        )
+        peak = 0
+        with contextlib.suppress(FileNotFoundError):  # before kernel 5.19
+            peak = int(_read(f"{self._directory}/memory.peak"))
+        return Counters(events.get("oom_kill", 0) > 0, peak, self._table("cpu.stat").get("usage_usec", 0))
 
     def _table(self, name: str) -> dict[str, int]:
-        text = (self._directory / name).read_text(encoding="ascii")
-        return {key: int(value) for key, value in re.findall(r"(\w+) (\d+)", text)}
+        return {key: int(value) for key, value in re.findall(r"(\w+) (\d+)", _read(f"{self._directory}/{name}"))}
+
+    def pids(self) -> list[int]:
+        return list(_pids_below(self._directory))
 
     def kill(self) -> bool:
         return _kill_tree(self._directory)
 
     def remove(self) -> None:
-        _remove_tree(self._directory)
+        _remove_group(self._directory)

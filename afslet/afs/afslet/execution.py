@@ -1,37 +1,52 @@
 """One run from its start request to its diff.
 
-State: an :class:`Execution` belongs to one call and one task. What it takes (reservation, hold on the image, staging
-directory, bundle, container) is on one exit stack, so whatever ends the call gives everything back, newest first.
+State: an :class:`Execution` belongs to one call and one task. What it takes (reservation, root, staging directory, bundle,
+container) is on one exit stack, so whatever ends the call gives everything back, newest first.
 """
 
 import asyncio
-import codecs
 import contextlib
-import json
+import os
+import stat
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from afs.afslet.bundle import Process, command_line, merge_env, runtime_config
+from afs.afslet.bundle import DEFAULT_HOSTNAME, NEW_NETWORK, Process, Sandbox, runtime_config
 from afs.afslet.cgroups import Limits
+from afs.afslet.command import Commands, Place
 from afs.afslet.diff import diff_chunks
-from afs.afslet.rootfs import Command, UnknownUser, find_command, find_user, make_directories, open_root
-from afs.afslet.runc import Ended, Runtime, run_container
+from afs.afslet.fastattach import FastAttach
+from afs.afslet.incoming import Incoming
+from afs.afslet.isolation import Isolation
+from afs.afslet.networks import Networks, RunNetwork
+from afs.afslet.outcomes import Subject, cannot_run, result_of
+from afs.afslet.outputs import Outputs
+from afs.afslet.rootfs import open_root, remove_inside, stat_inside
+from afs.afslet.runc import Job, Runtime, run_container
 from afs.afslet.runs import DIFF, PREPARING, RUNNING, Run
-from afs.afslet.upload import Attributes, Staging
-from afs.core.errors import Internal, InvalidArgument
+from afs.afslet.stdio import Pipes, Stdio, Terminal, Window
+from afs.afslet.upload import Staging
+from afs.afslet.warmroots import WarmRoot, WarmRoots
+from afs.core.errors import AfsError, Internal
 from afs.core.files import remove_tree
 from afs.proto.v1 import afslet_pb2 as pb
-from afs.proto.v1.mounts_pb2 import OpenImage
-from afs.snapshotter.client import Hold, Mounts
+from afs.proto.v1.mounts_pb2 import MountRoot, OpenImage
 from afs.snapshotter.messages import MountedRoot, root_request
 
-TIMED_OUT, NOT_EXECUTABLE, NOT_FOUND, KILLED = 124, 126, 127, 137  # as timeout(1) and sh
 DIFF_NAME = "writable-upper.tar.gz"
-_OUTPUT_QUEUE = 16  # messages of at most 64 KiB between the command and a slow client
-_INLINE_WRITE = 1 << 16  # bytes that are written to the page cache without a thread
+_OUTPUT_QUEUE = 8  # messages of at most 512 KiB between the command and a slow client
+_BUNDLE_FILES = ("config.json", "log.json", "pid")
+
+
+@dataclass(frozen=True, slots=True)
+class RunSettings:
+    """What the node's operator says of every run. Times in seconds."""
+
+    default_timeout: float
+    term_grace: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,22 +55,32 @@ class Node:
 
     node_id: str
     scratch: Path
-    mounts: Mounts
+    roots: WarmRoots
     runtime: Runtime
-    default_timeout: float
+    settings: RunSettings
+    attach: FastAttach
+    commands: Commands
+    isolation: Isolation
+    networks: Networks
 
 
 class Execution:
-    """See the module. *run* has its reservation, and its request was checked."""
+    """See the module. *run*'s request was checked; before :meth:`responses` it has to have its reservation."""
 
     def __init__(self, node: Node, run: Run) -> None:
+        start = run.start
         self._node = node
-        self._run_state = run
-        self._start = run.start
-        self._name = run.run_id
-        self._home = node.scratch / self._name
-        self._timings = pb.Timings(queue_us=run.queue_us)
+        self._state = run
+        self._start = start
+        self._run_id = run.run_id
+        self._home = node.scratch / run.run_id
+        self._timings = pb.Timings()
         self._staging: Staging | None = None
+        self._fault: BaseException | None = None
+        self._ids = node.isolation.ids_for(start.user_namespace)
+        self._made_by_runtime: list[str] = []
+        node.networks.check(start.network, start.egress_allow)
+        self._shift = (self._ids.first, self._ids.count) if self._ids else None
 
     @contextlib.contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -67,255 +92,254 @@ class Execution:
 
     async def responses(self, requests: AsyncIterator[pb.ExecuteRequest]) -> AsyncGenerator[pb.ExecuteResponse, None]:
         """Everything the client gets, in order. *requests* are those after the start."""
+        start, done = self._start, pb.Done()
+        self._node.attach.expect()
         async with contextlib.AsyncExitStack() as stack:
-            run = self._run_state
-            stack.callback(run.release)
-            run.phase = PREPARING
-            accepted = pb.Accepted(accepted=True, node_id=self._node.node_id, run_id=run.run_id)
+            stack.callback(self._state.release)
+            self._state.phase = PREPARING
+            self._timings.queue_us = self._state.queue_us
+            accepted = pb.Accepted(accepted=True, node_id=self._node.node_id, run_id=self._run_id)
             yield pb.ExecuteResponse(accepted=accepted)
             self._home.mkdir()
-            stack.push_async_callback(asyncio.to_thread, remove_tree, self._home)
-            hold = await stack.enter_async_context(self._node.mounts.holding())
-            stack.callback(_while_held(hold, run))
-            image, staging = await self._prepare(stack, hold, requests)
-            root = await self._make_root(hold, staging)
+            stack.callback(self._remove_home)
+            incoming = Incoming(requests, start)
+            if start.progress:
+                yield _phase(pb.Progress.PHASE_IMAGE)
+            warm = await self._prepare(stack, incoming)
+            root = await self._make_root(warm)
             result: pb.Result | None = None
-            run.phase = RUNNING
-            async with contextlib.aclosing(self._run(hold, image, root.path)) as events:
+            network = await self._connect(stack)
+            self._state.phase = RUNNING
+            async with contextlib.aclosing(self._run(warm, root, network, incoming)) as events:
                 async for event in events:
                     if isinstance(event, pb.Result):
                         result = event
                     else:
-                        yield pb.ExecuteResponse(log=event)
+                        yield event
             if result is None:
-                raise Internal(f"run {self._name} ended without a result")
-            run.phase = DIFF
+                raise Internal(f"run {self._run_id} ended without a result")
+            self._state.phase = DIFF
             yield pb.ExecuteResponse(result=result)
-            yield pb.ExecuteResponse(tar_header=pb.TarHeader(name=DIFF_NAME))
-            assert root.upper is not None
-            chunks = diff_chunks(root.upper, root.lower)
-            while chunk := await asyncio.to_thread(next, chunks, b""):
-                yield pb.ExecuteResponse(tar_chunk=pb.TarChunk(data=chunk))
+            self._forget_made_files(root)
+            if start.diff_format != pb.DIFF_NONE:
+                with self._timed("diff_us"):
+                    yield pb.ExecuteResponse(tar_header=pb.TarHeader(name=DIFF_NAME))
+                    async for chunk in self._diff(root):
+                        done.diff_bytes += len(chunk)
+                        yield pb.ExecuteResponse(tar_chunk=pb.TarChunk(data=chunk))
         # Only now is everything given back: a client that saw `done` can count on it.
-        yield pb.ExecuteResponse(done=pb.Done())
+        done.timings.CopyFrom(self._timings)
+        yield pb.ExecuteResponse(done=done)
 
-    async def _prepare(
-        self, stack: contextlib.AsyncExitStack, hold: Hold, requests: AsyncIterator[pb.ExecuteRequest]
-    ) -> tuple[dict[str, Any], Staging | None]:
-        """Open the image and take the upload at the same time; the image's config and the upload."""
-        opening = asyncio.create_task(self._open_image(hold), name=f"open image of {self._name}")
-        stack.push_async_callback(_settled, opening)
-        stack.push_async_callback(self._close_staging)  # once the upload has settled: it uses the descriptors
-        receiving = asyncio.create_task(self._receive(requests), name=f"upload of {self._name}")
-        stack.push_async_callback(_settled, receiving)
-        await asyncio.wait([opening, receiving], return_when=asyncio.FIRST_EXCEPTION)
-        for task in (receiving, opening):
-            if task.done():
-                task.result()  # the error that ended the wait, or nothing
-        return await opening, await receiving
+    def _remove_home(self) -> None:
+        for name in _BUNDLE_FILES:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._home / name)
+        try:
+            self._home.rmdir()
+        except OSError:  # something unforeseen is in it
+            remove_tree(self._home)
 
-    async def _open_image(self, hold: Hold) -> dict[str, Any]:
+    # Before the command
+
+    async def _prepare(self, stack: contextlib.AsyncExitStack, incoming: Incoming) -> WarmRoot:
+        """Open the image and take the upload at the same time."""
         start = self._start
-        with self._timed("image_us"):
-            opened = await hold.open(
-                OpenImage(
-                    image=start.image,
-                    tag=start.tag,
-                    os=start.platform_os,
-                    architecture=start.platform_arch,
-                    variant=start.platform_variant,
-                    force_local_fetch=start.force_local_fetch,
-                )
-            )
-        settings = json.loads(opened.config).get("config") or {}
-        if not isinstance(settings, dict):
-            raise InvalidArgument(f"image {start.image}: its config makes no sense")
-        return settings
+        image = OpenImage(
+            image=start.image,
+            tag=start.tag,
+            os=start.platform_os,
+            architecture=start.platform_arch,
+            variant=start.platform_variant,
+            force_local_fetch=start.force_local_fetch,
+        )
+
+        async def open_image() -> WarmRoot:
+            with self._timed("image_us"):
+                warm = await stack.enter_async_context(self._node.roots.taking(image, self._wanted_root()))
+            # Whatever the run is doing then, it cannot go on without its root.
+            warm.on_lost = lambda: self._state.end(warm.hold.loss())
+            return warm
+
+        if start.no_upload:
+            return await open_image()
+        stack.push_async_callback(self._close_staging)  # below the root, and used by the upload: closed after both
+        opening = asyncio.create_task(open_image(), name=f"open image of {self._run_id}")
+        receiving = asyncio.create_task(self._receive(incoming), name=f"upload of {self._run_id}")
+        try:
+            await asyncio.wait([opening, receiving], return_when=asyncio.FIRST_EXCEPTION)
+            for task in (receiving, opening):
+                if task.done():
+                    task.result()  # the error that ended the wait, or nothing
+            return await opening
+        finally:
+            await _settled(opening)
+            await _settled(receiving)
+
+    async def _receive(self, incoming: Incoming) -> None:
+        with self._timed("upload_us"):
+            await incoming.upload(self._make_staging)
+
+    def _make_staging(self) -> Staging:
+        self._staging = Staging(self._home / "upload")
+        return self._staging
 
     async def _close_staging(self) -> None:
         if self._staging is not None:
             await asyncio.to_thread(self._staging.close)
 
-    async def _receive(self, requests: AsyncIterator[pb.ExecuteRequest]) -> Staging | None:
-        """Take files until the client half-closes. None if there were none."""
-        staging: Staging | None = None
-        with self._timed("upload_us"):
-            async for request in requests:
-                if request.HasField("start"):
-                    raise InvalidArgument("a second start")
-                if staging is None:
-                    staging = self._staging = Staging(self._home / "upload")
-                await _receive_one(staging, request)
-            if staging is not None:
-                staging.finish()
-        return staging
-
-    async def _make_root(self, hold: Hold, staging: Staging | None) -> MountedRoot:
+    async def _make_root(self, warm: WarmRoot) -> MountedRoot:
+        if self._staging is None:
+            return warm.root
         with self._timed("root_us"):
-            if staging is None:
-                return await hold.mount()
-            view = await hold.mount(root_request(read_only=True))
-            await asyncio.to_thread(staging.settle, view.path)
-            return await hold.mount(root_request([staging.directory]))
+            # Of a root with shifted owners one without: the staging directory gets the image's own.
+            view = await warm.mount(root_request(read_only=True)) if self._shift else warm.root
+            await asyncio.to_thread(self._staging.settle, view.path)
+            return await warm.mount(self._wanted_root([self._staging.directory]))
+
+    def _wanted_root(self, extra_dirs: Sequence[Path] = ()) -> MountRoot:
+        return root_request(extra_dirs, ids=self._shift)
+
+    async def _connect(self, stack: contextlib.AsyncExitStack) -> RunNetwork:
+        start, networks = self._start, self._node.networks
+        mode, _ = networks.check(start.network, start.egress_allow)
+        if mode == pb.NETWORK_NONE and self._ids is not None:
+            # One that belongs to the user namespace, so that the run can have a /sys of its own: made by the runtime.
+            return RunNetwork(NEW_NETWORK, {})
+        network = networks.network(start.network, start.egress_allow, start.hostname)
+        return await stack.enter_async_context(network)
+
+    # The command
 
     async def _run(
-        self, hold: Hold, image: dict[str, Any], root: Path
-    ) -> AsyncGenerator[pb.LogMessage | pb.Result, None]:
-        """Logs while the command runs, then its result. Closing it early kills the container."""
-        start = self._start
-        # In threads: they read files of the image, which may have to come from a peer first.
-        process = await asyncio.to_thread(self._process, image, root)
-        if (refused := await asyncio.to_thread(self._check_command, process, root)) is not None:
-            yield refused
+        self, warm: WarmRoot, root: MountedRoot, network: RunNetwork, incoming: Incoming
+    ) -> AsyncGenerator[pb.ExecuteResponse | pb.Result, None]:
+        """Output while the command runs, then its result. Closing it early kills the container."""
+        start, node = self._start, self._node
+        unchanged = warm.manifest_digest if root is warm.root else ""
+        where = f"image {start.image}"
+        place = Place(root.path, where, unchanged, self._ids.first if self._ids else 0)
+        if node.commands.knows(start, warm.settings, place):
+            prepared = node.commands.prepare(start, warm.settings, place)
+        else:
+            prepared = await asyncio.to_thread(node.commands.prepare, start, warm.settings, place)
+        process, command = prepared.process, prepared.command
+        timeout = start.timeout_ms / 1000 or node.settings.default_timeout
+        subject = Subject(process.argv[0], where, timeout, start.memory_mb << 20)
+        if not command.executable:
+            yield self._finish(cannot_run(subject, command), None)
             return
-        bundle = self._home / "bundle"
-        bundle.mkdir()
-        wanted, pids = self._run_state.wanted, self._run_state.pids
-        limits = Limits(wanted.cpu_millis / 1000, wanted.memory_mb << 20, pids)
-        timeout = start.timeout_ms / 1000 or self._node.default_timeout
-        queue: asyncio.Queue[pb.LogMessage | None] = asyncio.Queue(_OUTPUT_QUEUE)
-
-        # One decoder per stream: a read may end within a character, and old clients see the text only.
-        decoders = {source: codecs.getincrementaldecoder("utf-8")("replace") for source in ("stdout", "stderr")}
+        if network.address:  # names matter: the runtime makes what it has to mount on
+            self._made_by_runtime = [path for path in network.files if path in prepared.missing]
+        else:
+            files = {path: file for path, file in network.files.items() if path not in prepared.missing}
+            network = replace(network, files=files)
+        outputs = Outputs(start.max_output_bytes, text=not start.bytes_only)
+        queue: asyncio.Queue[pb.ExecuteResponse | None] = asyncio.Queue(_OUTPUT_QUEUE)
+        stdio = self._stdio()
 
         async def output(source: str, data: bytes) -> None:
-            await queue.put(pb.LogMessage(source=source, message=decoders[source].decode(data), data=data))
+            message = outputs.message(source, data)
+            if message is not None:
+                await queue.put(message)
 
-        async def run() -> Ended:
-            config = runtime_config(process, str(root), self._node.runtime.max_files)
+        async def run() -> pb.Result:
+            job = self._job(process, root, network, stdio, timeout)
+            feeding = asyncio.create_task(incoming.feed(stdio), name=f"input of {self._run_id}")
+            feeding.add_done_callback(lambda ended: self._input_ended(ended, task))
             try:
                 with self._timed("run_us"):
-                    return await run_container(self._node.runtime, self._name, bundle, config, limits, timeout, output)
+                    ended = await run_container(node.runtime, job, output, lambda: None)
+                return result_of(subject, ended)
             finally:
+                await _settled(feeding)
                 # Wakes the reader below; with a full queue it is awake anyway and looks at the task.
                 with contextlib.suppress(asyncio.QueueFull):
                     queue.put_nowait(None)
 
-        task = asyncio.create_task(run(), name=f"container {self._name}")
+        task = asyncio.create_task(run(), name=f"container {self._run_id}")
         try:
+            if start.progress:
+                yield _phase(pb.Progress.PHASE_RUNNING)
             while not (task.done() and queue.empty()):
                 message = await queue.get()
                 if message is not None:
                     yield message
-            result = self._result(process, task.result(), timeout)
-            await hold.check()  # an I/O error of ours may have become the command's exit code
-            yield result
+            if task.cancelled() and self._fault is not None:
+                raise self._fault
+            result = task.result()
+            await self._check_reads(warm)
+            yield self._finish(result, outputs)
         finally:
             await _settled(task)
+            stdio.close()
 
-    def _process(self, image: dict[str, Any], root: Path) -> Process:
-        argv = command_line(image, self._start.command)
-        if not argv:
-            raise InvalidArgument(f"image {self._start.image} has neither Entrypoint nor Cmd: give a command")
-        with open_root(root) as fd:
-            try:
-                user = find_user(fd, str(image.get("User") or ""))
-            except UnknownUser as error:
-                raise InvalidArgument(f"image {self._start.image}: {error}") from None
-            cwd = str(image.get("WorkingDir") or "/")
-            if not make_directories(fd, cwd, user.uid, user.gid):
-                raise InvalidArgument(f"image {self._start.image}: its working directory {cwd} is not a directory")
-        return Process(argv, merge_env(image.get("Env") or (), self._start.env, user.home), cwd, user)
+    def _stdio(self) -> Stdio:
+        start = self._start
+        if not start.tty:
+            return Pipes(stdin=start.stdin)
+        size = start.terminal_size
+        socket = self._node.runtime.state_dir / f"{self._run_id}.sock"
+        return Terminal(socket, Window(size.rows or 24, size.columns or 80))
 
-    def _check_command(self, process: Process, root: Path) -> pb.Result | None:
-        """Say what is wrong before the runtime starts: its own messages would mix with the command's stderr."""
-        path = next((entry[5:] for entry in process.env if entry.startswith("PATH=")), "")
-        with open_root(root) as fd:
-            command = find_command(fd, process.argv[0], process.cwd, path, process.user)
-        return None if command.executable else _cannot_run(process.argv[0], self._start.image, command)
+    def _job(self, process: Process, root: MountedRoot, network: RunNetwork, stdio: Stdio, timeout: float) -> Job:
+        start, node = self._start, self._node
+        size = start.terminal_size
+        terminal = (size.rows or 24, size.columns or 80) if start.tty else None
+        sandbox = Sandbox(
+            node.runtime.max_files,
+            start.hostname or DEFAULT_HOSTNAME,
+            network=network.path,
+            ids=self._ids,
+            seccomp=node.isolation.seccomp,
+            terminal=terminal,
+            files=tuple((str(source), path) for path, source in network.files.items()),
+        )
+        config = runtime_config(process, str(root.path), sandbox)
+        wanted = self._state.wanted
+        limits = Limits(wanted.cpu_millis / 1000, wanted.memory_mb << 20, self._state.pids)
+        grace = start.term_grace_ms / 1000 or node.settings.term_grace
+        return Job(self._run_id, self._home, config, limits, timeout, grace, stdio)
 
-    def _result(self, process: Process, ended: Ended, timeout: float) -> pb.Result:
-        counters = ended.counters
-        result = pb.Result(exit_code=ended.status, timings=self._timings)
-        result.peak_memory_bytes, result.cpu_time_us = counters.peak_memory, counters.cpu_us
-        if ended.start_error and not ended.timed_out and not counters.oom:
-            return self._start_failure(process, ended)
-        if ended.timed_out:
-            result.exit_code, result.outcome = TIMED_OUT, pb.OUTCOME_TIMED_OUT
-            result.error = f"command {process.argv[0]!r} timed out after {timeout:g} s"
-        elif counters.oom and (ended.status != 0 or ended.start_error):
-            result.exit_code, result.outcome = KILLED, pb.OUTCOME_OUT_OF_MEMORY
-            result.error = f"command {process.argv[0]!r} ran out of memory: the limit is {self._start.memory_mb} MiB"
-        elif ended.status > 128:
-            # A shell reports a child's signal the same way; the container's first process does not tell them apart.
-            result.outcome, result.signal = pb.OUTCOME_SIGNALLED, ended.status - 128
-            result.error = f"command {process.argv[0]!r} was ended by signal {ended.status - 128}"
-        else:
-            result.outcome = pb.OUTCOME_EXITED
-            result.success = ended.status == 0
+    def _input_ended(self, feeding: "asyncio.Task[None]", running: "asyncio.Task[Any]") -> None:
+        """Input that makes no sense ends the run."""
+        if not feeding.cancelled() and (error := feeding.exception()) is not None:
+            self._fault = error
+            running.cancel()
+
+    def _forget_made_files(self, root: MountedRoot) -> None:
+        """The runtime made what it had to mount on; the run did not."""
+        assert root.upper is not None
+        for path in self._made_by_runtime:
+            with open_root(root.upper) as fd:
+                found = stat_inside(fd, path)
+                if found is not None and stat.S_ISREG(found.st_mode) and not found.st_size:
+                    remove_inside(fd, path)
+
+    async def _check_reads(self, warm: WarmRoot) -> None:
+        """An I/O error of ours may have become the command's exit code."""
+        try:
+            await warm.hold.check()
+        except AfsError:
+            warm.spoiled = True
+            raise
+
+    def _finish(self, result: pb.Result, outputs: Outputs | None) -> pb.Result:
+        result.timings.CopyFrom(self._timings)
+        result.node_id = self._node.node_id
+        if outputs is not None:
+            outputs.report(result)
         return result
 
-    def _start_failure(self, process: Process, ended: Ended) -> pb.Result:
-        """The runtime could not start the command: the image's fault, or ours."""
-        message = ended.start_error.lower()  # runc and crun differ in that
-        if "no such file or directory" in message and "exec" in message:  # a script whose interpreter is missing
-            return _cannot_run(process.argv[0], self._start.image, Command(found=False, executable=False))
-        if "argument list too long" in message:
-            why = Command(found=True, executable=False, why="its arguments and environment are too long")
-            return _cannot_run(process.argv[0], self._start.image, why)
-        if "exec format error" in message or ("permission denied" in message and "exec" in message):
-            return _cannot_run(process.argv[0], self._start.image, Command(found=True, executable=False))
-        raise Internal(f"the runtime could not start the container of {self._start.image}: {ended.start_error}")
+    async def _diff(self, root: MountedRoot) -> AsyncGenerator[bytes, None]:
+        assert root.upper is not None
+        chunks = diff_chunks(root.upper, root.lower)
+        while chunk := await asyncio.to_thread(next, chunks, b""):
+            yield chunk
 
 
-def _while_held(hold: Hold, run: Run) -> Callable[[], None]:
-    """End *run* if *hold* is lost, whatever it is doing then, until what this returns is called: it then needs it no more."""
-    needed = True
-
-    def lost() -> None:
-        if needed:
-            run.end(hold.loss())
-
-    def done() -> None:
-        nonlocal needed
-        needed = False
-
-    hold.when_lost(lost)
-    return done
-
-
-def _cannot_run(name: str, image: str, command: Command) -> pb.Result:
-    why = f": {command.why}" if command.why else ""
-    if command.found:
-        error = f"command {name!r} in image {image} cannot be executed{why}"
-        return pb.Result(exit_code=NOT_EXECUTABLE, error=error, outcome=pb.OUTCOME_COMMAND_NOT_EXECUTABLE)
-    error = f"command {name!r} not found in image {image}{why}"
-    return pb.Result(exit_code=NOT_FOUND, error=error, outcome=pb.OUTCOME_COMMAND_NOT_FOUND)
-
-
-async def _receive_one(staging: Staging, request: pb.ExecuteRequest) -> None:
-    kind = request.WhichOneof("payload")
-    if kind == "file_chunk":
-        data = request.file_chunk.data
-        if len(data) <= _INLINE_WRITE:
-            staging.write(data)
-        else:
-            writing = asyncio.ensure_future(asyncio.to_thread(staging.write, data))
-            try:
-                await asyncio.shield(writing)
-            finally:
-                await asyncio.wait([writing])  # a thread cannot be cancelled, and its file must not be closed below it
-    elif kind == "file_end":
-        staging.end_file()
-    elif kind == "file_begin":
-        _begin(staging, request.file_begin)
-    else:
-        raise InvalidArgument("a request without payload")
-
-
-def _begin(staging: Staging, begin: pb.FileEntryBegin) -> None:
-    attributes = Attributes(begin.mode, begin.uid, begin.gid, begin.mtime_unix)
-    if begin.type == pb.FILE_TYPE_FILE:
-        staging.begin_file(begin.path, attributes)
-        return
-    actions: dict[int, Callable[[], None]] = {
-        pb.FILE_TYPE_DIR: lambda: staging.add_directory(begin.path, attributes),
-        pb.FILE_TYPE_SYMLINK: lambda: staging.add_symlink(begin.path, begin.symlink_target, attributes),
-    }
-    if begin.type not in actions:
-        raise InvalidArgument(f"upload of {begin.path!r}: unknown type {begin.type}")
-    actions[begin.type]()
-    staging.expect_end()
+def _phase(phase: pb.Progress.Phase.ValueType) -> pb.ExecuteResponse:
+    return pb.ExecuteResponse(progress=pb.Progress(phase=phase))
 
 
 async def _settled(task: "asyncio.Task[Any]") -> None:

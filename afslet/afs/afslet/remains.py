@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from afs.afslet import cgroups
-from afs.core.errors import one_line
+from afs.afslet.netnames import clear_network
+from afs.core.errors import AfsError, one_line
 from afs.core.files import remove_tree
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,11 @@ class Remains:
     def state(self) -> Path:
         """The runtime's own directory."""
         return Path(self.run_dir) / "runtime"
+
+    @property
+    def network_files(self) -> Path:
+        """Files of runs' networks, such as /etc/hosts."""
+        return Path(self.root) / "network"
 
     @property
     def locks(self) -> tuple[Path, Path]:
@@ -92,12 +98,23 @@ def _directory(path: Path) -> str:
     return f"removed {left} entries of {path}" if left else ""
 
 
+def _bridge_network(remains: Remains) -> str:
+    return "removed the bridge network" if clear_network(remains.cgroup_parent) else ""
+
+
+def _network_files(remains: Remains) -> str:
+    remove_tree(remains.network_files)  # one of them is afslet's own, so finding it means nothing
+    return ""
+
+
 # In this order: runtimes start processes, and processes use what comes after them. A clean-up says what it found, or "".
 CLEAN_UPS: tuple[tuple[str, Callable[[Remains], str]], ...] = (
     ("runtimes", _runtimes),
     ("runs", _groups),
     ("the runtime's state", lambda remains: _directory(remains.state)),
     ("scratch directories", lambda remains: _directory(remains.scratch)),
+    ("the bridge network", _bridge_network),
+    ("files of networks", _network_files),
 )
 
 
@@ -113,7 +130,7 @@ def clean_up(remains: Remains, whose: str) -> bool:
                 if removed := remove(remains):
                     log.warning("%s that %s left", removed, whose)
                     found = True
-            except OSError as error:
+            except (OSError, AfsError) as error:
                 log.error("cannot clean up %s that %s left: %s", name, whose, one_line(str(error)))
                 failed = True
             except Exception:

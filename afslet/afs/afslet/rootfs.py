@@ -3,13 +3,13 @@
 openat2(2) with RESOLVE_IN_ROOT treats the root as a chroot would: absolute symlinks and ``..`` stay inside.
 """
 
+import contextlib
 import errno
 import os
 import stat
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,11 +18,12 @@ from afs.core import syscalls
 _INSIDE = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS
 _MAX_PASSWD = 8 << 20
 _MAX_INTERPRETERS = 5
+_MOUNT_POINTS = ("dev", "proc", "sys")
 _BINFMT = "/proc/sys/fs/binfmt_misc"
 _PT_INTERP = 3
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_root(path: Path) -> Iterator[int]:
     """A descriptor of directory *path* for the functions below."""
     fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -72,8 +73,27 @@ def stat_inside(root: int, path: str) -> os.stat_result | None:
         os.close(fd)
 
 
-def make_directories(root: int, path: str, uid: int, gid: int) -> bool:
-    """``mkdir -p`` inside the root, new directories 0755 owned by *uid*:*gid*; False if something else is in the way."""
+def find_bad_mount_point(root: int) -> str:
+    """Which of the directories that the runtime mounts on is something else; "" if they are what they should be.
+
+    runc mounts on what they lead to inside the root, but then makes the links in /dev (fd, stdin, ptmx, ...) by its plain
+    path: with /dev a symlink, in whatever directory of the machine it names (runc 1.1.5). What is missing runc makes.
+    """
+    for name in _MOUNT_POINTS:
+        try:
+            status = os.stat(name, dir_fd=root, follow_symlinks=False)
+        except FileNotFoundError:
+            continue
+        if not stat.S_ISDIR(status.st_mode):
+            return f"/{name}"
+    return ""
+
+
+def make_directories(root: int, path: str, uid: int, gid: int, first_id: int = 0) -> bool:
+    """``mkdir -p`` inside the root, new directories 0755 owned by *uid*:*gid*; False if something else is in the way.
+
+    *first_id*: the root's owners are shifted, and 0 is this one.
+    """
     parts = [part for part in path.split("/") if part not in ("", ".")]
     for count in range(1, len(parts) + 1):
         prefix = "/".join(parts[:count])
@@ -86,8 +106,9 @@ def make_directories(root: int, path: str, uid: int, gid: int) -> bool:
             except OSError:
                 return False
             try:
-                os.mkdir(parts[count - 1], 0o755, dir_fd=parent)
-                os.chown(parts[count - 1], uid, gid, dir_fd=parent, follow_symlinks=False)
+                with syscalls.creating_as(first_id, first_id) if first_id else contextlib.nullcontext():
+                    os.mkdir(parts[count - 1], 0o755, dir_fd=parent)
+                os.chown(parts[count - 1], first_id + uid, first_id + gid, dir_fd=parent, follow_symlinks=False)
             except FileExistsError:  # a symlink to nowhere
                 return False
             finally:
@@ -95,6 +116,16 @@ def make_directories(root: int, path: str, uid: int, gid: int) -> bool:
         elif not stat.S_ISDIR(found.st_mode):
             return False
     return True
+
+
+def remove_inside(root: int, path: str) -> None:
+    """Remove the file that *path* names inside the root, where symlinks may lead to it; not what a symlink leads to."""
+    directory, _, name = path.rpartition("/")
+    parent = syscalls.openat2(root, os.fsencode(directory or "/"), os.O_PATH | os.O_DIRECTORY, _INSIDE)
+    try:
+        os.unlink(name, dir_fd=parent)
+    finally:
+        os.close(parent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,12 +182,27 @@ def find_user(root: int, spec: str) -> User:
     return User(uid, gid, tuple(sorted(g for g in extra if g is not None and g != gid)), home)
 
 
-def _may_execute(status: os.stat_result, user: User) -> bool:
+def find_groups(root: int, user: User, names: Sequence[str]) -> User:
+    """*user* with more supplementary groups: names of /etc/group, or numbers. Raises UnknownUser."""
+    if not names:
+        return user
+    known, extra = read_file(root, "etc/group"), set(user.groups)
+    for name in names:
+        number = _number(name)
+        if number is None:
+            number = next((_number(line[2]) for line in _lines(known, 3) if line[0] == name), None)
+        if number is None:
+            raise UnknownUser(f"group {name!r} is not in its /etc/group")
+        extra.add(number)
+    return replace(user, groups=tuple(sorted(extra)))
+
+
+def _may_execute(status: os.stat_result, user: User, first_id: int) -> bool:
     if user.uid == 0:
         return bool(status.st_mode & 0o111)
-    if status.st_uid == user.uid:
+    if status.st_uid == first_id + user.uid:
         return bool(status.st_mode & stat.S_IXUSR)
-    if status.st_gid == user.gid or status.st_gid in user.groups:
+    if status.st_gid - first_id in (user.gid, *user.groups):
         return bool(status.st_mode & stat.S_IXGRP)
     return bool(status.st_mode & stat.S_IXOTH)
 
@@ -170,8 +216,8 @@ class Command:
     why: str = ""
 
 
-def find_command(root: int, name: str, cwd: str, path: str, user: User) -> Command:
-    """What would become of execvp(3) of *name* with *path* as PATH.
+def find_command(root: int, name: str, cwd: str, path: str, user: User, first_id: int = 0) -> Command:
+    """What would become of execvp(3) of *name* with *path* as PATH; *first_id* as for :func:`make_directories`.
 
     The runtime's own words for a failed execve(2) come on the command's stderr, so what can be foreseen is looked at here.
     """
@@ -188,14 +234,14 @@ def find_command(root: int, name: str, cwd: str, path: str, user: User) -> Comma
                 return Command(found=True, executable=False, why="it is a directory")
         elif not stat.S_ISREG(status.st_mode):
             refused = Command(found=True, executable=False, why="it is not a regular file")
-        elif _may_execute(status, user):
-            return _check_format(root, file, cwd, user)
+        elif _may_execute(status, user, first_id):
+            return _check_format(root, file, cwd, user, first_id)
         else:
             refused = Command(found=True, executable=False, why="it has no execute permission")
     return refused
 
 
-def _check_format(root: int, file: str, cwd: str, user: User) -> Command:
+def _check_format(root: int, file: str, cwd: str, user: User, first_id: int) -> Command:
     """Whether the kernel can load *file*: its interpreter, and that one's, have to be there (fs/exec.c)."""
     for _ in range(_MAX_INTERPRETERS):
         try:
@@ -210,7 +256,7 @@ def _check_format(root: int, file: str, cwd: str, user: User) -> Command:
         status = stat_inside(root, os.path.join("/", cwd, interpreter))
         if status is None:
             return Command(found=False, executable=False, why=f"its interpreter {interpreter} is missing")
-        if not stat.S_ISREG(status.st_mode) or not _may_execute(status, user):
+        if not stat.S_ISREG(status.st_mode) or not _may_execute(status, user, first_id):
             return Command(found=True, executable=False, why=f"its interpreter {interpreter} is not executable")
         file = os.path.join("/", cwd, interpreter)
     return Command(found=True, executable=True)

@@ -90,6 +90,8 @@ class AfsClient:
             proxy_dispatch_backoff_ms=int(backoff * 1000),
             env=[f"{name}={value}" for name, value in (env or {}).items()],
             force_local_fetch=force_local_fetch,
+            no_upload=upload is None,
+            bytes_only=True,
         )
         files = upload_messages(Path(upload), upload_to) if upload is not None else None
         call = self._afslet.Execute()

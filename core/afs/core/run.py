@@ -70,6 +70,7 @@ def ask(argv: Sequence[str], *, stdin: bytes, timeout: float) -> Answer:
 def popen(
     argv: Sequence[str],
     *,
+    executable: str | None = None,
     stdin: int | IO[bytes] = subprocess.DEVNULL,
     stdout: int | IO[bytes] | None = None,
     stderr: int | IO[bytes] | None = None,
@@ -78,9 +79,10 @@ def popen(
     pass_fds: Sequence[int] = (),
     new_session: bool = False,
 ) -> Child:
-    """Start *argv*; the caller owns the process and its pipes."""
+    """Start *argv*, from the file *executable* if it is given; the caller owns the process and its pipes."""
     return subprocess.Popen(
         list(argv),
+        executable=executable,
         stdin=stdin,
         stdout=stdout,
         stderr=stderr,

@@ -5,8 +5,10 @@ import ctypes
 import errno
 import fcntl
 import os
+import socket
 import struct
 import sys
+from collections.abc import Iterator
 from typing import Self
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -15,6 +17,8 @@ _libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
 _libc.syscall.restype = ctypes.c_long
 _libc.prctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong)
 _libc.unshare.argtypes = (ctypes.c_int,)
+_libc.setfsuid.argtypes = _libc.setfsgid.argtypes = (ctypes.c_uint,)
+_libc.setns.argtypes = (ctypes.c_int, ctypes.c_int)
 _libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 _libc.statx.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p)
 
@@ -27,6 +31,8 @@ MS_BIND = 4096
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
 CLONE_FS = 0x200
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWNET = 0x40000000
 
 # The same numbers on every architecture: these came after the tables were unified.
 _NR_OPEN_TREE = 428
@@ -35,6 +41,7 @@ _NR_FSOPEN = 430
 _NR_FSCONFIG = 431
 _NR_FSMOUNT = 432
 _NR_OPENAT2 = 437
+_NR_MOUNT_SETATTR = 442
 
 _FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_SET_FD, _FSCONFIG_CMD_CREATE = 0, 1, 5, 6
@@ -44,6 +51,7 @@ _AT_FDCWD = -100
 MOUNT_ATTR_RDONLY = 0x1
 MOUNT_ATTR_NOSUID = 0x2
 MOUNT_ATTR_NODEV = 0x4
+_MOUNT_ATTR_IDMAP = 0x100000
 
 LOOP_CONTROL = "/dev/loop-control"
 _LOOP_CONFIGURE = 0x4C0A
@@ -60,6 +68,9 @@ RESOLVE_BENEATH = 0x08
 RESOLVE_IN_ROOT = 0x10
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_SECUREBITS, _PR_GET_SECUREBITS = 28, 27
+_SECBIT_NO_SETUID_FIXUP = 4
 _SYNC_FILE_RANGE_WRITE = 2
 
 _FS_IOC_GETFLAGS = 0x80086601  # linux/fs.h
@@ -76,11 +87,21 @@ _STATX_MNT_ID_AT, _STATX_DIO_OFFSET_ALIGN = 144, 156
 _AT_STATX_DONT_SYNC = 0x4000
 _AT_EMPTY_PATH = 0x1000
 
+_SIOCGIFFLAGS, _SIOCSIFFLAGS = 0x8913, 0x8914  # netdevice(7)
+_IFF_UP = 1
+_IFREQ_FLAGS = struct.Struct("16sh22x")
+
 BLKFLSBUF = 0x1261  # linux/fs.h: drop what the page cache has of a block device
+_FITRIM = 0xC0185879  # linux/fs.h
+_TRIM_RANGE = struct.Struct("=QQQ")  # struct fstrim_range: start, length, least length of an extent
 
 
 class _OpenHow(ctypes.Structure):
     _fields_ = [("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64)]  # type: ignore[mutable-override]
+
+
+class _MountAttr(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint64) for name in ("attr_set", "attr_clr", "propagation", "userns_fd")]  # type: ignore[mutable-override]
 
 
 def _check(result: int, path: str | bytes) -> int:
@@ -121,6 +142,11 @@ def set_parent_death_signal(signum: int) -> None:
     _check(_libc.prctl(_PR_SET_PDEATHSIG, signum, 0, 0, 0), "prctl")
 
 
+def set_child_subreaper() -> None:
+    """prctl(PR_SET_CHILD_SUBREAPER): descendants whose parent ended become children of this process."""
+    _check(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl")
+
+
 def start_writeback(fd: int, offset: int, length: int) -> None:
     """sync_file_range(SYNC_FILE_RANGE_WRITE): have the kernel write dirty pages to disk now, without waiting for it.
 
@@ -152,6 +178,42 @@ def has_verity(fd: int) -> bool:
 def unshare(flags: int) -> None:
     """unshare(2) of the calling thread."""
     _check(_libc.unshare(flags), "unshare")
+
+
+@contextlib.contextmanager
+def creating_as(uid: int, gid: int) -> Iterator[None]:
+    """Files that this thread makes within the block belong to *uid* and *gid*; it may still do whatever root may.
+
+    In a tree whose owners are shifted root itself is nobody, and can make nothing (EOVERFLOW). By setfsuid(2), and with
+    SECBIT_NO_SETUID_FIXUP (capabilities(7)), all of the calling thread alone: no await in the block.
+    """
+    bits = _check(_libc.prctl(_PR_GET_SECUREBITS, 0, 0, 0, 0), "prctl")
+    _check(_libc.prctl(_PR_SET_SECUREBITS, bits | _SECBIT_NO_SETUID_FIXUP, 0, 0, 0), "prctl")
+    try:
+        old_uid, old_gid = _libc.setfsuid(uid), _libc.setfsgid(gid)
+        try:
+            yield
+        finally:
+            _libc.setfsuid(old_uid)
+            _libc.setfsgid(old_gid)
+    finally:
+        _check(_libc.prctl(_PR_SET_SECUREBITS, bits, 0, 0, 0), "prctl")
+
+
+def setns(fd: int, kind: int) -> None:
+    """setns(2): the calling thread is in the namespace of descriptor *fd* from now on; *kind* is its CLONE_NEW*."""
+    _check(_libc.setns(fd, kind), f"namespace of descriptor {fd}")
+
+
+def set_interface_up(name: str) -> None:
+    """Bring up a network interface of the calling thread's namespace (netdevice(7)). OSError names it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        try:
+            request = fcntl.ioctl(control, _SIOCGIFFLAGS, _IFREQ_FLAGS.pack(name.encode(), 0))
+            _, flags = _IFREQ_FLAGS.unpack(request)
+            fcntl.ioctl(control, _SIOCSIFFLAGS, _IFREQ_FLAGS.pack(name.encode(), flags | _IFF_UP))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, name) from None
 
 
 class MountContext:
@@ -242,28 +304,40 @@ def place_mount(mounted: int, directory: int) -> None:
     _move_mount(mounted, directory, b"", _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH)
 
 
+def map_mount_ids(mounted: int, namespace: int) -> None:
+    """Have what :func:`clone_mount` gave show owners as user namespace *namespace* maps them (mount_setattr(2), Linux 5.12).
+
+    EINVAL if its file system cannot; only before it is placed.
+    """
+    attr = _MountAttr(attr_set=_MOUNT_ATTR_IDMAP, userns_fd=namespace)
+    call = ctypes.c_long(_NR_MOUNT_SETATTR), ctypes.c_int(mounted), ctypes.c_char_p(b""), ctypes.c_uint(_AT_EMPTY_PATH)
+    done = _libc.syscall(*call, ctypes.byref(attr), ctypes.c_size_t(ctypes.sizeof(attr)))
+    _check(done, f"descriptor {mounted}")
+
+
 def _move_mount(mounted: int, to: int, path: bytes, flags: int) -> None:
     source, target = (ctypes.c_int(mounted), ctypes.c_char_p(b"")), (ctypes.c_int(to), ctypes.c_char_p(path))
     done = _libc.syscall(ctypes.c_long(_NR_MOVE_MOUNT), *source, *target, ctypes.c_uint(flags))
     _check(done, path or f"descriptor {to}")
 
 
-def attach_loop(file: int, block_size: int) -> tuple[int, str]:
-    """A read-only loop device over the file of descriptor *file*: a descriptor of it and its path (Linux 5.8).
+def attach_loop(file: int, block_size: int, *, writable: bool = False) -> tuple[int, str]:
+    """A loop device over the file of descriptor *file*: a descriptor of it and its path (Linux 5.8).
 
     The device is set up in one step and goes with its last user (autoclear), so whoever is killed in between leaves
-    none. It reads the file by direct I/O if kernel and file system can, which :func:`loop_is_direct` tells. OSError names
-    /dev/loop-control or the device.
+    none. It does direct I/O with the file if kernel and file system can, which :func:`loop_is_direct` tells. OSError
+    names /dev/loop-control or the device.
     """
     info = bytearray(_LOOP_INFO_SIZE)
-    struct.pack_into("=I", info, _LOOP_INFO_FLAGS, _LO_FLAGS_READ_ONLY | _LO_FLAGS_AUTOCLEAR | _LO_FLAGS_DIRECT_IO)
+    flags = _LO_FLAGS_AUTOCLEAR | _LO_FLAGS_DIRECT_IO | (0 if writable else _LO_FLAGS_READ_ONLY)
+    struct.pack_into("=I", info, _LOOP_INFO_FLAGS, flags)
     config = struct.pack("=II", file, block_size) + bytes(info) + bytes(_LOOP_CONFIG_RESERVED)
     control = os.open(LOOP_CONTROL, os.O_RDWR | os.O_CLOEXEC)
     try:
         attempts = 0
         while True:
             path = f"/dev/loop{fcntl.ioctl(control, _LOOP_CTL_GET_FREE)}"
-            device = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            device = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
             attempts += 1
             try:
                 fcntl.ioctl(device, _LOOP_CONFIGURE, config)
@@ -283,6 +357,14 @@ def loop_is_direct(device: int) -> bool:
     info = fcntl.ioctl(device, _LOOP_GET_STATUS64, bytes(_LOOP_INFO_SIZE))
     (flags,) = struct.unpack_from("=I", info, _LOOP_INFO_FLAGS)
     return bool(flags & _LO_FLAGS_DIRECT_IO)
+
+
+def trim(fd: int) -> None:
+    """FITRIM: the file system of directory *fd* tells the device below it what it has no use for.
+
+    A loop device gives that back to the file system that its file is on. EOPNOTSUPP if the device cannot.
+    """
+    fcntl.ioctl(fd, _FITRIM, _TRIM_RANGE.pack(0, (1 << 64) - 1, 0))
 
 
 def direct_alignment(fd: int) -> int | None:

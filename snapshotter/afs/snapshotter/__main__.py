@@ -11,7 +11,7 @@ from afs.core.cli import daemon_command
 from afs.core.config import setting
 from afs.core.errors import AfsError
 from afs.core.service import notify
-from afs.core.units import parse_duration
+from afs.core.units import parse_duration, parse_size
 from afs.snapshotter.containerd_cli import with_commands
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from afs.snapshotter.fusedworkers import FusedWorkers
     from afs.snapshotter.layermounts import LayerMounts
     from afs.snapshotter.roots import Roots
+    from afs.snapshotter.scratchpool import ScratchPool
     from afs.snapshotter.snapshots.snapshots import Snapshots
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,14 @@ class Config:
         "If no node has a layer, but the labels name its image: wait for the cluster to pull it, "
         "have it pulled in the background while containerd does so too, or never.",
     )
+    scratch_keep: int = setting(16, "Unused file systems of roots of limited size that stay mounted for the next run.")
+    scratch_idle: float = setting(60.0, "How long such a file system stays without a user.", parse_duration)
+    reserve: int = setting(
+        0,
+        "Space that roots of limited size leave free on the file system of `root`; a hundredth of it, "
+        "at most 256 MiB, if 0.",
+        parse_size,
+    )
     log_level: str = setting("INFO", "Least level to log.")
 
 
@@ -72,6 +81,7 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
     from afs.snapshotter.pagesahead import PagesAhead
     from afs.snapshotter.probe import check_overlay, find_backends
     from afs.snapshotter.roots import Roots
+    from afs.snapshotter.scratchpool import ScratchPool
     from afs.snapshotter.server import MountsService
     from afs.snapshotter.snapshots.directories import check_path
     from afs.snapshotter.snapshots.remote import RemoteLayers, parse_on_missing
@@ -94,19 +104,23 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         backends = await asyncio.to_thread(find_backends, config.layerstore_root, run_dir, forced)
         mounts = LayerMounts(run_dir / "l", workers, backends, config.keep_layers)
         opener = await stack.enter_async_context(Opener(mounts, f"unix:{run_dir}/layerstore.sock"))
-        roots = Roots(config.root / "roots", run_dir / "base", mounts)
+        scratch = ScratchPool(
+            config.root / "scratch", keep=config.scratch_keep, idle_s=config.scratch_idle, reserve=config.reserve
+        )
+        roots = Roots(config.root / "roots", run_dir / "base", mounts, scratch)
         attached = AttachedRoots(config.root / "attached", opener, roots, mounts, keep=config.keep_mounts)
         snapshots = await asyncio.to_thread(open_snapshots, config.root, opener, mounts, keep=config.keep_mounts)
         snapshots.remote = RemoteLayers(opener, on_missing, config.prepare_timeout, snapshots.create_remote)
         # What an earlier snapshotter left: roots that nobody holds any more go from the top down, the rest is adopted
         # from the bottom up. If that fails all stays as it is, for the next start.
         await asyncio.to_thread(roots.prepare)
+        await asyncio.to_thread(scratch.prepare)
         await workers.adopt()
         await mounts.adopt()
         await attached.adopt()
         await snapshots.restore()
         await mounts.drop_unclaimed()
-        stack.push_async_callback(_close, attached, snapshots, roots, mounts, workers, keep=config.keep_mounts)
+        stack.push_async_callback(_close, attached, snapshots, roots, scratch, mounts, workers, keep=config.keep_mounts)
         # Ended before the mounts are: what it said last holds for the layerstore's grace period.
         reporting = asyncio.create_task(report_mounts(f"unix:{run_dir}/layerstore.sock", mounts))
         stack.push_async_callback(_cancelled, reporting)
@@ -141,6 +155,7 @@ async def _close(
     attached: "AttachedRoots",
     snapshots: "Snapshots",
     roots: "Roots",
+    scratch: "ScratchPool",
     mounts: "LayerMounts",
     workers: "FusedWorkers",
     *,
@@ -150,6 +165,7 @@ async def _close(
     await attached.close()
     await snapshots.close()
     await roots.close(keep_base=bool(attached.records()))
+    await scratch.close()
     await mounts.close(keep_used=keep or roots.staying)
     await workers.close(keep=mounts.workers())
 

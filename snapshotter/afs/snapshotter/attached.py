@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from afs.core.errors import FailedPrecondition, InvalidArgument, NotFound
+from afs.core.errors import FailedPrecondition, InvalidArgument, NotFound, Unimplemented
 from afs.core.files import write_atomic
 from afs.core.mounts import boot_id
 from afs.core.together import Unstopped
@@ -62,7 +62,9 @@ class Record:
     def write(self) -> None:
         """Replace the file. A crash of the machine may damage it, but ends the mounts as well."""
         root = {
-            field: value and str(value) for field, value in dataclasses.asdict(self.root).items() if field != "home"
+            field: value and str(value)
+            for field, value in dataclasses.asdict(self.root).items()
+            if field not in ("home", "scratch")
         }
         fields = {"version": _VERSION, "boot": self.boot, "image": self.image, "layers": self.layers}
         data = json.dumps(fields | {"root": root, "mounted": self.mounted}, indent=1)
@@ -178,6 +180,8 @@ class AttachedRoots:
         target = request.target
         if target is None:
             raise InvalidArgument("an attached root needs a target")
+        if request.disk_bytes:
+            raise Unimplemented("the size of a root that stays attached cannot be limited")
         await self.sweep()
         self._roots.check_free(Root.of(self._directory, request))  # before an image is pulled for nothing
         async with contextlib.AsyncExitStack() as stack:

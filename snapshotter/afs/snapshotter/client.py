@@ -26,14 +26,26 @@ class Hold:
 
     async def open(self, image: pb.OpenImage) -> pb.OpenedImage:
         """Have the image's layers mounted."""
-        opened = (await self._ask(pb.HoldRequest(open=image))).opened
-        self._lazy = opened.lazy
-        return opened
+        return self._opened(await self._ask(pb.HoldRequest(open=image)))
+
+    async def open_and_mount(self, image: pb.OpenImage, wanted: pb.MountRoot) -> tuple[pb.OpenedImage, MountedRoot]:
+        """:meth:`open` and :meth:`mount` in one exchange."""
+        answer = await self._ask(pb.HoldRequest(open=image, mount=wanted))
+        return self._opened(answer), MountedRoot.from_message(answer.mounted)
+
+    def _opened(self, answer: pb.HoldResponse) -> pb.OpenedImage:
+        self._lazy = answer.opened.lazy
+        return answer.opened
 
     async def mount(self, wanted: pb.MountRoot | None = None) -> MountedRoot:
         """Have a root mounted; *wanted* comes from :func:`~afs.snapshotter.messages.root_request`."""
         answer = await self._ask(pb.HoldRequest(mount=wanted or pb.MountRoot()))
         return MountedRoot.from_message(answer.mounted)
+
+    async def unmount(self, root: MountedRoot, *, then: pb.MountRoot | None = None) -> MountedRoot | None:
+        """Have *root* unmounted and removed, and then another one mounted, if one is wanted."""
+        answer = await self._ask(pb.HoldRequest(unmount=pb.UnmountRoot(path=os.fsencode(root.path)), mount=then))
+        return MountedRoot.from_message(answer.mounted) if then is not None else None
 
     async def check(self) -> None:
         """Unavailable if a read of the image's layers failed since it was opened: what ran on it cannot be trusted."""
@@ -103,10 +115,14 @@ class Mounts:
         """Close the channel; calls on it end."""
         await self._channel.close()
 
+    def hold(self) -> Hold:
+        """A new call of Mounts.Hold, for the caller to release."""
+        return Hold(self._stub.Hold(), self._peer)
+
     @contextlib.asynccontextmanager
     async def holding(self) -> AsyncIterator[Hold]:
         """A hold that is released at the end of the block, whatever ends it."""
-        hold = Hold(self._stub.Hold(), self._peer)
+        hold = self.hold()
         try:
             yield hold
         finally:

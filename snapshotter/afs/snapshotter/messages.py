@@ -38,8 +38,14 @@ def root_request(
     upper_dir: str | Path = "",
     proc_dev: bool = False,
     suid: bool = False,
+    disk_bytes: int = 0,
+    ids: tuple[int, int] | None = None,
 ) -> pb.MountRoot:
-    """What kind of root is wanted, see MountRoot in mounts.proto; paths are absolute, *extra_dirs* topmost first."""
+    """What kind of root is wanted, see MountRoot in mounts.proto; paths are absolute, *extra_dirs* topmost first.
+
+    At most *disk_bytes* can be written to it; 0: as the disk has room. *ids*: id_first and id_count.
+    """
+    id_first, id_count = ids or (0, 0)
     return pb.MountRoot(
         extra_dirs=[os.fsencode(path) for path in extra_dirs],
         read_only=read_only,
@@ -47,4 +53,7 @@ def root_request(
         upper_dir=os.fsencode(upper_dir),
         proc_dev=proc_dev,
         suid=suid,
+        disk_bytes=disk_bytes,
+        id_first=id_first,
+        id_count=id_count,
     )

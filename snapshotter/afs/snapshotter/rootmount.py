@@ -19,10 +19,12 @@ from typing import NamedTuple
 from afs.core import syscalls
 from afs.core.errors import AfsError, FailedPrecondition, InvalidArgument
 from afs.core.files import remove_tree
-from afs.core.mounts import MountPoint, list_mounts, unmount
+from afs.core.mounts import MountPoint, list_mounts, mounts_from, unmount
 from afs.snapshotter.layermount import MountedLayer
 from afs.snapshotter.overlay import mount_overlay
 from afs.snapshotter.procdev import mount_proc_dev, put_back
+from afs.snapshotter.scratchfs import Scratch
+from afs.snapshotter.shiftedids import Directories, Ids, open_way, shifted
 
 log = logging.getLogger(__name__)
 _WORK, _NEW_UPPER = "work-made", "upper-made"  # links in a home
@@ -32,10 +34,11 @@ class RootRequest:
     """What kind of root is wanted. *extra_dirs* are read-only, topmost first, over the image.
 
     *upper_dir* gets the directories ``upper``, which stays when the root goes, and ``.afs-work-<random>``, which does not.
-    All paths are resolved here, once: what a symlink leads to later changes nothing.
+    All paths are resolved here, once: what a symlink leads to later changes nothing. *disk_bytes* can be written at most;
+    0: no limit. *ids*: owners appear shifted, for a user namespace.
     """
 
-    __slots__ = ("extra_dirs", "proc_dev", "read_only", "suid", "target", "upper_dir", "work_name")
+    __slots__ = ("disk_bytes", "extra_dirs", "ids", "proc_dev", "read_only", "suid", "target", "upper_dir", "work_name")
 
     def __init__(
         self,
@@ -46,9 +49,15 @@ class RootRequest:
         upper_dir: str | bytes = "",
         proc_dev: bool = False,
         suid: bool = False,
+        disk_bytes: int = 0,
+        ids: Ids | None = None,
     ) -> None:
         if read_only and upper_dir:
             raise InvalidArgument("a read-only root has no upper directory")
+        if disk_bytes and read_only:
+            raise InvalidArgument("nothing is written to a read-only root, so disk_bytes cannot be asked for")
+        if disk_bytes and upper_dir:
+            raise InvalidArgument("an upper_dir is as large as its file system, so disk_bytes cannot be asked for")
         # overlayfs refuses a directory that is given twice.
         self.extra_dirs = tuple(dict.fromkeys(_directory(path) for path in extra_dirs))
         self.read_only = read_only
@@ -56,6 +65,8 @@ class RootRequest:
         self.upper_dir = _directory(upper_dir) if upper_dir else None
         self.work_name = f".afs-work-{secrets.token_hex(8)}" if upper_dir else "work"
         self.proc_dev = proc_dev
+        self.disk_bytes = disk_bytes
+        self.ids = ids
         # Nobody but root gets into a directory of the snapshotter's; a target may be anybody's.
         self.suid = suid or not target
         if self.target == Path("/"):
@@ -75,7 +86,8 @@ def _directory(path: str | bytes) -> Path:
 class Root:
     """A root as it is mounted and taken down. *upper* and *work* are None for a read-only one.
 
-    What is not below *home* is the user's: the upper directory stays then.
+    They are in *scratch* if that is there. What is neither in that nor in *home* is the user's: the upper directory
+    stays then.
     """
 
     home: Path
@@ -83,18 +95,24 @@ class Root:
     upper: Path | None
     work: Path | None
     proc_dev: bool
+    scratch: Scratch | None = None
 
     @classmethod
-    def of(cls, home: Path, request: RootRequest) -> "Root":
+    def of(cls, home: Path, request: RootRequest, scratch: Scratch | None = None) -> "Root":
         """The root that *request* asks for."""
-        path, written = request.target or home / "merged", request.upper_dir or home
+        path = request.target or home / "merged"
+        written = scratch.path if scratch is not None else request.upper_dir or home
         upper, work = (None, None) if request.read_only else (written / "upper", written / request.work_name)
-        return cls(home, path, upper, work, request.proc_dev)
+        return cls(home, path, upper, work, request.proc_dev, scratch)
 
     @property
     def kept_upper(self) -> Path | None:
         """The upper directory that stays when the root goes."""
-        return None if self.upper is None or self.upper.parent == self.home else self.upper
+        return None if self.upper is None or self.owns(self.upper) else self.upper
+
+    def owns(self, path: Path) -> bool:
+        """Whether *path*, the upper or work directory, is in a directory of the snapshotter's, which goes with the root."""
+        return path.parent == self.home or (self.scratch is not None and path.parent == self.scratch.path)
 
 
 class Lower(NamedTuple):
@@ -125,8 +143,10 @@ def _visible(layers: Sequence[MountedLayer]) -> list[Path]:
     return list(paths)
 
 
-def make_root(root: Root, lower: Lower, *, suid: bool) -> None:
+def make_root(root: Root, lower: Lower, *, suid: bool, ids: Ids | None = None) -> None:
     """Make the directories of *root* in its home and mount it; *suid*: setuid programs are setuid there.
+
+    *ids*: owners appear shifted.
 
     If it fails, :func:`detach_root` and :func:`remove_home` clear what is there; else :func:`keep_upper` is next.
     """
@@ -141,16 +161,27 @@ def make_root(root: Root, lower: Lower, *, suid: bool) -> None:
         empty = root.home / "empty"
         empty.mkdir()
         directories = (*directories, empty)
+    if ids is not None:
+        open_way(root.home, root.path, ids)
+    found = Directories(directories, root.upper, root.work)
+    with contextlib.nullcontext(found) if ids is None else shifted(root.home, found, ids) as found:
+        _mount(root, found, suid=suid)
+    if root.proc_dev:
+        mount_proc_dev(root.path, str(root.home))
+
+
+def _mount(root: Root, found: Directories, *, suid: bool) -> None:
     try:
-        volatile = root.kept_upper is None
         mount_overlay(
-            root.path, directories, root.upper, root.work, source=str(root.home), volatile=volatile, suid=suid
+            root.path,
+            *(found.lower, found.upper, found.work),
+            source=str(root.home),
+            volatile=root.kept_upper is None,
+            suid=suid,
         )
     except OSError as error:
         where = f", writing to {root.upper}" if root.upper else ""
         raise FailedPrecondition(f"cannot mount a root at {root.path}{where}: {error.strerror}") from error
-    if root.proc_dev:
-        mount_proc_dev(root.path, str(root.home))
 
 
 def _make_upper(root: Root, upper: Path, attributes: Path) -> None:
@@ -169,8 +200,8 @@ def _make_upper(root: Root, upper: Path, attributes: Path) -> None:
 
 
 def _make(root: Root, link: str, path: Path) -> None:
-    """Make the new directory *path*, with a *link* to it in the home if it is not there itself."""
-    if path.parent == root.home:
+    """Make the new directory *path*, with a *link* to it in the home if it is in a directory of the user's."""
+    if root.owns(path):
         path.mkdir(mode=0o700)
         return
     (root.home / link).symlink_to(path)
@@ -188,7 +219,7 @@ def keep_upper(root: Root) -> None:
 
 def mounts_of(home: Path) -> list[MountPoint]:
     """What is mounted for the root with that *home*, oldest first, wherever it is."""
-    return [mount for mount in list_mounts() if mount.source == str(home)]
+    return mounts_from(str(home))
 
 
 def place_of(home: Path, path: Path) -> Path:
@@ -247,21 +278,38 @@ def _topmost(table: Sequence[MountPoint], target: str) -> MountPoint:
     return [mount for mount in table if mount.target == target][-1]
 
 
-def detach_root(home: Path, path: Path | None = None) -> bool:
+def detach_root(home: Path, path: Path | None = None, mount_id: int = 0) -> bool:
     """Take down what is mounted for the root with that *home*, in use or not; whether nothing is left.
+
+    *mount_id* is that of the mount at *path*, if that is in the home. If it is still that one, not covered, and nothing is
+    mounted in it, then there is no need to look for what has to go, but for what is left: the table of mounts is read
+    once, not three times. With 150 roots that was 1.8 ms of the 3.1 for a removal.
 
     What is in use leaves the tree at once and goes when its last user does. What somebody mounted over it stays, with all
     that is below; and so does, if *path* says where the root is, what somebody bound or moved to other places.
     """
-    table = list_mounts()
-    found = [mount for mount in table if mount.source == str(home)]
-    for mount in reversed(found if path is None else _placed(table, home, path)):
-        if _topmost(table, mount.target) == mount:
-            unmount(mount.target)
+    if path is None or not mount_id or not _unmount_idle(path, mount_id):
+        table = list_mounts()
+        found = [mount for mount in table if mount.source == str(home)]
+        for mount in reversed(found if path is None else _placed(table, home, path)):
+            if _topmost(table, mount.target) == mount:
+                unmount(mount.target)
     left = mounts_of(home)
     if left:
         log.error("%s stays mounted until the next start tries again: it was covered, or bound there", left[0].target)
     return not left
+
+
+def _unmount_idle(path: Path, mount_id: int) -> bool:
+    """Unmount what is at *path* if it is that mount, and nobody uses it; whether that was so."""
+    try:
+        if syscalls.mount_id(str(path)) != mount_id:
+            return False
+        syscalls.umount(str(path))
+    except OSError as error:
+        log.debug("%s: %s", path, error)
+        return False
+    return True
 
 
 def remove_home(home: Path) -> None:

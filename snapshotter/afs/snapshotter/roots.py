@@ -14,6 +14,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from afs.core import syscalls
 from afs.core.errors import AlreadyExists, FailedPrecondition, InvalidArgument
 from afs.core.files import remove_tree
 from afs.core.mounts import unmount_below
@@ -32,6 +33,8 @@ from afs.snapshotter.rootmount import (
     mounts_of,
     remove_home,
 )
+from afs.snapshotter.scratchfs import Scratch
+from afs.snapshotter.scratchpool import ScratchPool
 
 log = logging.getLogger(__name__)
 _MAX_PATH = 230  # a home's path has to fit fsconfig(2), which takes 255 bytes
@@ -53,14 +56,15 @@ class Roots:
     """Makes roots below *directory*, which has to be on a file system that overlayfs takes as upper (ext4, xfs, tmpfs).
 
     *base* is the lowest directory of every root: the mount points that a container runtime needs. Without it the runtime
-    would make them in the upper directory of an image that lacks them, and they would be in the diff. :attr:`staying`: a
-    root could not be unmounted, and what is below it has to stay for the next snapshotter to try again.
+    would make them in the upper directory of an image that lacks them, and they would be in the diff. Roots with a limit
+    write to a file system of *scratch*. :attr:`staying`: a root could not be unmounted, and what is below it has to stay for the next snapshotter to try again.
     """
 
-    def __init__(self, directory: Path, base: Path, mounts: LayerMounts) -> None:
+    def __init__(self, directory: Path, base: Path, mounts: LayerMounts, scratch: ScratchPool | None = None) -> None:
         self._directory = directory.resolve()  # as mountinfo has it
         self._base = base.resolve()
         self._mounts = mounts
+        self._scratch = scratch
         self._next = 0
         self._removing: set[asyncio.Task[None]] = set()
         self._targets: set[Path] = set()
@@ -111,26 +115,38 @@ class Roots:
     ) -> MountedRoot:
         """Mount a root over *layers* (bottom first) until *stack* closes; without *home* it gets a new one.
 
-        AlreadyExists or FailedPrecondition if another root has its target or upper directory.
+        AlreadyExists or FailedPrecondition if another root has its target or upper directory. ResourceExhausted or
+        FailedPrecondition if its size cannot be limited.
         """
         if home is None:
             self._next += 1
             home = self._directory / str(self._next)
-        root, lower = Root.of(home, request), lower_directories(layers, request, self._base)
-        self.check_free(root)
+        lower = lower_directories(layers, request, self._base)
+        self.check_free(Root.of(home, request))
+        root = Root.of(home, request, self._take(request.disk_bytes))  # with no await from here to _push()
 
-        def make() -> None:
-            root.home.mkdir()
+        def make() -> int:
+            if root.scratch is not None and self._scratch is not None:
+                self._scratch.make(root.scratch)
+            root.home.mkdir(mode=0o700)  # for the day that the directory above is open, see open_way
             steps.before()
             _check_layers(layers)
-            make_root(root, lower, suid=request.suid)
+            make_root(root, lower, suid=request.suid, ids=request.ids)
             _check_layers(layers)  # what overlayfs was given
             steps.mounted()
             keep_upper(root)
+            return syscalls.mount_id(str(root.path)) if root.path.parent == root.home else 0
 
         making = self._push(stack, root, layers, asyncio.to_thread(make), steps.leaving)
         await asyncio.shield(making)
         return MountedRoot(root.path, root.upper, lower.directories)
+
+    def _take(self, disk_bytes: int) -> Scratch | None:
+        if not disk_bytes:
+            return None
+        if self._scratch is None:
+            raise FailedPrecondition("the size of roots cannot be limited here")
+        return self._scratch.take(disk_bytes)
 
     def check_free(self, root: Root) -> None:
         """AlreadyExists or FailedPrecondition if another root has the target or upper directory of *root*."""
@@ -158,10 +174,10 @@ class Roots:
         stack: contextlib.AsyncExitStack,
         root: Root,
         layers: Sequence[MountedLayer],
-        make: Coroutine[Any, Any, None],
+        make: Coroutine[Any, Any, int],
         leaving: Callable[[], None],
-    ) -> "asyncio.Task[None]":
-        """Begin *make*, after which *stack* has to remove *root*."""
+    ) -> "asyncio.Task[int]":
+        """Begin *make*, which gives the number of the root's mount, after which *stack* has to remove *root*."""
         self._targets.add(root.path)
         if root.kept_upper is not None:
             self._uppers.add(root.kept_upper)
@@ -172,7 +188,7 @@ class Roots:
 
     async def _remove(
         self,
-        making: "asyncio.Task[None]",
+        making: "asyncio.Task[int]",
         root: Root,
         layers: Sequence[MountedLayer],
         leaving: Callable[[], None],
@@ -181,11 +197,16 @@ class Roots:
 
         async def remove() -> None:
             await asyncio.wait([making])  # a thread cannot be cancelled: what it mounts has to be unmounted after it
+            mount_id = 0 if making.cancelled() or making.exception() else making.result()
+            gone = False
             try:
-                await asyncio.to_thread(_take_down, root, leaving)
+                gone, why_not = await asyncio.to_thread(_take_down, root, leaving, mount_id)
+                if gone and root.scratch is not None and self._scratch is not None:
+                    self._scratch.give_back(root.scratch, why_not)
             finally:
                 # Whatever failed: as long as it is mounted, it needs what is below it, and nobody else gets its place.
-                if await asyncio.to_thread(mounts_of, root.home):
+                left = [] if gone else await asyncio.to_thread(mounts_of, root.home)
+                if left:
                     await self.stay(layers)
                 else:
                     self._targets.discard(root.path)
@@ -206,8 +227,8 @@ class Roots:
             await self._staying.enter_async_context(self._mounts.claiming(layer.path, layer.diff_id))
 
 
-async def _nothing() -> None:
-    pass
+async def _nothing() -> int:
+    return 0
 
 
 def _check_layers(layers: Sequence[MountedLayer]) -> None:
@@ -217,7 +238,11 @@ def _check_layers(layers: Sequence[MountedLayer]) -> None:
             raise FailedPrecondition(f"layer {layer.diff_id} was unmounted, or covered, at {layer.path} by somebody")
 
 
-def _take_down(root: Root, leaving: Callable[[], None]) -> None:
+def _take_down(root: Root, leaving: Callable[[], None], mount_id: int) -> tuple[bool, str]:
+    """Whether it is gone, and why its scratch file system cannot be used again, "" if it can."""
     leaving()
-    if detach_root(root.home, root.path):
-        remove_home(root.home)
+    if not detach_root(root.home, root.path, mount_id):
+        return False, ""
+    why_not = root.scratch.empty() if root.scratch is not None and root.scratch.made else ""
+    remove_home(root.home)
+    return True, why_not

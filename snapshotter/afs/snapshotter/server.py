@@ -20,6 +20,7 @@ from afs.snapshotter.layermounts import LayerMounts
 from afs.snapshotter.opening import Opener
 from afs.snapshotter.rootmount import RootRequest
 from afs.snapshotter.roots import Roots
+from afs.snapshotter.shiftedids import Ids
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -40,36 +41,11 @@ class MountsService(mounts_pb2_grpc.MountsServicer):
     async def Hold(
         self, request_iterator: AsyncIterator[pb.HoldRequest], context: Context
     ) -> AsyncIterator[pb.HoldResponse]:
-        layers: list[MountedLayer] | None = None
-        faults: list[int] = []
         # The stack is the lease: it unwinds when the caller half-closes, is cancelled or dies.
         async with contextlib.AsyncExitStack() as stack:
+            held = _Held(self._opener, self._roots, self._mounts, stack)
             async for request in request_iterator:
-                if request.HasField("open"):
-                    if layers is not None:
-                        raise InvalidArgument("one image per call")
-                    opened, layers = await self._open(stack, request.open)
-                    faults = [self._mounts.faults(layer) for layer in layers]
-                    yield pb.HoldResponse(opened=opened)
-                elif request.HasField("mount"):
-                    if layers is None:
-                        raise InvalidArgument("open an image before mounting it")
-                    root = await self._roots.mount_root(stack, layers, _root_request(request.mount))
-                    yield pb.HoldResponse(mounted=root.message())
-                elif request.HasField("check"):
-                    pairs = zip(layers or [], faults, strict=True)
-                    failed = {layer.diff_id for layer, before in pairs if self._mounts.faults(layer) != before}
-                    yield pb.HoldResponse(faults=pb.ReadFaults(layers=sorted(failed)))
-                else:
-                    raise InvalidArgument("neither open, mount nor check")
-
-    async def _open(
-        self, stack: contextlib.AsyncExitStack, request: pb.OpenImage
-    ) -> tuple[pb.OpenedImage, list[MountedLayer]]:
-        image, layers = await self._opener.open_image(stack, _name(request), force_local=request.force_local_fetch)
-        lazy = any(layer.worker is not None for layer in layers)
-        opened = pb.OpenedImage(key=image.key, manifest_digest=image.manifest_digest, config=image.config, lazy=lazy)
-        return opened, layers
+                yield await held.answer(request)
 
     @override
     async def Attach(self, request: pb.AttachRequest, context: Context) -> pb.MountedRoot:
@@ -113,6 +89,62 @@ class MountsService(mounts_pb2_grpc.MountsServicer):
         )
 
 
+class _Held:
+    """What one Hold call has; it belongs to the call's task. All of it goes when *stack* closes."""
+
+    def __init__(self, opener: Opener, roots: Roots, mounts: LayerMounts, stack: contextlib.AsyncExitStack) -> None:
+        self._opener = opener
+        self._roots = roots
+        self._mounts = mounts
+        self._stack = stack
+        self._layers: list[MountedLayer] | None = None
+        self._faults: list[int] = []
+        self._mounted: dict[Path, contextlib.AsyncExitStack] = {}
+
+    async def answer(self, request: pb.HoldRequest) -> pb.HoldResponse:
+        """Do all that *request* asks for."""
+        if not request.ListFields():
+            raise InvalidArgument("neither open, mount, unmount nor check")
+        response = pb.HoldResponse()
+        if request.HasField("open"):
+            response.opened.CopyFrom(await self._open(request.open))
+        if request.HasField("unmount"):
+            await self._unmount(Path(os.fsdecode(request.unmount.path)))
+            response.unmounted.SetInParent()
+        if request.HasField("mount"):
+            response.mounted.CopyFrom(await self._mount(request.mount))
+        if request.HasField("check"):
+            pairs = zip(self._layers or [], self._faults, strict=True)
+            failed = {layer.diff_id for layer, before in pairs if self._mounts.faults(layer) != before}
+            response.faults.layers.extend(sorted(failed))
+            response.faults.SetInParent()
+        return response
+
+    async def _open(self, request: pb.OpenImage) -> pb.OpenedImage:
+        if self._layers is not None:
+            raise InvalidArgument("one image per call")
+        image, layers = await self._opener.open_image(
+            self._stack, _name(request), force_local=request.force_local_fetch
+        )
+        self._layers, self._faults = layers, [self._mounts.faults(layer) for layer in layers]
+        lazy = any(layer.worker is not None for layer in layers)
+        return pb.OpenedImage(key=image.key, manifest_digest=image.manifest_digest, config=image.config, lazy=lazy)
+
+    async def _mount(self, request: pb.MountRoot) -> pb.MountedRoot:
+        if self._layers is None:
+            raise InvalidArgument("open an image before mounting it")
+        own = await self._stack.enter_async_context(contextlib.AsyncExitStack())
+        root = await self._roots.mount_root(own, self._layers, _root_request(request))
+        self._mounted[root.path] = own
+        return root.message()
+
+    async def _unmount(self, path: Path) -> None:
+        own = self._mounted.pop(path, None)
+        if own is None:
+            raise InvalidArgument(f"{path} is not a root of this call")
+        await own.aclose()
+
+
 def _attached(record: Record) -> pb.AttachedRoot:
     root = record.root
     return pb.AttachedRoot(
@@ -141,4 +173,6 @@ def _root_request(request: pb.MountRoot) -> RootRequest:
         upper_dir=request.upper_dir,
         proc_dev=request.proc_dev,
         suid=request.suid,
+        disk_bytes=request.disk_bytes,
+        ids=Ids(request.id_first, request.id_count) if request.id_count else None,
     )

@@ -304,6 +304,7 @@ class StartRequest(_message.Message):
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     PROGRESS_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    NO_UPLOAD_FIELD_NUMBER: _builtins.int
     image: _builtins.str
     tag: _builtins.str
     """a tag or a digest; empty if `image` holds it"""
@@ -362,6 +363,8 @@ class StartRequest(_message.Message):
     """at the proxy: requests of a tenant with one key are one run"""
     progress: _builtins.bool
     """`progress` responses are understood"""
+    no_upload: _builtins.bool
+    """no files follow: the command need not wait for the half-close, which takes a round trip more"""
     @_builtins.property
     def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """empty: the image's Entrypoint and Cmd"""
@@ -436,10 +439,11 @@ class StartRequest(_message.Message):
         idempotency_key: _builtins.str = ...,
         progress: _builtins.bool = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        no_upload: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["terminal_size", b"terminal_size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_only", b"bytes_only", "command", b"command", "cpu_cores", b"cpu_cores", "cpu_millis", b"cpu_millis", "cwd", b"cwd", "diff_exclude", b"diff_exclude", "diff_format", b"diff_format", "diff_include", b"diff_include", "diff_max_bytes", b"diff_max_bytes", "discovery_addr", b"discovery_addr", "disk_mb", b"disk_mb", "egress_allow", b"egress_allow", "env", b"env", "force_local_fetch", b"force_local_fetch", "fuse_max_read_ahead_bytes", b"fuse_max_read_ahead_bytes", "groups", b"groups", "hostname", b"hostname", "idempotency_key", b"idempotency_key", "image", b"image", "labels", b"labels", "max_output_bytes", b"max_output_bytes", "memory_mb", b"memory_mb", "network", b"network", "node_id", b"node_id", "pids_limit", b"pids_limit", "platform_arch", b"platform_arch", "platform_os", b"platform_os", "platform_variant", b"platform_variant", "priority", b"priority", "progress", b"progress", "proxy_dispatch_backoff_ms", b"proxy_dispatch_backoff_ms", "proxy_dispatch_max_retries", b"proxy_dispatch_max_retries", "queue_timeout_ms", b"queue_timeout_ms", "stdin", b"stdin", "tag", b"tag", "tenant", b"tenant", "term_grace_ms", b"term_grace_ms", "terminal_size", b"terminal_size", "timeout_ms", b"timeout_ms", "tty", b"tty", "upload_mode", b"upload_mode", "user", b"user", "user_namespace", b"user_namespace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_only", b"bytes_only", "command", b"command", "cpu_cores", b"cpu_cores", "cpu_millis", b"cpu_millis", "cwd", b"cwd", "diff_exclude", b"diff_exclude", "diff_format", b"diff_format", "diff_include", b"diff_include", "diff_max_bytes", b"diff_max_bytes", "discovery_addr", b"discovery_addr", "disk_mb", b"disk_mb", "egress_allow", b"egress_allow", "env", b"env", "force_local_fetch", b"force_local_fetch", "fuse_max_read_ahead_bytes", b"fuse_max_read_ahead_bytes", "groups", b"groups", "hostname", b"hostname", "idempotency_key", b"idempotency_key", "image", b"image", "labels", b"labels", "max_output_bytes", b"max_output_bytes", "memory_mb", b"memory_mb", "network", b"network", "no_upload", b"no_upload", "node_id", b"node_id", "pids_limit", b"pids_limit", "platform_arch", b"platform_arch", "platform_os", b"platform_os", "platform_variant", b"platform_variant", "priority", b"priority", "progress", b"progress", "proxy_dispatch_backoff_ms", b"proxy_dispatch_backoff_ms", "proxy_dispatch_max_retries", b"proxy_dispatch_max_retries", "queue_timeout_ms", b"queue_timeout_ms", "stdin", b"stdin", "tag", b"tag", "tenant", b"tenant", "term_grace_ms", b"term_grace_ms", "terminal_size", b"terminal_size", "timeout_ms", b"timeout_ms", "tty", b"tty", "upload_mode", b"upload_mode", "user", b"user", "user_namespace", b"user_namespace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

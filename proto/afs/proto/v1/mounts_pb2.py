@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x61\x66s/proto/v1/mounts.proto\x12\x06\x61\x66s.v1\"\x84\x01\n\x0bHoldRequest\x12!\n\x04open\x18\x01 \x01(\x0b\x32\x11.afs.v1.OpenImageH\x00\x12\"\n\x05mount\x18\x02 \x01(\x0b\x32\x11.afs.v1.MountRootH\x00\x12#\n\x05\x63heck\x18\x03 \x01(\x0b\x32\x12.afs.v1.CheckReadsH\x00\x42\t\n\x07payload\"\x0c\n\nCheckReads\"u\n\tOpenImage\x12\r\n\x05image\x18\x01 \x01(\t\x12\x0b\n\x03tag\x18\x02 \x01(\t\x12\n\n\x02os\x18\x03 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x04 \x01(\t\x12\x0f\n\x07variant\x18\x05 \x01(\t\x12\x19\n\x11\x66orce_local_fetch\x18\x06 \x01(\x08\"\xad\x01\n\tMountRoot\x12\x12\n\nextra_dirs\x18\x01 \x03(\x0c\x12\x11\n\tread_only\x18\x02 \x01(\x08\x12\x0e\n\x06target\x18\x03 \x01(\x0c\x12\x11\n\tupper_dir\x18\x04 \x01(\x0c\x12\x10\n\x08proc_dev\x18\x05 \x01(\x08\x12\x0c\n\x04suid\x18\x06 \x01(\x08\x12\x12\n\ndisk_bytes\x18\x07 \x01(\x04\x12\x10\n\x08id_first\x18\x08 \x01(\r\x12\x10\n\x08id_count\x18\t \x01(\r\"R\n\rAttachRequest\x12\x1f\n\x04open\x18\x01 \x01(\x0b\x32\x11.afs.v1.OpenImage\x12 \n\x05mount\x18\x02 \x01(\x0b\x32\x11.afs.v1.MountRoot\"\x1f\n\rDetachRequest\x12\x0e\n\x06target\x18\x01 \x01(\x0c\"$\n\x0e\x44\x65tachResponse\x12\x12\n\nkept_upper\x18\x01 \x01(\x0c\"\x8e\x01\n\x0cHoldResponse\x12%\n\x06opened\x18\x01 \x01(\x0b\x32\x13.afs.v1.OpenedImageH\x00\x12&\n\x07mounted\x18\x02 \x01(\x0b\x32\x13.afs.v1.MountedRootH\x00\x12$\n\x06\x66\x61ults\x18\x03 \x01(\x0b\x32\x12.afs.v1.ReadFaultsH\x00\x42\t\n\x07payload\"\x1c\n\nReadFaults\x12\x0e\n\x06layers\x18\x01 \x03(\t\"Q\n\x0bOpenedImage\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x17\n\x0fmanifest_digest\x18\x02 \x01(\t\x12\x0e\n\x06\x63onfig\x18\x03 \x01(\x0c\x12\x0c\n\x04lazy\x18\x04 \x01(\x08\"9\n\x0bMountedRoot\x12\x0c\n\x04path\x18\x01 \x01(\x0c\x12\r\n\x05upper\x18\x02 \x01(\x0c\x12\r\n\x05lower\x18\x03 \x03(\x0c\"\x0e\n\x0cStatsRequest\"\xa9\x01\n\rStatsResponse\x12$\n\x06layers\x18\x01 \x03(\x0b\x32\x14.afs.v1.MountedLayer\x12\r\n\x05roots\x18\x02 \x01(\r\x12&\n\x08\x61ttached\x18\x03 \x03(\x0b\x32\x14.afs.v1.AttachedRoot\x12$\n\x07workers\x18\x04 \x03(\x0b\x32\x13.afs.v1.FusedWorker\x12\x15\n\rworker_deaths\x18\x05 \x01(\r\"\xc1\x01\n\x0cMountedLayer\x12\x0f\n\x07\x64iff_id\x18\x01 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x02 \x01(\t\x12\r\n\x05users\x18\x03 \x01(\r\x12\x0c\n\x04lazy\x18\x04 \x01(\x08\x12\x13\n\x06worker\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05reads\x18\x06 \x01(\x04\x12\x12\n\nbytes_read\x18\x07 \x01(\x04\x12\r\n\x05waits\x18\x08 \x01(\x04\x12\x0e\n\x06\x66\x61ults\x18\t \x01(\x04\x12\x10\n\x08\x66\x61llback\x18\n \x01(\tB\t\n\x07_worker\"L\n\x0c\x41ttachedRoot\x12\x0e\n\x06target\x18\x01 \x01(\x0c\x12\r\n\x05image\x18\x02 \x01(\t\x12\r\n\x05upper\x18\x03 \x01(\x0c\x12\x0e\n\x06layers\x18\x04 \x03(\t\"I\n\x0b\x46usedWorker\x12\x0e\n\x06number\x18\x01 \x01(\r\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\r\n\x05\x61live\x18\x03 \x01(\x08\x12\x0e\n\x06layers\x18\x04 \x01(\r2\xe4\x01\n\x06Mounts\x12\x35\n\x04Hold\x12\x13.afs.v1.HoldRequest\x1a\x14.afs.v1.HoldResponse(\x01\x30\x01\x12\x34\n\x06\x41ttach\x12\x15.afs.v1.AttachRequest\x1a\x13.afs.v1.MountedRoot\x12\x37\n\x06\x44\x65tach\x12\x15.afs.v1.DetachRequest\x1a\x16.afs.v1.DetachResponse\x12\x34\n\x05Stats\x12\x14.afs.v1.StatsRequest\x1a\x15.afs.v1.StatsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x61\x66s/proto/v1/mounts.proto\x12\x06\x61\x66s.v1\"\x99\x01\n\x0bHoldRequest\x12\x1f\n\x04open\x18\x01 \x01(\x0b\x32\x11.afs.v1.OpenImage\x12 \n\x05mount\x18\x02 \x01(\x0b\x32\x11.afs.v1.MountRoot\x12!\n\x05\x63heck\x18\x03 \x01(\x0b\x32\x12.afs.v1.CheckReads\x12$\n\x07unmount\x18\x04 \x01(\x0b\x32\x13.afs.v1.UnmountRoot\"\x1b\n\x0bUnmountRoot\x12\x0c\n\x04path\x18\x01 \x01(\x0c\"\x0f\n\rUnmountedRoot\"\x0c\n\nCheckReads\"u\n\tOpenImage\x12\r\n\x05image\x18\x01 \x01(\t\x12\x0b\n\x03tag\x18\x02 \x01(\t\x12\n\n\x02os\x18\x03 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x04 \x01(\t\x12\x0f\n\x07variant\x18\x05 \x01(\t\x12\x19\n\x11\x66orce_local_fetch\x18\x06 \x01(\x08\"\xad\x01\n\tMountRoot\x12\x12\n\nextra_dirs\x18\x01 \x03(\x0c\x12\x11\n\tread_only\x18\x02 \x01(\x08\x12\x0e\n\x06target\x18\x03 \x01(\x0c\x12\x11\n\tupper_dir\x18\x04 \x01(\x0c\x12\x10\n\x08proc_dev\x18\x05 \x01(\x08\x12\x0c\n\x04suid\x18\x06 \x01(\x08\x12\x12\n\ndisk_bytes\x18\x07 \x01(\x04\x12\x10\n\x08id_first\x18\x08 \x01(\r\x12\x10\n\x08id_count\x18\t \x01(\r\"R\n\rAttachRequest\x12\x1f\n\x04open\x18\x01 \x01(\x0b\x32\x11.afs.v1.OpenImage\x12 \n\x05mount\x18\x02 \x01(\x0b\x32\x11.afs.v1.MountRoot\"\x1f\n\rDetachRequest\x12\x0e\n\x06target\x18\x01 \x01(\x0c\"$\n\x0e\x44\x65tachResponse\x12\x12\n\nkept_upper\x18\x01 \x01(\x0c\"\xa7\x01\n\x0cHoldResponse\x12#\n\x06opened\x18\x01 \x01(\x0b\x32\x13.afs.v1.OpenedImage\x12$\n\x07mounted\x18\x02 \x01(\x0b\x32\x13.afs.v1.MountedRoot\x12\"\n\x06\x66\x61ults\x18\x03 \x01(\x0b\x32\x12.afs.v1.ReadFaults\x12(\n\tunmounted\x18\x04 \x01(\x0b\x32\x15.afs.v1.UnmountedRoot\"\x1c\n\nReadFaults\x12\x0e\n\x06layers\x18\x01 \x03(\t\"Q\n\x0bOpenedImage\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x17\n\x0fmanifest_digest\x18\x02 \x01(\t\x12\x0e\n\x06\x63onfig\x18\x03 \x01(\x0c\x12\x0c\n\x04lazy\x18\x04 \x01(\x08\"9\n\x0bMountedRoot\x12\x0c\n\x04path\x18\x01 \x01(\x0c\x12\r\n\x05upper\x18\x02 \x01(\x0c\x12\r\n\x05lower\x18\x03 \x03(\x0c\"\x0e\n\x0cStatsRequest\"\xa9\x01\n\rStatsResponse\x12$\n\x06layers\x18\x01 \x03(\x0b\x32\x14.afs.v1.MountedLayer\x12\r\n\x05roots\x18\x02 \x01(\r\x12&\n\x08\x61ttached\x18\x03 \x03(\x0b\x32\x14.afs.v1.AttachedRoot\x12$\n\x07workers\x18\x04 \x03(\x0b\x32\x13.afs.v1.FusedWorker\x12\x15\n\rworker_deaths\x18\x05 \x01(\r\"\xc1\x01\n\x0cMountedLayer\x12\x0f\n\x07\x64iff_id\x18\x01 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x02 \x01(\t\x12\r\n\x05users\x18\x03 \x01(\r\x12\x0c\n\x04lazy\x18\x04 \x01(\x08\x12\x13\n\x06worker\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05reads\x18\x06 \x01(\x04\x12\x12\n\nbytes_read\x18\x07 \x01(\x04\x12\r\n\x05waits\x18\x08 \x01(\x04\x12\x0e\n\x06\x66\x61ults\x18\t \x01(\x04\x12\x10\n\x08\x66\x61llback\x18\n \x01(\tB\t\n\x07_worker\"L\n\x0c\x41ttachedRoot\x12\x0e\n\x06target\x18\x01 \x01(\x0c\x12\r\n\x05image\x18\x02 \x01(\t\x12\r\n\x05upper\x18\x03 \x01(\x0c\x12\x0e\n\x06layers\x18\x04 \x03(\t\"I\n\x0b\x46usedWorker\x12\x0e\n\x06number\x18\x01 \x01(\r\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\r\n\x05\x61live\x18\x03 \x01(\x08\x12\x0e\n\x06layers\x18\x04 \x01(\r2\xe4\x01\n\x06Mounts\x12\x35\n\x04Hold\x12\x13.afs.v1.HoldRequest\x1a\x14.afs.v1.HoldResponse(\x01\x30\x01\x12\x34\n\x06\x41ttach\x12\x15.afs.v1.AttachRequest\x1a\x13.afs.v1.MountedRoot\x12\x37\n\x06\x44\x65tach\x12\x15.afs.v1.DetachRequest\x1a\x16.afs.v1.DetachResponse\x12\x34\n\x05Stats\x12\x14.afs.v1.StatsRequest\x1a\x15.afs.v1.StatsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,37 +32,41 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'afs.proto.v1.mounts_pb2', _
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_HOLDREQUEST']._serialized_start=38
-  _globals['_HOLDREQUEST']._serialized_end=170
-  _globals['_CHECKREADS']._serialized_start=172
-  _globals['_CHECKREADS']._serialized_end=184
-  _globals['_OPENIMAGE']._serialized_start=186
-  _globals['_OPENIMAGE']._serialized_end=303
-  _globals['_MOUNTROOT']._serialized_start=306
-  _globals['_MOUNTROOT']._serialized_end=479
-  _globals['_ATTACHREQUEST']._serialized_start=481
-  _globals['_ATTACHREQUEST']._serialized_end=563
-  _globals['_DETACHREQUEST']._serialized_start=565
-  _globals['_DETACHREQUEST']._serialized_end=596
-  _globals['_DETACHRESPONSE']._serialized_start=598
-  _globals['_DETACHRESPONSE']._serialized_end=634
-  _globals['_HOLDRESPONSE']._serialized_start=637
-  _globals['_HOLDRESPONSE']._serialized_end=779
-  _globals['_READFAULTS']._serialized_start=781
-  _globals['_READFAULTS']._serialized_end=809
-  _globals['_OPENEDIMAGE']._serialized_start=811
-  _globals['_OPENEDIMAGE']._serialized_end=892
-  _globals['_MOUNTEDROOT']._serialized_start=894
-  _globals['_MOUNTEDROOT']._serialized_end=951
-  _globals['_STATSREQUEST']._serialized_start=953
-  _globals['_STATSREQUEST']._serialized_end=967
-  _globals['_STATSRESPONSE']._serialized_start=970
-  _globals['_STATSRESPONSE']._serialized_end=1139
-  _globals['_MOUNTEDLAYER']._serialized_start=1142
-  _globals['_MOUNTEDLAYER']._serialized_end=1335
-  _globals['_ATTACHEDROOT']._serialized_start=1337
-  _globals['_ATTACHEDROOT']._serialized_end=1413
-  _globals['_FUSEDWORKER']._serialized_start=1415
-  _globals['_FUSEDWORKER']._serialized_end=1488
-  _globals['_MOUNTS']._serialized_start=1491
-  _globals['_MOUNTS']._serialized_end=1719
+  _globals['_HOLDREQUEST']._serialized_end=191
+  _globals['_UNMOUNTROOT']._serialized_start=193
+  _globals['_UNMOUNTROOT']._serialized_end=220
+  _globals['_UNMOUNTEDROOT']._serialized_start=222
+  _globals['_UNMOUNTEDROOT']._serialized_end=237
+  _globals['_CHECKREADS']._serialized_start=239
+  _globals['_CHECKREADS']._serialized_end=251
+  _globals['_OPENIMAGE']._serialized_start=253
+  _globals['_OPENIMAGE']._serialized_end=370
+  _globals['_MOUNTROOT']._serialized_start=373
+  _globals['_MOUNTROOT']._serialized_end=546
+  _globals['_ATTACHREQUEST']._serialized_start=548
+  _globals['_ATTACHREQUEST']._serialized_end=630
+  _globals['_DETACHREQUEST']._serialized_start=632
+  _globals['_DETACHREQUEST']._serialized_end=663
+  _globals['_DETACHRESPONSE']._serialized_start=665
+  _globals['_DETACHRESPONSE']._serialized_end=701
+  _globals['_HOLDRESPONSE']._serialized_start=704
+  _globals['_HOLDRESPONSE']._serialized_end=871
+  _globals['_READFAULTS']._serialized_start=873
+  _globals['_READFAULTS']._serialized_end=901
+  _globals['_OPENEDIMAGE']._serialized_start=903
+  _globals['_OPENEDIMAGE']._serialized_end=984
+  _globals['_MOUNTEDROOT']._serialized_start=986
+  _globals['_MOUNTEDROOT']._serialized_end=1043
+  _globals['_STATSREQUEST']._serialized_start=1045
+  _globals['_STATSREQUEST']._serialized_end=1059
+  _globals['_STATSRESPONSE']._serialized_start=1062
+  _globals['_STATSRESPONSE']._serialized_end=1231
+  _globals['_MOUNTEDLAYER']._serialized_start=1234
+  _globals['_MOUNTEDLAYER']._serialized_end=1427
+  _globals['_ATTACHEDROOT']._serialized_start=1429
+  _globals['_ATTACHEDROOT']._serialized_end=1505
+  _globals['_FUSEDWORKER']._serialized_start=1507
+  _globals['_FUSEDWORKER']._serialized_end=1580
+  _globals['_MOUNTS']._serialized_start=1583
+  _globals['_MOUNTS']._serialized_end=1811
 # @@protoc_insertion_point(module_scope)

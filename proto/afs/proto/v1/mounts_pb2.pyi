@@ -27,28 +27,66 @@ class HoldRequest(_message.Message):
     OPEN_FIELD_NUMBER: _builtins.int
     MOUNT_FIELD_NUMBER: _builtins.int
     CHECK_FIELD_NUMBER: _builtins.int
+    UNMOUNT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def open(self) -> Global___OpenImage: ...
     @_builtins.property
     def mount(self) -> Global___MountRoot: ...
     @_builtins.property
     def check(self) -> Global___CheckReads: ...
+    @_builtins.property
+    def unmount(self) -> Global___UnmountRoot: ...
     def __init__(
         self,
         *,
         open: Global___OpenImage | None = ...,
         mount: Global___MountRoot | None = ...,
         check: Global___CheckReads | None = ...,
+        unmount: Global___UnmountRoot | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["check", b"check", "mount", b"mount", "open", b"open", "payload", b"payload"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["check", b"check", "mount", b"mount", "open", b"open", "unmount", b"unmount"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["check", b"check", "mount", b"mount", "open", b"open", "payload", b"payload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["check", b"check", "mount", b"mount", "open", b"open", "unmount", b"unmount"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["open", "mount", "check"]  # noqa: Y015
-    _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_payload) -> _WhichOneofReturnType_payload | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HoldRequest: _TypeAlias = HoldRequest  # noqa: Y015
+
+@_typing.final
+class UnmountRoot(_message.Message):
+    """On the response the root is unmounted and what was written to it is gone."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    path: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        path: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnmountRoot: _TypeAlias = UnmountRoot  # noqa: Y015
+
+@_typing.final
+class UnmountedRoot(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnmountedRoot: _TypeAlias = UnmountedRoot  # noqa: Y015
 
 @_typing.final
 class CheckReads(_message.Message):
@@ -230,26 +268,28 @@ class HoldResponse(_message.Message):
     OPENED_FIELD_NUMBER: _builtins.int
     MOUNTED_FIELD_NUMBER: _builtins.int
     FAULTS_FIELD_NUMBER: _builtins.int
+    UNMOUNTED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def opened(self) -> Global___OpenedImage: ...
     @_builtins.property
     def mounted(self) -> Global___MountedRoot: ...
     @_builtins.property
     def faults(self) -> Global___ReadFaults: ...
+    @_builtins.property
+    def unmounted(self) -> Global___UnmountedRoot: ...
     def __init__(
         self,
         *,
         opened: Global___OpenedImage | None = ...,
         mounted: Global___MountedRoot | None = ...,
         faults: Global___ReadFaults | None = ...,
+        unmounted: Global___UnmountedRoot | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["faults", b"faults", "mounted", b"mounted", "opened", b"opened", "payload", b"payload"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["faults", b"faults", "mounted", b"mounted", "opened", b"opened", "unmounted", b"unmounted"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["faults", b"faults", "mounted", b"mounted", "opened", b"opened", "payload", b"payload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["faults", b"faults", "mounted", b"mounted", "opened", b"opened", "unmounted", b"unmounted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["opened", "mounted", "faults"]  # noqa: Y015
-    _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_payload) -> _WhichOneofReturnType_payload | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HoldResponse: _TypeAlias = HoldResponse  # noqa: Y015
 

@@ -65,6 +65,8 @@ class MountsServicer:
         -> open     <- opened    (the image's layers are mounted)
         -> mount    <- mounted   (any number of times)
         -> check    <- faults    (any number of times)
+        -> unmount  <- unmounted (a root of this call, before its end)
+        One request may have several of these, done in the order open, unmount, mount, check; its response answers them all.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

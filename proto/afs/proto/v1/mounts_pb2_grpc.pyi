@@ -39,6 +39,8 @@ class MountsStub:
       -> open     <- opened    (the image's layers are mounted)
       -> mount    <- mounted   (any number of times)
       -> check    <- faults    (any number of times)
+      -> unmount  <- unmounted (a root of this call, before its end)
+    One request may have several of these, done in the order open, unmount, mount, check; its response answers them all.
     """
     Attach: _grpc.UnaryUnaryMultiCallable[_mounts_pb2.AttachRequest, _mounts_pb2.MountedRoot]
     """A root that outlives the caller and a restart of the snapshotter, until Detach or the end of the machine. If the call
@@ -57,6 +59,8 @@ class MountsAsyncStub(MountsStub):
       -> open     <- opened    (the image's layers are mounted)
       -> mount    <- mounted   (any number of times)
       -> check    <- faults    (any number of times)
+      -> unmount  <- unmounted (a root of this call, before its end)
+    One request may have several of these, done in the order open, unmount, mount, check; its response answers them all.
     """
     Attach: _aio.UnaryUnaryMultiCallable[_mounts_pb2.AttachRequest, _mounts_pb2.MountedRoot]  # type: ignore[assignment]
     """A root that outlives the caller and a restart of the snapshotter, until Detach or the end of the machine. If the call
@@ -78,6 +82,8 @@ class MountsServicer(metaclass=_abc_1.ABCMeta):
           -> open     <- opened    (the image's layers are mounted)
           -> mount    <- mounted   (any number of times)
           -> check    <- faults    (any number of times)
+          -> unmount  <- unmounted (a root of this call, before its end)
+        One request may have several of these, done in the order open, unmount, mount, check; its response answers them all.
         """
 
     @_abc_1.abstractmethod
