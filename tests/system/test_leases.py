@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 import pytest
@@ -15,12 +16,14 @@ from afs.core.cluster import start_process
 from afs.core.rpc import EOF
 from afs.proto.v1 import afslet_pb2 as pb
 from tests.testbed import capabilities, leaks, netns
-from tests.testbed.leaseclient import PHASES, TALKING, reached, start
+from tests.testbed.leaseclient import BRIDGED, PHASES, TALKING, reached, start
 from tests.testbed.leased import GRACE, calling, end, fault_of, keeper_of, nothing_left, other_flags, until
 
 if TYPE_CHECKING:
     import random
+    from collections.abc import AsyncIterator
 
+    from afs.core.cluster import Process
     from tests.testbed.cluster import RealCluster
     from tests.testbed.images import BusyboxImage
 
@@ -183,25 +186,52 @@ async def test_client_that_stops_reading(leased: RealCluster, busybox_image: Bus
         await nothing_left(leased)
 
 
-@pytest.mark.parametrize("side", ["client", "node"])
-async def test_a_link_is_cut(leased: RealCluster, busybox_image: BusyboxImage, side: str) -> None:
-    """Nobody is told. The node's afslet is on another host than the client."""
-    capabilities.require("netns")
-    node = leased.nodes[0]
-    original = node.afslet
-    with netns.hosts([1, 2]) as hosts:
-        node.afslet.popen.terminate()
-        await asyncio.to_thread(node.afslet.popen.wait, GRACE)
-        address = f"{hosts[1].address}:61051"
-        arguments = [*(str(argument) for argument in original.popen.args[3:]), f"--listen={address}", "--insecure"]  # type: ignore[index]
-        remote = await start_process("remote-afslet", "afs.afslet", arguments, leased.directory, prefix=hosts[1].prefix)
-        with leaks.exempt(pids=[remote.popen.pid]):
-            async with reached(address, busybox_image.reference, "run", hosts[2].prefix):
-                assert leased.processes_of_runs(node)
-                hosts[2 if side == "client" else 1].cut()
-                await nothing_left(leased)
+@asynccontextmanager
+async def afslet_on(host: netns.Host, running: RealCluster) -> AsyncIterator[Process]:
+    """The node's afslet on a host of its own instead."""
+    afslet = running.nodes[0].afslet
+    afslet.popen.terminate()
+    await asyncio.to_thread(afslet.popen.wait, GRACE)
+    arguments = [*map(str, cast("list[str]", afslet.popen.args)[3:]), f"--listen={host.address}:61051", "--insecure"]
+    remote = await start_process("remote-afslet", "afs.afslet", arguments, running.directory, prefix=host.prefix)
+    with leaks.exempt(pids=[remote.popen.pid]):
+        try:
+            yield remote
+        finally:
             remote.popen.terminate()
             await asyncio.to_thread(remote.popen.wait, GRACE)
+
+
+@pytest.mark.parametrize("side", ["client", "node"])
+async def test_a_link_is_cut(leased: RealCluster, busybox_image: BusyboxImage, side: str) -> None:
+    """Nobody is told."""
+    capabilities.require("netns")
+    with netns.hosts([1, 2]) as hosts:
+        async with (
+            afslet_on(hosts[1], leased) as afslet,
+            reached(afslet.address, busybox_image.reference, "run", hosts[2].prefix),
+        ):
+            assert leased.processes_of_runs(leased.nodes[0])
+            hosts[2 if side == "client" else 1].cut()
+            await nothing_left(leased)
+
+
+async def test_networks_of_a_killed_afslet(leased: RealCluster, busybox_image: BusyboxImage) -> None:
+    capabilities.require("netns")
+    with netns.hosts([1]) as hosts:
+
+        def there() -> list[str]:
+            text = hosts[1].run("ip", "-brief", "link") + hosts[1].run("nft", "list", "tables")
+            return [line for line in text.splitlines() if "afs" in line]
+
+        async with (
+            afslet_on(hosts[1], leased) as afslet,
+            reached(afslet.address, busybox_image.reference, BRIDGED, hosts[1].prefix),
+        ):
+            assert there()
+            await end(afslet)
+            await nothing_left(leased)
+            await until(lambda: not there(), "interfaces and tables are gone")
 
 
 async def test_runs_that_are_ended_at_any_moment(
