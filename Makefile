@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SYSTEM_PACKAGES := runc nftables e2fsprogs golang-github-containers-common erofs-utils libfuse3-dev fuse3 kmod ca-certificates pkg-config gcc libc6-dev python3-dev python3-venv busybox-static
-TEST_PACKAGES := containerd stargz-snapshotter docker-registry umoci debootstrap iproute2 crun qemu-system-x86 systemd
+TEST_PACKAGES := curl containerd stargz-snapshotter docker-registry umoci debootstrap iproute2 crun qemu-system-x86 systemd
 SOURCES := core discovery layerstore snapshotter afslet proxy client tests benchmarks examples
 
 .PHONY: help

@@ -160,7 +160,7 @@ def test_afs_runc_refuses_a_root_whose_dev_leads_elsewhere(rootfs: Path, tmp_pat
     (rootfs / "dev").rmdir()
     (rootfs / "dev").symlink_to(tmp_path / "trap")
     done = call("afs_runc", f"--rootfs={rootfs}", "--", "echo", "x")
-    assert (done.returncode, done.stderr) == (67, f"afs_runc: /dev is not a directory in {rootfs}\n")
+    assert (done.returncode, done.stderr) == (64, f"afs_runc: {rootfs}: /dev is not a directory\n")
     assert list((tmp_path / "trap").iterdir()) == []
 
 

@@ -55,7 +55,8 @@ def environment(shared_cluster: RealCluster) -> dict[str, str]:
     """Programs of the virtual environment on PATH, the proxy's address, and where a node's sockets are."""
     run_dir = str(shared_cluster.nodes[0].run_dir)
     path = f"{BIN}:{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "AFS_PROXY": shared_cluster.proxy, "AFS_RUN_DIR": run_dir}
+    addresses = {"AFS_PROXY": shared_cluster.proxy, "AFS_PROXY_HTTP": shared_cluster.proxy_http}
+    return {**os.environ, "PATH": path, **addresses, "AFS_RUN_DIR": run_dir}
 
 
 @pytest.mark.parametrize("block", [block for block in blocks("sh") if "grpcd &" not in str(block)])  # see the last test

@@ -45,6 +45,12 @@ class RealCluster:
         return self.cluster.proxy.address
 
     @property
+    def proxy_http(self) -> str:
+        """Where afs_proxy serves its status over HTTP."""
+        assert self.cluster.proxy is not None
+        return self.cluster.proxy.http
+
+    @property
     def nodes(self) -> list[NodeProcesses]:
         """The nodes, in order."""
         return self.cluster.nodes
@@ -74,7 +80,7 @@ class RealCluster:
         assert (python, flag) == (sys.executable, "-m")
         arguments = [f"--listen={process.address}" if a.startswith("--listen=") else a for a in arguments]
         started = await start_process(process.name, module, arguments, self.directory)
-        process.popen, process.address = started.popen, started.address
+        process.popen, process.address, process.http = started.popen, started.address, started.http
         if self.exemptions is not None:
             self.exemptions.enter_context(leaks.exempt(pids=[process.popen.pid]))
 

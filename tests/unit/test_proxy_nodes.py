@@ -1,92 +1,199 @@
-"""Choosing a node, and what the proxy refuses before it asks one."""
+"""Nodes at the proxy: how the estimate of free room follows reports, which node is chosen, and which are not."""
 
-import asyncio
 import random
 from collections import Counter
 from collections.abc import AsyncIterator
 
 import pytest
 
-from afs.core.errors import InvalidArgument, NotFound, ResourceExhausted, Unavailable
+from afs.afslet.requests import Resources
+from afs.core.errors import InvalidArgument, NotFound, Unavailable
 from afs.proto.v1 import afslet_pb2 as pb
-from afs.proxy.forward import _start
-from afs.proxy.nodes import Nodes, Room
+from afs.proxy.node import AfsletNode, Reservation, Room
+from afs.proxy.nodes import Nodes
+from afs.proxy.run import read_start
+from tests.testbed.proxynodes import Clock, report
+
+ONE = Resources(1000, 1)
 
 
 @pytest.fixture
 async def nodes() -> AsyncIterator[Nodes]:
-    """Four nodes of 8 CPUs and 800 MiB that answered; node0 is full, node3 is empty."""
-    made = Nodes([f"127.0.0.1:{number}" for number in range(1, 5)], 1.0, random.Random(0))  # noqa: S311 - not for secrets
+    """Four nodes of 8 CPUs and 800 MiB that reported; node0 is full, node3 is empty."""
+    endpoints = [f"127.0.0.1:{number}" for number in range(1, 5)]
+    made = Nodes(endpoints, random.Random(0), Clock())  # noqa: S311 - not for secrets
     for number, node in enumerate(made.nodes):
-        node.reachable = True
-        node.status = pb.GetRuntimeStatusResponse(node_id=f"node{number}", limit_cpu_cores=8, limit_memory_mb=800)
-        node.free = Room(number * 8 // 3, number * 800 // 3)
+        used = 8 - number * 8 // 3
+        made.report(node, report(f"node{number}", 8, 800, used_cpu_cores=used, used_memory_mb=used * 100))
     yield made
     await made.close()
 
 
-def chosen(nodes: Nodes, wanted: Room, node_id: str = "") -> str:
-    """The id of the node that is chosen."""
-    return nodes.choose(wanted, node_id).status.node_id
+def chosen(nodes: Nodes, wanted: Resources = ONE, node_id: str = "", image: int = 0) -> str:
+    """The id of the node that is chosen; empty if there is none."""
+    node = nodes.pick(wanted, node_id, image)
+    return node.status.node_id if node is not None else ""
 
 
 async def test_the_emptier_of_two_is_chosen(nodes: Nodes) -> None:
-    counts = Counter(chosen(nodes, Room(1, 1)) for _ in range(600))
+    counts = Counter(chosen(nodes) for _ in range(600))
     assert set(counts) == {"node2", "node3"}  # node0 has no room, node1 always loses
     assert abs(counts["node3"] - 400) < 60  # in two of three pairs
     assert abs(counts["node2"] - 200) < 60
 
 
 async def test_the_fuller_resource_decides(nodes: Nodes) -> None:
-    cpu, memory = nodes.nodes[1], nodes.nodes[2]
-    cpu.free, memory.free = Room(8, 100), Room(4, 400)
+    _, cpu, memory, other = nodes.nodes
+    nodes.report(cpu, report("node1", 8, 800, used_memory_mb=700))
+    nodes.report(memory, report("node2", 8, 800, used_cpu_cores=4, used_memory_mb=400))
     assert (cpu.load(), memory.load()) == (0.875, 0.5)
-    nodes.nodes[3].reachable = False
-    assert {chosen(nodes, Room(1, 1)) for _ in range(20)} == {"node2"}
+    nodes.lost(other, Unavailable("gone"))
+    assert {chosen(nodes) for _ in range(20)} == {"node2"}
+
+
+async def test_among_equals_the_image_decides(nodes: Nodes) -> None:
+    for number, node in enumerate(nodes.nodes):
+        nodes.report(node, report(f"node{number}", 8, 800, images=[7] if number == 1 else []))
+    counts = Counter(chosen(nodes, image=7) for _ in range(400))
+    assert abs(counts["node1"] - 200) < 40, "each time that it is one of the two"
+    nodes.report(nodes.nodes[1], report("node1", 8, 800, images=[7], used_cpu_cores=1))
+    assert chosen(nodes, image=7)
+    assert Counter(chosen(nodes, image=7) for _ in range(400))["node1"] == 0, "12 % fuller is no equal"
+
+
+async def test_fractions_disk_and_numbers_of_runs_are_room_too(nodes: Nodes) -> None:
+    node = nodes.nodes[0]
+    nodes.report(node, report("node0", 8, 800, used_cpu_millis=7500, limit_disk_mb=100, limit_runs=2))
+    assert chosen(nodes, Resources(500, 1), "node0") == "node0"
+    assert chosen(nodes, Resources(501, 1), "node0") == ""
+    assert chosen(nodes, Resources(500, 1, 101), "node0") == ""
+    for _ in range(2):
+        node.take(Resources(100, 1, 50))
+    assert node.free().runs == 0
+    assert chosen(nodes, Resources(100, 1), "node0") == ""
+
+
+async def test_own_runs_and_reports_are_counted_once_each(nodes: Nodes) -> None:
+    node = nodes.nodes[3]
+    placement = node.take(Resources(3000, 300))
+    assert node.free() == Room(5000, 500, node.limit.disk_mb, node.limit.runs - 1)
+    nodes.report(node, report("node3", 8, 800))  # sent before the node knew of the run
+    assert node.free().cpu_millis == 5000
+    nodes.report(node, report("node3", 8, 800, used_cpu_cores=5, used_memory_mb=500, running_containers=2))
+    assert node.free().cpu_millis == 3000, "somebody else has two"
+    node.give_back(placement)
+    assert node.free().cpu_millis == 6000
+    nodes.report(node, report("node3", 8, 800, used_cpu_cores=2, used_memory_mb=200))
+    assert node.free().cpu_millis == 6000
+
+
+async def test_a_node_that_refused_has_no_room_until_it_reports(nodes: Nodes) -> None:
+    node = nodes.nodes[3]
+    node.refused = True
+    assert chosen(nodes, node_id="node3") == ""
+    nodes.report(node, report("node3", 8, 800))
+    assert chosen(nodes, node_id="node3") == "node3"
 
 
 async def test_a_named_node(nodes: Nodes) -> None:
-    assert chosen(nodes, Room(1, 1), "node1") == "node1"
+    assert chosen(nodes, node_id="node1") == "node1"
+    assert chosen(nodes, node_id="node0") == "", "it is full"
+    nodes.check(ONE, "node0")
     with pytest.raises(NotFound, match=r"^no afslet that answers is node 'nobody'$"):
-        chosen(nodes, Room(1, 1), "nobody")
-    with pytest.raises(ResourceExhausted, match=r"^no node has 1 CPUs and 1 MiB free now$"):
-        chosen(nodes, Room(1, 1), "node0")
-    nodes.mark_unreachable(nodes.nodes[1], Unavailable("gone"))
+        nodes.check(ONE, "nobody")
+    nodes.lost(nodes.nodes[1], Unavailable("gone"))
     with pytest.raises(Unavailable, match=r"^node 'node1' does not answer: gone$"):
-        chosen(nodes, Room(1, 1), "node1")
+        nodes.check(ONE, "node1")
 
 
-async def test_what_never_fits_and_what_does_not_fit_now(nodes: Nodes) -> None:
-    for wanted in (Room(9, 1), Room(1, 801)):
+async def test_what_never_fits(nodes: Nodes) -> None:
+    for wanted in (Resources(9000, 1), Resources(1000, 801), Resources(8001, 1)):
+        assert chosen(nodes, wanted) == ""
         with pytest.raises(InvalidArgument, match=r"but the largest node has 8 CPUs and 800 MiB$"):
-            chosen(nodes, wanted)
-    nodes.nodes[3].free = Room(7, 800)
-    with pytest.raises(ResourceExhausted, match=r"^no node has 8 CPUs and 1 MiB free now$"):
-        chosen(nodes, Room(8, 1))
+            nodes.check(wanted)
+    nodes.lost(nodes.nodes[0], Unavailable("gone"))
+    nodes.check(Resources(8000, 800))
+    nodes.nodes[0].limit = Room(16000, 1600, 1, 1)
+    with pytest.raises(
+        Unavailable, match=r"no afslet that answers has 16 CPUs and 1 MiB, and 127.0.0.1:1 does not answer"
+    ):
+        nodes.check(Resources(16000, 1))
 
 
 async def test_nobody_answers(nodes: Nodes, caplog: pytest.LogCaptureFixture) -> None:
     for node in nodes.nodes:
-        nodes.mark_unreachable(node, Unavailable("gone"))
-        nodes.mark_unreachable(node, Unavailable("still gone"))
+        nodes.lost(node, Unavailable("gone"))
+        nodes.lost(node, Unavailable("still gone"))
     with pytest.raises(Unavailable, match=r"^no afslet answers: 127.0.0.1:1: still gone; 127.0.0.1:2: still gone; "):
-        chosen(nodes, Room(1, 1))
+        nodes.check(ONE)
     assert len(caplog.records) == 4  # once each
-    empty = Nodes([], 1.0, random.Random(0))  # noqa: S311 - not for secrets
+    empty = Nodes([], random.Random(0))  # noqa: S311 - not for secrets
     with pytest.raises(Unavailable, match=r"^no afslet answers: none is configured$"):
-        empty.choose(Room(1, 1), "")
+        empty.check(ONE)
+    empty.unresolved = ["dns:///afslets:1 cannot be resolved: Name or service not known"]
+    with pytest.raises(Unavailable, match=r"^no afslet answers: dns:///afslets:1 cannot be resolved: "):
+        empty.check(ONE)
 
 
-async def test_taking_and_giving_back_wakes_everybody(nodes: Nodes) -> None:
+async def test_a_draining_node_takes_no_new_runs(nodes: Nodes) -> None:
+    nodes.report(nodes.nodes[3], report("node3", 8, 800, draining=True))
+    assert {chosen(nodes) for _ in range(50)} == {"node2"}, "the emptier of those left"
+    with pytest.raises(Unavailable, match=r"^node 'node3' is draining$"):
+        nodes.check(ONE, "node3")
+    assert nodes.state(nodes.nodes[3]) == "draining"
+
+
+async def test_a_node_that_fails_offers_in_a_row_is_avoided_for_longer_each_time(nodes: Nodes) -> None:
+    clock = Clock()
+    nodes._clock = clock
     node = nodes.nodes[3]
-    nodes.take(node, Room(8, 800))
-    assert node.free == Room(0, 0)
-    waiting = [asyncio.create_task(nodes.room_may_be_free(60)) for _ in range(3)]
-    await asyncio.sleep(0)
-    nodes.give_back(node, Room(8, 800))
-    await asyncio.wait_for(asyncio.gather(*waiting), 10)
-    assert node.free == Room(8, 800)
-    await nodes.room_may_be_free(0.001)  # nobody frees anything: the time ends it
+    for _ in range(2):
+        nodes.failed(node, Unavailable("broken"))
+    assert chosen(nodes, node_id="node3") == "node3"
+    for pause in (1.0, 2.0, 4.0):
+        nodes.failed(node, Unavailable("broken"))
+        assert chosen(nodes, node_id="node3") == ""
+        nodes.check(ONE, "node3")  # waiting for it makes sense
+        assert nodes.state(node) == "avoided"
+        clock.now += pause
+        assert chosen(nodes, node_id="node3") == "node3"
+
+
+async def test_nodes_that_names_stop_naming_go_when_they_are_idle(nodes: Nodes) -> None:
+    gone, placement = nodes.nodes[3], nodes.nodes[3].take(ONE)
+    changes: list[int] = []
+    nodes.changed = lambda: changes.append(1)
+    (new,) = nodes.update(["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:9"])
+    assert changes
+    assert (new.endpoint, new.reachable) == ("127.0.0.1:9", False)
+    assert {chosen(nodes) for _ in range(50)} == {"node1"}
+    idle = nodes.sweep()
+    assert [node.endpoint for node in idle] == ["127.0.0.1:3"]
+    assert gone in nodes.nodes, "a run of ours is there"
+    gone.give_back(placement)
+    assert nodes.sweep() == [gone]
+    for node in (*idle, gone):
+        await node.channel.close()
+
+
+async def test_a_name_that_comes_back_is_the_same_node(nodes: Nodes) -> None:
+    endpoints = [node.endpoint for node in nodes.nodes]
+    nodes.update(endpoints[:3])
+    assert nodes.update(endpoints) == []
+    assert chosen(nodes, node_id="node3") == "node3"
+
+
+async def test_a_reservation_leaves_to_others_what_it_does_not_need(nodes: Nodes) -> None:
+    node: AfsletNode = nodes.nodes[3]
+    before = node.take(Resources(6000, 600))
+    node.reservation = Reservation(Resources(7000, 1))
+    assert node.open_to(Resources(1000, 1)), "the run that was there has to end anyway"
+    other = node.take(Resources(1000, 1))
+    assert not node.open_to(Resources(1000, 1)), "8 - 7 - 1 is nothing"
+    node.give_back(other)
+    assert node.open_to(Resources(1000, 1))
+    node.give_back(before)
+    assert node.free().fits(Resources(7000, 1))
 
 
 def first(**fields: object) -> bytes:
@@ -99,15 +206,17 @@ def first(**fields: object) -> bytes:
     [
         (None, "the first request must be start"),
         (b"", "the first request must be start"),
+        (b"\xff\xff", "the first request is not an ExecuteRequest"),
         (pb.ExecuteRequest(file_end=pb.FileEntryEnd()).SerializeToString(), "the first request must be start"),
+        (first(cpu_cores=1), "image is missing"),
         (first(image="a", memory_mb=1), "cpu_cores must be positive, not 0"),
-        (first(cpu_cores=1, memory_mb=1), "image is missing"),
+        (first(image="a", cpu_cores=1, memory_mb=1, priority=101), "priority must be between -100 and 100, not 101"),
     ],
 )
 def test_bad_first_messages(message: bytes | None, text: str) -> None:
     with pytest.raises(InvalidArgument, match=f"^{text}$"):
-        _start(message)
+        read_start(message)
 
 
 def test_a_good_first_message() -> None:
-    assert _start(first(image="a", cpu_cores=1, memory_mb=2)).memory_mb == 2
+    assert read_start(first(image="a", cpu_millis=500, memory_mb=2)).memory_mb == 2

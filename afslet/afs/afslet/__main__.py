@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from afs.afslet.isolation import DEFAULT_ID_COUNT, DEFAULT_ID_FIRST, OFF, load_isolation, parse_user_namespace
+from afs.afslet.isolation import DEFAULT_ID_COUNT, DEFAULT_ID_FIRST, OFF, parse_user_namespace
 from afs.core.cli import daemon_command
 from afs.core.config import setting
 from afs.core.errors import Internal
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from afs.afslet.admission import Capacity
     from afs.afslet.execution import Node
     from afs.afslet.remains import Remains
+    from afs.snapshotter.client import Mounts
 
 SERVICE = "afslet"
 MAX_FILES = 524288  # as systemd gives services
@@ -95,6 +96,7 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
     from afs.core.rpc import serving
     from afs.proto.v1.afslet_pb2_grpc import add_AfsletServicer_to_server
     from afs.proto.v1.runs_pb2_grpc import add_RunsServicer_to_server
+    from afs.snapshotter.client import Mounts
 
     node_id = config.node_id or socket.gethostname()
     parent = cgroup_parent(node_id, config.root)
@@ -107,10 +109,11 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         await stack.enter_async_context(kept(remains, config.lease_ttl))
         await asyncio.to_thread(clean_up, remains, "an earlier afslet")
         stack.push_async_callback(_clean_up, remains)
-        for directory in (remains.scratch, remains.state, remains.network_files):
+        for directory in (remains.scratch, remains.state, remains.networks):
             directory.mkdir(mode=0o700)  # uploads may hold setuid files
-        node = await _node(config, remains, stack)
-        service = AfsletService(node, runs)
+        mounts = Mounts(f"unix:{config.run_dir}/mounts.sock", lease_ttl=config.lease_ttl)
+        stack.push_async_callback(mounts.close)
+        service = AfsletService(await _node(stack, config, node_id, remains, mounts), runs)
         status = RunsService(runs)
 
         def register(server: "grpc.aio.Server") -> None:
@@ -128,41 +131,42 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         status.close()
 
 
-async def _node(config: Config, remains: "Remains", stack: contextlib.AsyncExitStack) -> "Node":
-    """What runs share; *stack* gives it back."""
+async def _node(
+    stack: contextlib.AsyncExitStack, config: Config, node_id: str, remains: "Remains", mounts: "Mounts"
+) -> "Node":
+    """What all runs share, until *stack* closes."""
     from afs.afslet.command import Commands
     from afs.afslet.execution import Node, RunSettings
     from afs.afslet.fastattach import FastAttach
+    from afs.afslet.isolation import load_isolation
     from afs.afslet.networks import Networks, NetworkSettings
     from afs.afslet.runc import Runtime, become_subreaper
     from afs.afslet.runtimebinary import RuntimeBinary
     from afs.afslet.warmroots import WarmRoots
-    from afs.snapshotter.client import Mounts
+    from afs.core.files import remove_tree
 
-    mounts = Mounts(f"unix:{config.run_dir}/mounts.sock", lease_ttl=config.lease_ttl)
-    stack.push_async_callback(mounts.close)
     files = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], MAX_FILES)
     binary = RuntimeBinary(config.runtime)
     stack.callback(binary.close)
     become_subreaper()
     attach = FastAttach()
     stack.callback(attach.close)
-    roots = WarmRoots(mounts, config.warm_roots)
-    stack.push_async_callback(roots.close)
     settings = NetworkSettings(**{field.name: getattr(config, field.name) for field in fields(NetworkSettings)})
-    networks = Networks(settings, remains.cgroup_parent, remains.network_files)
+    stack.callback(remove_tree, remains.networks)
+    networks = Networks(settings, remains.cgroup_parent, remains.networks)
     await networks.start()
     stack.push_async_callback(networks.close)
-    isolation = load_isolation(config.seccomp, config.user_namespace, config.id_first, config.id_count)
+    roots = WarmRoots(mounts, config.warm_roots)
+    stack.push_async_callback(roots.close)
     return Node(
-        config.node_id or socket.gethostname(),
+        node_id,
         remains.scratch,
         roots,
         Runtime(binary, remains.state, remains.cgroup_parent, files),
         RunSettings(config.default_timeout, config.term_grace),
         attach,
         Commands(),
-        isolation,
+        load_isolation(config.seccomp, config.user_namespace, config.id_first, config.id_count),
         networks,
     )
 

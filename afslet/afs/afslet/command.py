@@ -89,7 +89,7 @@ class Commands:
         if not found.has_cwd:
             with open_root(place.root) as fd:
                 if not make_directories(fd, wanted.cwd, found.user.uid, found.user.gid, place.first_id):
-                    raise InvalidArgument(f"{place.where}: the working directory {wanted.cwd} is not a directory")
+                    raise InvalidArgument(f"{place.where}: its working directory {wanted.cwd} is not a directory")
         argv, env = command_line(settings, start.command), _environment(start, settings, found.user.home)
         return Prepared(Process(argv, env, wanted.cwd, found.user), found.command, found.missing)
 

@@ -1,7 +1,7 @@
 """One run from its start request to its diff.
 
-State: an :class:`Execution` belongs to one call and one task. What it takes (reservation, root, staging directory, bundle,
-container) is on one exit stack, so whatever ends the call gives everything back, newest first.
+State: an :class:`Execution` belongs to one task, its run's. What it takes (reservation, root, staging directory, bundle,
+network, container) is on one exit stack, so whatever ends the task gives everything back, newest first.
 """
 
 import asyncio
@@ -9,7 +9,7 @@ import contextlib
 import os
 import stat
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,15 @@ from afs.afslet.runs import DIFF, PREPARING, RUNNING, Run
 from afs.afslet.stdio import Pipes, Stdio, Terminal, Window
 from afs.afslet.upload import Staging
 from afs.afslet.warmroots import WarmRoot, WarmRoots
-from afs.core.errors import AfsError, Internal
+from afs.core.errors import AfsError
 from afs.core.files import remove_tree
+from afs.core.rpc import as_afs_error
 from afs.proto.v1 import afslet_pb2 as pb
 from afs.proto.v1.mounts_pb2 import MountRoot, OpenImage
 from afs.snapshotter.messages import MountedRoot, root_request
 
+Send = Callable[[pb.ExecuteResponse], Awaitable[None]]
 DIFF_NAME = "writable-upper.tar.gz"
-_OUTPUT_QUEUE = 8  # messages of at most 512 KiB between the command and a slow client
 _BUNDLE_FILES = ("config.json", "log.json", "pid")
 
 
@@ -65,22 +66,23 @@ class Node:
 
 
 class Execution:
-    """See the module. *run*'s request was checked; before :meth:`responses` it has to have its reservation."""
+    """See the module. *run* has its reservation, and its request was checked; *send* takes what the client gets.
 
-    def __init__(self, node: Node, run: Run) -> None:
-        start = run.start
+    While *send* waits, so does everything else: a client that reads slowly has a command that writes slowly.
+    """
+
+    def __init__(self, node: Node, run: Run, send: Send) -> None:
         self._node = node
-        self._state = run
-        self._start = start
-        self._run_id = run.run_id
+        self._run = run
+        self._start = run.start
+        self._send = send
         self._home = node.scratch / run.run_id
-        self._timings = pb.Timings()
+        self._timings = pb.Timings(queue_us=run.queue_us)
         self._staging: Staging | None = None
-        self._fault: BaseException | None = None
-        self._ids = node.isolation.ids_for(start.user_namespace)
-        self._made_by_runtime: list[str] = []
-        node.networks.check(start.network, start.egress_allow)
+        self._ids = node.isolation.ids_for(run.start.user_namespace)
         self._shift = (self._ids.first, self._ids.count) if self._ids else None
+        self._made_by_runtime: list[str] = []
+        node.networks.check(run.start.network, run.start.egress_allow)
 
     @contextlib.contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -90,46 +92,36 @@ class Execution:
         finally:
             setattr(self._timings, phase, (time.monotonic_ns() - started) // 1000)
 
-    async def responses(self, requests: AsyncIterator[pb.ExecuteRequest]) -> AsyncGenerator[pb.ExecuteResponse, None]:
-        """Everything the client gets, in order. *requests* are those after the start."""
-        start, done = self._start, pb.Done()
+    async def perform(self, requests: AsyncIterator[pb.ExecuteRequest]) -> None:
+        """All of it. *requests* are those after the start."""
+        run, done = self._run, pb.Done()
         self._node.attach.expect()
         async with contextlib.AsyncExitStack() as stack:
-            stack.callback(self._state.release)
-            self._state.phase = PREPARING
-            self._timings.queue_us = self._state.queue_us
-            accepted = pb.Accepted(accepted=True, node_id=self._node.node_id, run_id=self._run_id)
-            yield pb.ExecuteResponse(accepted=accepted)
+            stack.callback(run.release)
+            run.accepted = True
+            accepted = pb.Accepted(accepted=True, node_id=self._node.node_id, run_id=run.run_id)
+            await self._send(pb.ExecuteResponse(accepted=accepted))
             self._home.mkdir()
             stack.callback(self._remove_home)
-            incoming = Incoming(requests, start)
-            if start.progress:
-                yield _phase(pb.Progress.PHASE_IMAGE)
+            incoming = Incoming(requests, self._start)
+            await self._enter(PREPARING, pb.Progress.PHASE_IMAGE)
             warm = await self._prepare(stack, incoming)
             root = await self._make_root(warm)
-            result: pb.Result | None = None
             network = await self._connect(stack)
-            self._state.phase = RUNNING
-            async with contextlib.aclosing(self._run(warm, root, network, incoming)) as events:
-                async for event in events:
-                    if isinstance(event, pb.Result):
-                        result = event
-                    else:
-                        yield event
-            if result is None:
-                raise Internal(f"run {self._run_id} ended without a result")
-            self._state.phase = DIFF
-            yield pb.ExecuteResponse(result=result)
-            self._forget_made_files(root)
-            if start.diff_format != pb.DIFF_NONE:
-                with self._timed("diff_us"):
-                    yield pb.ExecuteResponse(tar_header=pb.TarHeader(name=DIFF_NAME))
-                    async for chunk in self._diff(root):
-                        done.diff_bytes += len(chunk)
-                        yield pb.ExecuteResponse(tar_chunk=pb.TarChunk(data=chunk))
+            result = await self._execute(warm, root, network, incoming)
+            await self._check_reads(warm)
+            warm.on_lost = None
+            await self._send(pb.ExecuteResponse(result=result))
+            await self._enter(DIFF, pb.Progress.PHASE_DIFF)
+            await self._send_diff(root, done)
         # Only now is everything given back: a client that saw `done` can count on it.
         done.timings.CopyFrom(self._timings)
-        yield pb.ExecuteResponse(done=done)
+        await self._send(pb.ExecuteResponse(done=done))
+
+    async def _enter(self, phase: str, told: pb.Progress.Phase.ValueType) -> None:
+        self._run.phase = phase
+        if self._start.progress:
+            await self._send(pb.ExecuteResponse(progress=pb.Progress(phase=told)))
 
     def _remove_home(self) -> None:
         for name in _BUNDLE_FILES:
@@ -157,15 +149,16 @@ class Execution:
         async def open_image() -> WarmRoot:
             with self._timed("image_us"):
                 warm = await stack.enter_async_context(self._node.roots.taking(image, self._wanted_root()))
-            # Whatever the run is doing then, it cannot go on without its root.
-            warm.on_lost = lambda: self._state.end(warm.hold.loss())
+            warm.on_lost = lambda: self._run.end(warm.hold.loss())  # whatever it is doing then, be it the upload
+            if warm.hold.lost:
+                raise warm.hold.loss()
             return warm
 
         if start.no_upload:
             return await open_image()
         stack.push_async_callback(self._close_staging)  # below the root, and used by the upload: closed after both
-        opening = asyncio.create_task(open_image(), name=f"open image of {self._run_id}")
-        receiving = asyncio.create_task(self._receive(incoming), name=f"upload of {self._run_id}")
+        opening = asyncio.create_task(open_image(), name=f"open image of {self._run.run_id}")
+        receiving = asyncio.create_task(self._receive(incoming), name=f"upload of {self._run.run_id}")
         try:
             await asyncio.wait([opening, receiving], return_when=asyncio.FIRST_EXCEPTION)
             for task in (receiving, opening):
@@ -198,7 +191,7 @@ class Execution:
             return await warm.mount(self._wanted_root([self._staging.directory]))
 
     def _wanted_root(self, extra_dirs: Sequence[Path] = ()) -> MountRoot:
-        return root_request(extra_dirs, ids=self._shift)
+        return root_request(extra_dirs, ids=self._shift, disk_bytes=self._run.wanted.disk_mb << 20)
 
     async def _connect(self, stack: contextlib.AsyncExitStack) -> RunNetwork:
         start, networks = self._start, self._node.networks
@@ -211,75 +204,70 @@ class Execution:
 
     # The command
 
-    async def _run(
-        self, warm: WarmRoot, root: MountedRoot, network: RunNetwork, incoming: Incoming
-    ) -> AsyncGenerator[pb.ExecuteResponse | pb.Result, None]:
-        """Output while the command runs, then its result. Closing it early kills the container."""
+    async def _execute(self, warm: WarmRoot, root: MountedRoot, network: RunNetwork, incoming: Incoming) -> pb.Result:
+        """The command from its look-up to its end, with its output sent on."""
         start, node = self._start, self._node
-        unchanged = warm.manifest_digest if root is warm.root else ""
-        where = f"image {start.image}"
-        place = Place(root.path, where, unchanged, self._ids.first if self._ids else 0)
+        place = Place(
+            root.path,
+            f"image {start.image}",
+            warm.manifest_digest if root is warm.root else "",
+            self._ids.first if self._ids else 0,
+        )
         if node.commands.knows(start, warm.settings, place):
             prepared = node.commands.prepare(start, warm.settings, place)
         else:
             prepared = await asyncio.to_thread(node.commands.prepare, start, warm.settings, place)
-        process, command = prepared.process, prepared.command
         timeout = start.timeout_ms / 1000 or node.settings.default_timeout
-        subject = Subject(process.argv[0], where, timeout, start.memory_mb << 20)
-        if not command.executable:
-            yield self._finish(cannot_run(subject, command), None)
-            return
+        subject = Subject(prepared.process.argv[0], place.where, timeout, start.memory_mb << 20)
+        if not prepared.command.executable:
+            return self._finish(cannot_run(subject, prepared.command))
         if network.address:  # names matter: the runtime makes what it has to mount on
             self._made_by_runtime = [path for path in network.files if path in prepared.missing]
         else:
             files = {path: file for path, file in network.files.items() if path not in prepared.missing}
             network = replace(network, files=files)
         outputs = Outputs(start.max_output_bytes, text=not start.bytes_only)
-        queue: asyncio.Queue[pb.ExecuteResponse | None] = asyncio.Queue(_OUTPUT_QUEUE)
-        stdio = self._stdio()
 
         async def output(source: str, data: bytes) -> None:
             message = outputs.message(source, data)
             if message is not None:
-                await queue.put(message)
+                await self._send(message)
 
-        async def run() -> pb.Result:
-            job = self._job(process, root, network, stdio, timeout)
-            feeding = asyncio.create_task(incoming.feed(stdio), name=f"input of {self._run_id}")
-            feeding.add_done_callback(lambda ended: self._input_ended(ended, task))
-            try:
-                with self._timed("run_us"):
-                    ended = await run_container(node.runtime, job, output, lambda: None)
-                return result_of(subject, ended)
-            finally:
-                await _settled(feeding)
-                # Wakes the reader below; with a full queue it is awake anyway and looks at the task.
-                with contextlib.suppress(asyncio.QueueFull):
-                    queue.put_nowait(None)
-
-        task = asyncio.create_task(run(), name=f"container {self._run_id}")
+        stdio = self._stdio()
+        feeding = self._feed(incoming, stdio)
         try:
-            if start.progress:
-                yield _phase(pb.Progress.PHASE_RUNNING)
-            while not (task.done() and queue.empty()):
-                message = await queue.get()
-                if message is not None:
-                    yield message
-            if task.cancelled() and self._fault is not None:
-                raise self._fault
-            result = task.result()
-            await self._check_reads(warm)
-            yield self._finish(result, outputs)
+            await self._enter(RUNNING, pb.Progress.PHASE_RUNNING)
+            with self._timed("run_us"):
+                ended = await run_container(
+                    node.runtime, self._job(prepared.process, root, network, stdio, timeout), output, lambda: None
+                )
         finally:
-            await _settled(task)
+            if feeding is not None:
+                await _settled(feeding)
             stdio.close()
+        result = self._finish(result_of(subject, ended))
+        outputs.report(result)
+        return result
+
+    def _feed(self, incoming: Incoming, stdio: Stdio) -> "asyncio.Task[None] | None":
+        """Standard input, if there is any; input that makes no sense ends the run."""
+        if not self._start.stdin:
+            return None
+
+        def ended(task: "asyncio.Task[None]") -> None:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                self._run.end(as_afs_error(error))
+
+        feeding = asyncio.create_task(incoming.feed(stdio), name=f"input of {self._run.run_id}")
+        feeding.add_done_callback(ended)
+        return feeding
 
     def _stdio(self) -> Stdio:
         start = self._start
         if not start.tty:
             return Pipes(stdin=start.stdin)
         size = start.terminal_size
-        socket = self._node.runtime.state_dir / f"{self._run_id}.sock"
+        socket = self._node.runtime.state_dir / f"{self._run.run_id}.sock"
         return Terminal(socket, Window(size.rows or 24, size.columns or 80))
 
     def _job(self, process: Process, root: MountedRoot, network: RunNetwork, stdio: Stdio, timeout: float) -> Job:
@@ -296,16 +284,10 @@ class Execution:
             files=tuple((str(source), path) for path, source in network.files.items()),
         )
         config = runtime_config(process, str(root.path), sandbox)
-        wanted = self._state.wanted
-        limits = Limits(wanted.cpu_millis / 1000, wanted.memory_mb << 20, self._state.pids)
+        wanted = self._run.wanted
+        limits = Limits(wanted.cpu_millis / 1000, wanted.memory_mb << 20, self._run.pids)
         grace = start.term_grace_ms / 1000 or node.settings.term_grace
-        return Job(self._run_id, self._home, config, limits, timeout, grace, stdio)
-
-    def _input_ended(self, feeding: "asyncio.Task[None]", running: "asyncio.Task[Any]") -> None:
-        """Input that makes no sense ends the run."""
-        if not feeding.cancelled() and (error := feeding.exception()) is not None:
-            self._fault = error
-            running.cancel()
+        return Job(self._run.run_id, self._home, config, limits, timeout, grace, stdio)
 
     def _forget_made_files(self, root: MountedRoot) -> None:
         """The runtime made what it had to mount on; the run did not."""
@@ -324,22 +306,22 @@ class Execution:
             warm.spoiled = True
             raise
 
-    def _finish(self, result: pb.Result, outputs: Outputs | None) -> pb.Result:
+    def _finish(self, result: pb.Result) -> pb.Result:
         result.timings.CopyFrom(self._timings)
         result.node_id = self._node.node_id
-        if outputs is not None:
-            outputs.report(result)
         return result
 
-    async def _diff(self, root: MountedRoot) -> AsyncGenerator[bytes, None]:
+    async def _send_diff(self, root: MountedRoot, done: pb.Done) -> None:
+        if self._start.diff_format == pb.DIFF_NONE:
+            return
+        self._forget_made_files(root)
         assert root.upper is not None
-        chunks = diff_chunks(root.upper, root.lower)
-        while chunk := await asyncio.to_thread(next, chunks, b""):
-            yield chunk
-
-
-def _phase(phase: pb.Progress.Phase.ValueType) -> pb.ExecuteResponse:
-    return pb.ExecuteResponse(progress=pb.Progress(phase=phase))
+        with self._timed("diff_us"):
+            await self._send(pb.ExecuteResponse(tar_header=pb.TarHeader(name=DIFF_NAME)))
+            chunks = diff_chunks(root.upper, root.lower)
+            while chunk := await asyncio.to_thread(next, chunks, b""):
+                done.diff_bytes += len(chunk)
+                await self._send(pb.ExecuteResponse(tar_chunk=pb.TarChunk(data=chunk)))
 
 
 async def _settled(task: "asyncio.Task[Any]") -> None:

@@ -41,8 +41,8 @@ class Remains:
         return Path(self.run_dir) / "runtime"
 
     @property
-    def network_files(self) -> Path:
-        """Files of runs' networks, such as /etc/hosts."""
+    def networks(self) -> Path:
+        """Files that runs get about their networks."""
         return Path(self.root) / "network"
 
     @property
@@ -92,18 +92,19 @@ def _groups(remains: Remains) -> str:
     return f"killed {left} runs" if left else ""
 
 
+def _networks(remains: Remains) -> str:
+    """The bridge, its interfaces and its rules; namespaces have gone with their last process and descriptor."""
+    return "removed the bridge network" if clear_network(remains.cgroup_parent) else ""
+
+
 def _directory(path: Path) -> str:
     left = len(os.listdir(path)) if path.is_dir() else 0
     remove_tree(path)
     return f"removed {left} entries of {path}" if left else ""
 
 
-def _bridge_network(remains: Remains) -> str:
-    return "removed the bridge network" if clear_network(remains.cgroup_parent) else ""
-
-
 def _network_files(remains: Remains) -> str:
-    remove_tree(remains.network_files)  # one of them is afslet's own, so finding it means nothing
+    remove_tree(remains.networks)  # one of them is afslet's own: that it is there says nothing about runs
     return ""
 
 
@@ -112,9 +113,9 @@ CLEAN_UPS: tuple[tuple[str, Callable[[Remains], str]], ...] = (
     ("runtimes", _runtimes),
     ("runs", _groups),
     ("the runtime's state", lambda remains: _directory(remains.state)),
+    ("networks", _networks),
+    ("files about networks", _network_files),
     ("scratch directories", lambda remains: _directory(remains.scratch)),
-    ("the bridge network", _bridge_network),
-    ("files of networks", _network_files),
 )
 
 

@@ -81,12 +81,8 @@ class AfsletService(pb_grpc.AfsletServicer):
         self, run: Run, requests: AsyncIterator[pb.ExecuteRequest], responses: Responses, *, may_wait: bool
     ) -> None:
         try:
-            execution = Execution(self._node, run)
             await self._admit(run, responses, may_wait=may_wait)
-            async with contextlib.aclosing(execution.responses(requests)) as produced:
-                async for response in produced:
-                    run.accepted = True
-                    await responses.put(response)
+            await Execution(self._node, run, responses.put).perform(requests)
         finally:
             self._runs.remove(run)
 

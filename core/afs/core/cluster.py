@@ -22,12 +22,13 @@ STOP_GRACE_S = 10.0
 
 @dataclass(slots=True)
 class Process:
-    """One service; *address* is what it serves on, empty for the snapshotter."""
+    """One service; *address* is what it serves on, empty for the snapshotter; *http* where the proxy's status is."""
 
     name: str
     popen: Child
     log: Path
     address: str = ""
+    http: str = ""
 
 
 async def start_process(
@@ -57,7 +58,7 @@ async def start_process(
             )
         process = Process(name, child, log)
         try:
-            process.address = await _ready(process, sock)
+            process.address, process.http = await _ready(process, sock)
         except BaseException:
             child.kill()
             child.wait()
@@ -65,7 +66,7 @@ async def start_process(
     return process
 
 
-async def _ready(process: Process, sock: socket.socket) -> str:
+async def _ready(process: Process, sock: socket.socket) -> tuple[str, str]:
     ended = asyncio.create_task(wait(process.popen))
     said = asyncio.create_task(_read_ready(sock))
     try:
@@ -81,14 +82,15 @@ async def _ready(process: Process, sock: socket.socket) -> str:
         await asyncio.gather(ended, said, return_exceptions=True)
 
 
-async def _read_ready(sock: socket.socket) -> str:
-    """The address in the datagram that says READY=1."""
+async def _read_ready(sock: socket.socket) -> tuple[str, str]:
+    """The addresses, for gRPC and for HTTP, in the datagram that says READY=1."""
     loop = asyncio.get_running_loop()
     while True:
         lines = (await loop.sock_recv(sock, 4096)).decode().splitlines()
         if "READY=1" in lines:
-            status = next((line for line in lines if line.startswith("STATUS=serving on ")), "")
-            return status.removeprefix("STATUS=serving on ")
+            marks = ("STATUS=serving on ", "X_AFS_HTTP=")
+            grpc, http = (next((line[len(m) :] for line in lines if line.startswith(m)), "") for m in marks)
+            return grpc, http
 
 
 @dataclass(slots=True)
@@ -118,6 +120,7 @@ class Settings:
     layerstore_port: int = 0
     afslet_port: int = 0
     proxy_port: int = 0
+    proxy_http_port: int = 0
     layerstore_flags: tuple[str, ...] = ()
     snapshotter_flags: tuple[str, ...] = ()
     afslet_flags: tuple[str, ...] = ()
@@ -199,7 +202,9 @@ class Cluster:
         if self.discovery is None:
             raise Internal("discovery has to be started before the proxy")
         arguments = [f"--listen=127.0.0.1:{self.settings.proxy_port}", f"--discovery={self.discovery.address}"]
-        arguments += [*(f"--afslet={node.afslet.address}" for node in self.nodes), *self.settings.proxy_flags]
+        arguments += [f"--http-listen=127.0.0.1:{self.settings.proxy_http_port}"]
+        arguments += [f"--afslet={node.afslet.address}" for node in self.nodes]
+        arguments += self.settings.proxy_flags
         self.proxy = await start_process("proxy", "afs.proxy", arguments, self.settings.directory)
         return self.proxy
 

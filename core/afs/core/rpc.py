@@ -11,7 +11,7 @@ import ipaddress
 import logging
 import os
 import stat
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Any, Never
 
 import grpc
@@ -186,7 +186,8 @@ def _guard_stream(inner: Any) -> Any:
     return guarded
 
 
-def _check_address(address: str, insecure: bool) -> None:
+def check_address(address: str, insecure: bool) -> None:
+    """InvalidArgument unless *address* is a unix socket, a loopback address, or served in the clear on purpose."""
     if address.startswith("unix:") or insecure:
         return
     host, _, port = address.rpartition(":")
@@ -217,16 +218,19 @@ async def serving(
     *,
     insecure: bool = False,
     grace_s: float = 1.0,
+    options: Sequence[tuple[str, Any]] = (),
     lease_ttl: float | None = None,
 ) -> AsyncIterator[list[str]]:
     """Serve on all *addresses* while the block runs and give the bound ones (port 0 becomes the real port).
 
-    Unix sockets get mode 0600. On exit running calls have *grace_s* seconds, then they are cancelled. Calls of a client
-    that vanished are cancelled within *lease_ttl* seconds (15 s if None).
+    Unix sockets get mode 0600. On exit running calls have *grace_s* seconds, then they are cancelled. *options* are gRPC's,
+    instead of or besides those that all servers have. Calls of a client that vanished are cancelled within *lease_ttl*
+    seconds (15 s if None).
     """
     for address in addresses:
-        _check_address(address, insecure)
-    server = grpc.aio.server(interceptors=[_ErrorInterceptor()], options=_options(lease_ttl))
+        check_address(address, insecure)
+    chosen = {**dict(_options(lease_ttl)), **dict(options)}
+    server = grpc.aio.server(interceptors=[_ErrorInterceptor()], options=list(chosen.items()))
     register(server)
     bound: list[str] = []
     try:

@@ -53,7 +53,7 @@ async def _up(
     stop = asyncio.Event()
     for signum in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
-    ports = (0, 0, 0, 0) if any_port else (60051, 50051, 61051, 62051)
+    ports = (0, 0, 0, 0, 0) if any_port else (60051, 50051, 61051, 62051, 62052)
     # The nodes share this machine's memory; CPUs may be promised twice, time is shared without harm.
     total_mb = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
     cluster = Cluster(Settings(state_dir, cpus, memory_mb or total_mb * 9 // 10 // nodes, *ports))

@@ -1,45 +1,53 @@
 """``afsletpb.Afslet`` on the proxy: find a node for each run and pass its messages on as bytes, undecoded.
 
-A run is tried elsewhere only before a node accepted it: until then nothing has happened, and nothing but the start has
-been read from the client.
+A run is tried elsewhere only before a node accepted it: until then nothing has happened, and nothing but the start has been
+read from the client, whose upload gRPC's flow control holds back. Each call is one task, with a second one for the client's
+further messages while the run is under way; both end with the call.
 """
 
 import asyncio
 import contextlib
 import logging
-import time
-from collections.abc import AsyncIterator
-from typing import Any, cast
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import Any, Never, cast
 
 import grpc
 import grpc.aio
-from google.protobuf.message import DecodeError
 from typing_extensions import override
 
-from afs.afslet.requests import check_start
-from afs.core.errors import AfsError, InvalidArgument, ResourceExhausted, Unavailable
-from afs.core.rpc import EOF, calling
+from afs.afslet import faults
+from afs.core.errors import AfsError, Cancelled
+from afs.core.rpc import EOF
 from afs.proto.v1 import afslet_pb2 as pb
-from afs.proxy.nodes import AfsletNode, NobodyAnswers, Nodes, Room
+from afs.proxy import idempotency
+from afs.proxy.dispatch import Dispatcher
+from afs.proxy.offer import EXECUTE, RESULT, Call, NodeFailed, QueueTimeout, failure, fault
+from afs.proxy.placing import Placer, wait_limit
+from afs.proxy.run import Run, queued, read_start, waiter_of
 
 log = logging.getLogger(__name__)
-_EXECUTE = "/afsletpb.Afslet/Execute"
 _STATUS = "/afsletpb.Afslet/GetRuntimeStatus"
-_DEFAULT_BACKOFF_S = 0.1
-_MAX_BACKOFF_S = 2.0
 Context = grpc.aio.ServicerContext[Any, Any]
-Call = grpc.aio.StreamStreamCall[bytes, bytes]
 
 
 class Forwarder(grpc.GenericRpcHandler):
-    """Register it with ``server.add_generic_rpc_handlers``."""
+    """Register it with ``server.add_generic_rpc_handlers``. *runs* are the calls under way, by the proxy's own ids.
 
-    def __init__(self, nodes: Nodes) -> None:
-        self._nodes = nodes
+    *count* is told how each call ended: completed, replayed, cancelled, rejected or failed.
+    """
+
+    def __init__(
+        self, dispatcher: Dispatcher, results: idempotency.Runs, count: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self.runs: dict[str, Run] = {}
+        self._dispatcher = dispatcher
+        self._results = results
+        self._placer = Placer(dispatcher)
+        self._count = count
 
     @override
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[Any, Any] | None":
-        if handler_call_details.method == _EXECUTE:
+        if handler_call_details.method == EXECUTE:
             return grpc.stream_stream_rpc_method_handler(self._execute)
         if handler_call_details.method == _STATUS:
             return grpc.unary_unary_rpc_method_handler(self._status)
@@ -48,102 +56,133 @@ class Forwarder(grpc.GenericRpcHandler):
     async def _status(self, request: bytes, context: Context) -> bytes:
         """The whole cluster as one big node: sums over the nodes that answer."""
         total = pb.GetRuntimeStatusResponse()
-        for node in self._nodes.nodes:
+        for node in self._dispatcher.nodes.nodes:
             if node.reachable:
                 for descriptor, value in node.status.ListFields():
                     if descriptor.type == descriptor.TYPE_INT64:
                         setattr(total, descriptor.name, getattr(total, descriptor.name) + value)
+        total.queued_runs += self._dispatcher.queued
         return total.SerializeToString()
 
     async def _execute(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
-        first = await anext(requests, None)
-        start = _start(first)
-        wanted = Room(start.cpu_cores, start.memory_mb)
-        node, call, accepted = await self._dispatch(first or b"", start, wanted)
-        pumping = asyncio.create_task(_pump(requests, call))
+        run: Run | None = None
+        outcome = "failed"
         try:
-            yield accepted
-            with calling(f"afslet {node.endpoint}"):
-                while (response := await call.read()) is not EOF:
-                    yield cast("bytes", response)
-        finally:
-            pumping.cancel()
-            call.cancel()  # does nothing to a call that has ended
-            self._nodes.give_back(node, wanted)
-
-    async def _dispatch(self, first: bytes, start: pb.StartRequest, wanted: Room) -> tuple[AfsletNode, Call, bytes]:
-        """A node that accepted the run, with *wanted* taken from its room, the call to it, and its first response."""
-        retries = 0
-        pause = start.proxy_dispatch_backoff_ms / 1000 or _DEFAULT_BACKOFF_S
-        while True:
-            try:
-                node = self._nodes.choose(wanted, start.node_id)
-                call, accepted = await self._offer(node, first, wanted)
-            except (ResourceExhausted, Unavailable) as error:
-                nobody = not any(node.reachable for node in self._nodes.nodes)
-                if isinstance(error, NobodyAnswers) or (isinstance(error, Unavailable) and nobody):
-                    raise
-                if start.proxy_dispatch_max_retries and retries >= start.proxy_dispatch_max_retries:
-                    raise type(error)(f"{error.line} (tried {retries + 1} times)") from None
-                await self._pause(pause, wanted, start.node_id)
-                retries += 1
-                pause = min(pause * 2, max(_MAX_BACKOFF_S, start.proxy_dispatch_backoff_ms / 1000))
-            else:
-                return node, call, accepted
-
-    async def _pause(self, seconds: float, wanted: Room, node_id: str) -> None:
-        """Wait *seconds*, or until a node seems to have room: only offers and pauses count as retries, not every wake-up."""
-        end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
-            if not await self._nodes.room_may_be_free(left):
-                return
-            with contextlib.suppress(AfsError):
-                self._nodes.choose(wanted, node_id)
-                return
-
-    async def _offer(self, node: AfsletNode, first: bytes, wanted: Room) -> tuple[Call, bytes]:
-        # Taken before the node answers, so that a burst of runs does not see the same room free.
-        self._nodes.take(node, wanted)
-        try:
-            return await self._ask(node, first)
-        except ResourceExhausted:
-            # The node knows better than the estimate, and its next report corrects that. Nobody is woken: the others
-            # would be refused as well.
-            node.free = Room()
-            raise
-        except BaseException:
-            self._nodes.give_back(node, wanted)
-            raise
-
-    async def _ask(self, node: AfsletNode, first: bytes) -> tuple[Call, bytes]:
-        call: Call = node.channel.stream_stream(_EXECUTE)()
-        try:
-            with calling(f"afslet {node.endpoint}"):
-                # A refused call refuses the write as well; its status comes with the read.
-                with contextlib.suppress(grpc.aio.UsageError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                    await call.write(first)
-                answer = await call.read()
+            first = await anext(requests, None)
+            run = self._admit(first, context)
+            async with contextlib.aclosing(self._responses(run, requests, context)) as responses:
+                async for response in responses:
+                    yield response
+            outcome = "completed" if run.call is not None else "replayed"
+        except NodeFailed as failed:
+            outcome = _outcome(failed.error, run)
+            _fail(context, run, failed.error, failed.result)
         except AfsError as error:
-            if isinstance(error, Unavailable):
-                self._nodes.mark_unreachable(node, error)
+            outcome = _outcome(error, run)
+            _fail(context, run, error)
+        except GeneratorExit:
+            outcome = "cancelled"
             raise
-        except BaseException:
-            call.cancel()
-            raise
-        if not isinstance(answer, bytes):
-            raise Unavailable(f"afslet {node.endpoint} ended the call without an answer")
-        return call, answer
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            task = asyncio.current_task()
+            if run is None or run.cancelled is None or (task is not None and task.cancelling()):
+                raise
+            _fail(context, run, run.cancelled)  # by Runs.Cancel: the client is still there to be told
+        finally:
+            self._count(outcome)
+            if run is not None:
+                self.runs.pop(run.run_id)
+
+    def _admit(self, first: bytes | None, context: Context) -> Run:
+        start = read_start(first)
+        ends, limit = wait_limit(start, context.time_remaining())
+        run = Run(first or b"", start, waiter_of(start), context.peer(), ends, limit)
+        self.runs[run.run_id] = run
+        return run
+
+    async def _responses(
+        self, run: Run, requests: AsyncIterator[bytes], context: Context
+    ) -> AsyncGenerator[bytes, None]:
+        start = run.start
+        assert start is not None
+        key = (start.tenant, start.idempotency_key)
+        if start.idempotency_key:
+            async with contextlib.aclosing(self._claimed(run, key, start)) as before:
+                async for message in before:
+                    yield message
+            if run.result:
+                return
+        pumping: asyncio.Task[None] | None = None
+        try:
+            async with contextlib.aclosing(self._placer.place(run, context)) as progress:
+                async for message in progress:
+                    yield message
+            node, call = run.node, run.call
+            assert node is not None
+            assert call is not None
+            run.start = None
+            if start.stdin or start.tty or not start.no_upload:  # else nothing follows that the node waits for
+                pumping = asyncio.create_task(_pump(requests, call))
+            yield run.accepted
+            try:
+                while (response := await call.read()) is not EOF:
+                    data = cast("bytes", response)
+                    if data[:1] == RESULT:
+                        run.result = data
+                    yield data
+            except grpc.aio.AioRpcError as error:
+                raise failure(error, node) from None
+        finally:
+            if pumping is not None:
+                pumping.cancel()
+            if run.call is not None:
+                run.call.cancel()  # does nothing to a call that has ended
+            self._dispatcher.leave(run.waiter)
+            if key[1]:
+                self._results.end(key, idempotency.Ended(run.accepted, run.result) if run.result else None)
+
+    async def _claimed(self, run: Run, key: idempotency.Key, start: pb.StartRequest) -> AsyncGenerator[bytes, None]:
+        """Wait until *key* is this call's; or, with ``run.result``, the responses of the run that it names."""
+        mark = idempotency.fingerprint(start)
+        while (found := self._results.begin(key, mark)) is not None:
+            if isinstance(found, idempotency.Ended):
+                run.result = found.result
+                for message in found.replay():
+                    yield message
+                return
+            found.add_done_callback(lambda _: run.waiter.wake())
+            try:
+                if start.progress:
+                    yield queued()
+                while not found.done():
+                    if run.waiter.error is not None:
+                        raise run.waiter.error
+                    await run.waiter.wait(_seconds_left(run, start))
+            finally:
+                self._results.give_up(key, found)
 
 
-def _start(first: bytes | None) -> pb.StartRequest:
-    try:
-        request = pb.ExecuteRequest.FromString(first or b"")
-    except DecodeError:
-        raise InvalidArgument("the first request is not an ExecuteRequest") from None
-    if not request.HasField("start"):
-        raise InvalidArgument("the first request must be start")
-    check_start(request.start)
-    return request.start
+def _seconds_left(run: Run, start: pb.StartRequest) -> float | None:
+    """How long to wait for another call's run; QueueTimeout if no longer."""
+    left = run.ends - asyncio.get_running_loop().time()
+    if left <= 0:
+        raise QueueTimeout(f"the run of idempotency_key {start.idempotency_key!r} did not end {run.limit}")
+    return left if left != float("inf") else None
+
+
+def _outcome(error: AfsError, run: Run | None) -> str:
+    if isinstance(error, Cancelled):
+        return "cancelled"
+    return "failed" if run is not None and run.accepted else "rejected"
+
+
+def _fail(context: Context, run: Run | None, error: AfsError, result: pb.Result | None = None) -> Never:
+    """End the call with *error*; the trailing metadata tell what that means for the run."""
+    accepted = run is not None and bool(run.accepted)
+    told = fault(error, result, run.node if run is not None else None, accepted=accepted)
+    context.set_trailing_metadata(faults.to_metadata(told))
+    raise error from None
 
 
 async def _pump(requests: AsyncIterator[bytes], call: Call) -> None:

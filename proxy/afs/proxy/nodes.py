@@ -1,170 +1,186 @@
-"""The afslets that a proxy knows, their reported capacity, and the choice between them.
+"""The afslets that a proxy knows, and the choice between them.
 
-State, on one event loop: one :class:`AfsletNode` per endpoint. ``free`` is what the node last reported, less what this
-proxy dispatched since and plus what came back; the next report overwrites it. It is an estimate: the node itself admits.
-``_freed`` is replaced after each wake-up, so every waiter sees every release.
+State, on one event loop: one :class:`AfsletNode` per address. Reports come in by :meth:`Nodes.report` (see watching.py), the
+addresses by :meth:`Nodes.update`; both call ``changed``, which has the queue looked at. Nothing here awaits but ``close``.
 """
 
-import asyncio
 import logging
 import random
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Collection, Iterable
 
 import grpc.aio
 
+from afs.afslet.requests import Resources
 from afs.core.errors import AfsError, InvalidArgument, NotFound, ResourceExhausted, Unavailable
-from afs.core.rpc import calling, channel
+from afs.core.rpc import channel
 from afs.proto.v1 import afslet_pb2 as pb
-from afs.proto.v1.afslet_pb2_grpc import AfsletStub
+from afs.proxy.node import AfsletNode, Room
 
 log = logging.getLogger(__name__)
+_SAME_LOAD = 0.05  # nodes whose loads differ by less are equals: then the image decides
+_FAILURES = 3  # in a row, until a node is avoided
+_AVOID_S, _AVOID_MAX_S = 1.0, 60.0
 
 
 class NobodyAnswers(Unavailable):
     """No afslet that might run it can be reached; trying again at once cannot help."""
 
 
-@dataclass(slots=True)
-class Room:
-    """CPU in cores, memory in MiB."""
-
-    cpus: int = 0
-    memory_mb: int = 0
-
-    def fits(self, wanted: "Room") -> bool:
-        """Whether *wanted* fits into it."""
-        return self.cpus >= wanted.cpus and self.memory_mb >= wanted.memory_mb
-
-    def add(self, other: "Room", sign: int) -> None:
-        """Add (1) or subtract (-1) in place."""
-        self.cpus += sign * other.cpus
-        self.memory_mb += sign * other.memory_mb
-
-
-@dataclass(slots=True, eq=False)
-class AfsletNode:
-    """One afslet; *error* says why it is not reachable."""
-
-    endpoint: str
-    channel: grpc.aio.Channel
-    reachable: bool = False
-    error: str = "not asked yet"
-    status: pb.GetRuntimeStatusResponse = field(default_factory=pb.GetRuntimeStatusResponse)
-    free: Room = field(default_factory=Room)
-
-    @property
-    def limit(self) -> Room:
-        """All that the node has."""
-        return Room(self.status.limit_cpu_cores, self.status.limit_memory_mb)
-
-    def load(self) -> float:
-        """How full the node is: the fuller of its two resources, 0 to 1."""
-        limit = self.limit
-        return 1 - min(self.free.cpus / max(limit.cpus, 1), self.free.memory_mb / max(limit.memory_mb, 1))
-
-
 class Nodes:
-    """Polls *endpoints* every *interval* seconds."""
+    """See the module. *clock* gives monotonic seconds."""
 
     def __init__(
-        self, endpoints: Iterable[str], interval: float, rng: random.Random, *, lease_ttl: float | None = None
+        self,
+        endpoints: Iterable[str],
+        rng: random.Random,
+        clock: Callable[[], float] = time.monotonic,
+        open_channel: Callable[[str], grpc.aio.Channel] = channel,
     ) -> None:
-        self.nodes = [AfsletNode(endpoint, channel(endpoint, lease_ttl=lease_ttl)) for endpoint in endpoints]
-        self._interval = interval
+        self.nodes: list[AfsletNode] = []
+        self.unresolved: Collection[str] = ()
+        self.changed: Callable[[], None] = lambda: None
+        self.total = Room(1, 1)
         self._rng = rng
-        self._freed = asyncio.Event()
+        self._clock = clock
+        self._open_channel = open_channel
+        self.update(endpoints)
+
+    def update(self, endpoints: Iterable[str]) -> list[AfsletNode]:
+        """Know these from now on: give the new ones. Others take no new runs, and are forgotten by :meth:`sweep`."""
+        wanted, known = list(endpoints), {node.endpoint: node for node in self.nodes}
+        for node in self.nodes:
+            if node.gone is not (gone := node.endpoint not in wanted):
+                log.info("afslet %s is %s", node.endpoint, "not named any more" if gone else "named again")
+                node.gone = gone
+        new = [AfsletNode(endpoint, self._open_channel(endpoint)) for endpoint in wanted if endpoint not in known]
+        self.nodes += new
+        self.changed()
+        return new
+
+    def sweep(self) -> list[AfsletNode]:
+        """Forget the nodes that are gone and have nothing of ours; whoever calls closes their channels."""
+        idle = [node for node in self.nodes if node.gone and not node.mine.runs]
+        self.nodes = [node for node in self.nodes if node not in idle]
+        return idle
 
     async def close(self) -> None:
         """Close all channels."""
         for node in self.nodes:
             await node.channel.close()
 
-    async def run(self) -> None:
-        """Poll for ever; cancel it to stop."""
-        while True:
-            await self.poll()
-            await asyncio.sleep(self._interval)
-
-    async def poll(self) -> None:
-        """Ask every node once."""
-        await asyncio.gather(*(self._poll_one(node) for node in self.nodes))
-        self._wake()
-
-    async def _poll_one(self, node: AfsletNode) -> None:
-        try:
-            with calling(f"afslet {node.endpoint}"):
-                status = await AfsletStub(node.channel).GetRuntimeStatus(pb.GetRuntimeStatusRequest(), timeout=2.0)
-        except AfsError as error:
-            self.mark_unreachable(node, error)
-            return
+    def report(self, node: AfsletNode, status: pb.GetRuntimeStatusResponse) -> None:
+        """*node* said how it is."""
         if not node.reachable:
             log.info("afslet %s is there", node.endpoint)
-        node.reachable, node.error, node.status = True, "", status
-        node.free = Room(status.available_cpu_cores, status.available_memory_mb)
+        if status.draining and not node.status.draining:
+            log.info("afslet %s is draining", node.endpoint)
+        node.report(status)
+        limits = [node.limit for node in self.nodes if node.usable]
+        self.total = Room(sum(room.cpu_millis for room in limits) or 1, sum(room.memory_mb for room in limits) or 1)
+        self.changed()
 
-    def mark_unreachable(self, node: AfsletNode, error: AfsError) -> None:
-        """Do not choose *node* until it answers a poll again."""
+    def lost(self, node: AfsletNode, error: AfsError) -> None:
+        """Do not choose *node* until it reports again."""
         if node.reachable:
             log.warning("afslet %s: %s", node.endpoint, error.line)
         node.reachable, node.error = False, error.line
 
-    def choose(self, wanted: Room, node_id: str) -> AfsletNode:
-        """The emptier of two random nodes with room (power of two choices).
+    def failed(self, node: AfsletNode, error: AfsError) -> None:
+        """*node* answered an offer with an error that is not the request's: after some in a row it is avoided for a while."""
+        node.failures += 1
+        if node.failures >= _FAILURES:
+            pause = min(_AVOID_S * 2 ** (node.failures - _FAILURES), _AVOID_MAX_S)
+            node.avoided_until = self._clock() + pause
+            log.warning(
+                "afslet %s failed %d offers in a row, avoided for %g s: %s",
+                node.endpoint,
+                node.failures,
+                pause,
+                error.line,
+            )
 
-        Raises NobodyAnswers if no node, or not the wanted one, answers, NotFound for an unknown *node_id*,
-        InvalidArgument if no node could ever give *wanted*, ResourceExhausted if none can now.
+    def avoided(self, node: AfsletNode) -> bool:
+        """Whether it failed too often lately."""
+        return node.avoided_until > self._clock()
+
+    def state(self, node: AfsletNode) -> str:
+        """In one word: unreachable, draining, avoided or ready."""
+        if not node.reachable:
+            return "unreachable"
+        if not node.usable:
+            return "draining"
+        return "avoided" if self.avoided(node) else "ready"
+
+    def pick(
+        self, wanted: Resources, node_id: str = "", image: int = 0, tried: Collection[AfsletNode] = ()
+    ) -> AfsletNode | None:
+        """The emptier of two random nodes with room (power of two choices), but for *tried*; None if there is none.
+
+        Of two that are equally full, one on which the image ran lately.
         """
-        alive = [node for node in self.nodes if node.reachable]
-        if not alive:
-            why = "; ".join(f"{node.endpoint}: {node.error}" for node in self.nodes) or "none is configured"
-            raise NobodyAnswers(f"no afslet answers: {why}")
+        roomy = [
+            node
+            for node in self.nodes
+            if node.usable
+            and (not node_id or node.status.node_id == node_id)
+            and node not in tried
+            and node.open_to(wanted)
+            and not self.avoided(node)
+        ]
+        if len(roomy) < 2:
+            return roomy[0] if roomy else None
+        one, two = self._rng.sample(roomy, 2)
+        difference = one.load() - two.load()
+        if abs(difference) < _SAME_LOAD and (image in one.images) is not (image in two.images):
+            return one if image in one.images else two
+        return one if difference <= 0 else two
+
+    def check(self, wanted: Resources, node_id: str = "") -> None:
+        """Raise unless waiting for room makes sense.
+
+        NobodyAnswers if no node, or not the wanted one, answers or takes runs; NotFound for an unknown *node_id*;
+        InvalidArgument if no node could ever give *wanted*.
+        """
+        alive = [node for node in self.nodes if node.usable]
         if node_id:
-            named = [node for node in self.nodes if node.status.node_id == node_id]
-            if not named and any(not node.status.node_id for node in self.nodes):
-                raise NobodyAnswers(f"node {node_id!r} is unknown, and not every afslet has answered yet")
-            if not named:
-                raise NotFound(f"no afslet that answers is node {node_id!r}")
-            alive = [node for node in named if node.reachable]
-            if not alive:
-                raise NobodyAnswers(f"node {node_id!r} does not answer: {named[0].error}")
+            alive = self._named(node_id, alive)
+        elif not alive:
+            raise NobodyAnswers(f"no afslet answers: {self._why_nobody()}")
         able = [node for node in alive if node.limit.fits(wanted)]
-        if not able and not node_id:
+        if able:
+            return
+        if not node_id:
             # A larger node that is just being restarted must not turn a run into one that can never work.
-            silent = [node for node in self.nodes if not node.reachable]
+            silent = [node for node in self.nodes if not node.usable and not node.gone]
             maybe = [node for node in silent if not node.status.node_id or node.limit.fits(wanted)]
             if maybe:
                 raise NobodyAnswers(
-                    f"no afslet that answers has {wanted.cpus} CPUs and {wanted.memory_mb} MiB, "
-                    f"and {maybe[0].endpoint} does not answer: {maybe[0].error}"
+                    f"no afslet that answers has {wanted}, and {maybe[0].endpoint} {_why_not(maybe[0])}"
                 )
-        if not able:
-            most = max((node.limit for node in alive), key=lambda room: (room.cpus, room.memory_mb))
-            raise InvalidArgument(
-                f"{wanted.cpus} CPUs and {wanted.memory_mb} MiB asked for, but the largest node has "
-                f"{most.cpus} CPUs and {most.memory_mb} MiB"
-            )
-        roomy = [node for node in able if node.free.fits(wanted)]
-        if not roomy:
-            raise ResourceExhausted(f"no node has {wanted.cpus} CPUs and {wanted.memory_mb} MiB free now")
-        return min(self._rng.sample(roomy, min(2, len(roomy))), key=AfsletNode.load)
+        most = max((node.limit for node in alive), key=lambda room: (room.cpu_millis, room.memory_mb))
+        disk = most.disk_mb if wanted.disk_mb else 0
+        largest = Resources(most.cpu_millis, most.memory_mb, disk)
+        raise InvalidArgument(f"{wanted} asked for, but the largest node has {largest}")
 
-    def take(self, node: AfsletNode, room: Room) -> None:
-        """A run was accepted."""
-        node.free.add(room, -1)
+    def _named(self, node_id: str, alive: list[AfsletNode]) -> list[AfsletNode]:
+        named = [node for node in self.nodes if node.status.node_id == node_id and not node.gone]
+        if not named and any(not node.status.node_id for node in self.nodes):
+            raise NobodyAnswers(f"node {node_id!r} is unknown, and not every afslet has answered yet")
+        if not named:
+            raise NotFound(f"no afslet that answers is node {node_id!r}")
+        if not (usable := [node for node in named if node in alive]):
+            raise NobodyAnswers(f"node {node_id!r} {_why_not(named[0])}")
+        return usable
 
-    def give_back(self, node: AfsletNode, room: Room) -> None:
-        """A run ended."""
-        node.free.add(room, 1)
-        self._wake()
+    def _why_nobody(self) -> str:
+        reasons = [f"{node.endpoint}: {node.error or _why_not(node)}" for node in self.nodes if not node.gone]
+        return "; ".join([*reasons, *self.unresolved]) or "none is configured"
 
-    def _wake(self) -> None:
-        self._freed.set()
-        self._freed = asyncio.Event()
+    def no_room(self, wanted: Resources) -> ResourceExhausted:
+        """What to say when nothing is free."""
+        return ResourceExhausted(f"no node has {wanted} free now")
 
-    async def room_may_be_free(self, most: float) -> bool:
-        """Wait until a run ended or a report came, *most* seconds at most; whether one did."""
-        try:
-            return await asyncio.wait_for(self._freed.wait(), most)
-        except TimeoutError:
-            return False
+
+def _why_not(node: AfsletNode) -> str:
+    return "is draining" if node.reachable and node.status.draining else f"does not answer: {node.error}"
