@@ -110,7 +110,6 @@ class Execution:
             network = await self._connect(stack)
             result = await self._execute(warm, root, network, incoming)
             await self._check_reads(warm)
-            warm.on_lost = None
             await self._send(pb.ExecuteResponse(result=result))
             await self._enter(DIFF, pb.Progress.PHASE_DIFF)
             await self._send_diff(root, done)
