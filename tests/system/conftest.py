@@ -52,7 +52,7 @@ def lazy(session_containerd: LazyContainerd) -> Iterator[LazyContainerd]:
 def leased_cluster() -> Iterator[RealCluster]:
     """One node and a proxy with short leases; two runs may wait on the node, and it waits for runs when it stops."""
     capabilities.require("root", "fuse", "overlay", "erofs", "cgroup", "runc")
-    flags = (f"--lease-ttl={TTL}s", "--max-queued=2", "--drain-timeout=1m")
+    flags = (f"--lease-ttl={TTL}s", "--max-queued=2", "--drain-timeout=1m", "--warm-roots=0")
     with cluster(1, afslet_flags=flags, proxy_flags=(f"--lease-ttl={TTL}s",)) as running, exempt(running):
         yield running
 

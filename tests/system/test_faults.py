@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from afs.client import AfsClient, Log
-from afs.core.errors import AfsError, Internal, Unavailable
+from afs.core.errors import AfsError, Unavailable
 from afs.core.mounts import list_mounts
 from tests.system.test_mount_command import attached
 from tests.testbed import mounts, oci, tars
@@ -94,11 +93,7 @@ async def terminated(process: Process) -> int:
 
 def cgroup_processes(running: RealCluster, node: NodeProcesses) -> list[int]:
     """What runs in the cgroups of a node's runs."""
-    (name,) = [name for name in running.cgroups() if f"-{node.node_id}-" in name]
-    found = []
-    for path in mounts.cgroups(f"{name}/**/cgroup.procs"):
-        found += [int(line) for line in path.read_text().split()]
-    return found
+    return running.processes_of_runs(node)
 
 
 def roots(node: NodeProcesses) -> list[Path]:
@@ -284,17 +279,6 @@ def test_fuse_readers_see_no_hole_when_the_layer_was_pulled_meanwhile(
             asyncio.run(running.restart(node2.layerstore))
             assert (target2 / "later").read_bytes() == secret
             assert lazy in list_mounts(str(node2.run_dir / "l"))
-
-
-async def test_a_killed_runtime_is_no_result(fragile: RealCluster, busybox_image: BusyboxImage) -> None:
-    node = fragile.nodes[0]
-    async with run_under_way(fragile, busybox_image.reference, "node1") as task:
-        runtimes = fragile.runtimes(node)
-        assert len(runtimes) == 1
-        os.kill(runtimes[0], signal.SIGKILL)
-        with pytest.raises(Internal, match="runtime runc was killed by signal 9"):
-            await asyncio.wait_for(task, GRACE)
-    await until(lambda: not cgroup_processes(fragile, node), "the container is killed")
 
 
 def test_upper_directories_are_closed_to_other_users(fragile: RealCluster) -> None:

@@ -5,20 +5,25 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import grpc
 import pytest
 
 from afs.core.cluster import start_process
 from afs.core.rpc import EOF
+from afs.proto.v1 import afslet_pb2 as pb
 from tests.testbed import capabilities, leaks, netns
-from tests.testbed.leaseclient import PHASES, TALKING, reached, start
-from tests.testbed.leased import GRACE, calling, end, keeper_of, nothing_left, until
+from tests.testbed.leaseclient import BRIDGED, PHASES, TALKING, reached, start
+from tests.testbed.leased import GRACE, calling, end, fault_of, keeper_of, nothing_left, other_flags, until
 
 if TYPE_CHECKING:
     import random
+    from collections.abc import AsyncIterator
 
+    from afs.core.cluster import Process
     from tests.testbed.cluster import RealCluster
     from tests.testbed.images import BusyboxImage
 
@@ -93,23 +98,37 @@ async def test_snapshotter(leased: RealCluster, busybox_image: BusyboxImage, pha
     await nothing_left(leased)
 
 
-@pytest.mark.parametrize("how", HOW)
-async def test_runtime(leased: RealCluster, busybox_image: BusyboxImage, how: signal.Signals) -> None:
+async def test_command_that_is_stopped(leased: RealCluster, busybox_image: BusyboxImage) -> None:
     node = leased.nodes[0]
     async with reached(leased.proxy, busybox_image.reference, "run") as client:
-        (runtime,) = leased.runtimes(node)
-        os.kill(runtime, how)
-        if how is STOP:
-            client.kill()
+        for pid in leased.processes_of_runs(node):
+            os.kill(pid, STOP)
+        client.kill()
         await nothing_left(leased)
 
 
-async def test_runtime_that_is_stopped_when_afslet_is_killed(leased: RealCluster, busybox_image: BusyboxImage) -> None:
+@pytest.mark.parametrize("who", ["client", "afslet", "runtime"])
+async def test_runtime_that_hangs(leased: RealCluster, busybox_image: BusyboxImage, tmp_path: Path, who: str) -> None:
+    """It is in no cgroup of the run, and nobody waits for it when its afslet was killed."""
     node = leased.nodes[0]
-    async with reached(leased.proxy, busybox_image.reference, "run"):
-        (runtime,) = leased.runtimes(node)
-        os.kill(runtime, STOP)
-        await end(node.afslet)
+    runtime = tmp_path / "runc"
+    runtime.write_text('#!/bin/sh\nkill -STOP $$\nexec /usr/sbin/runc "$@"\n')
+    runtime.chmod(0o755)
+    async with (
+        other_flags(leased, f"--runtime={runtime}"),
+        calling(node.afslet.address, start(busybox_image.reference, "true")) as call,
+    ):
+        await until(lambda: bool(leased.runtimes(node)), "the runtime is started")
+        (pid,) = leased.runtimes(node)
+        if who == "client":
+            call.cancel()
+        elif who == "afslet":
+            await end(node.afslet)
+        else:
+            os.kill(pid, KILL)
+            code, result = await fault_of(call)
+            assert (code, result.outcome) == (grpc.StatusCode.INTERNAL, pb.OUTCOME_INFRASTRUCTURE_ERROR)
+            assert result.error == "the runtime runc was killed by signal 9"
         await nothing_left(leased)
 
 
@@ -121,7 +140,7 @@ async def test_keeper(leased: RealCluster, busybox_image: BusyboxImage, how: sig
     async with reached(leased.proxy, busybox_image.reference, "run"):
         os.kill(keeper, how)
         await until(lambda: keeper_of(node.afslet) not in (0, keeper), "another one is there")
-        assert leased.runtimes(node)
+        assert leased.processes_of_runs(node)
         await end(node.afslet)
         await nothing_left(leased)
 
@@ -132,7 +151,7 @@ async def test_afslet_and_keeper(leased: RealCluster, busybox_image: BusyboxImag
     async with reached(leased.proxy, busybox_image.reference, "run"):
         os.kill(keeper_of(node.afslet), KILL)
         await end(node.afslet)
-        assert leased.runtimes(node)
+        assert leased.processes_of_runs(node)
         await leased.restart(node.afslet)
         assert not leased.left_by_runs(node)
         assert "killed 1 runs that an earlier afslet left" in leased.log("node1-afslet")
@@ -148,7 +167,7 @@ async def test_the_next_afslet_starts_while_the_keeper_clears_up(
             await leased.restart(node.afslet)
             assert not leased.left_by_runs(node)
         async with reached(node.afslet.address, busybox_image.reference, "run"):
-            assert leased.runtimes(node), "no keeper of an earlier afslet ends it"
+            assert leased.processes_of_runs(node), "no keeper of an earlier afslet ends it"
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
@@ -167,25 +186,52 @@ async def test_client_that_stops_reading(leased: RealCluster, busybox_image: Bus
         await nothing_left(leased)
 
 
-@pytest.mark.parametrize("side", ["client", "node"])
-async def test_a_link_is_cut(leased: RealCluster, busybox_image: BusyboxImage, side: str) -> None:
-    """Nobody is told. The node's afslet is on another host than the client."""
-    capabilities.require("netns")
-    node = leased.nodes[0]
-    original = node.afslet
-    with netns.hosts([1, 2]) as hosts:
-        node.afslet.popen.terminate()
-        await asyncio.to_thread(node.afslet.popen.wait, GRACE)
-        address = f"{hosts[1].address}:61051"
-        arguments = [*(str(argument) for argument in original.popen.args[3:]), f"--listen={address}", "--insecure"]  # type: ignore[index]
-        remote = await start_process("remote-afslet", "afs.afslet", arguments, leased.directory, prefix=hosts[1].prefix)
-        with leaks.exempt(pids=[remote.popen.pid]):
-            async with reached(address, busybox_image.reference, "run", hosts[2].prefix):
-                assert leased.runtimes(node)
-                hosts[2 if side == "client" else 1].cut()
-                await nothing_left(leased)
+@asynccontextmanager
+async def afslet_on(host: netns.Host, running: RealCluster) -> AsyncIterator[Process]:
+    """The node's afslet on a host of its own instead."""
+    afslet = running.nodes[0].afslet
+    afslet.popen.terminate()
+    await asyncio.to_thread(afslet.popen.wait, GRACE)
+    arguments = [*map(str, cast("list[str]", afslet.popen.args)[3:]), f"--listen={host.address}:61051", "--insecure"]
+    remote = await start_process("remote-afslet", "afs.afslet", arguments, running.directory, prefix=host.prefix)
+    with leaks.exempt(pids=[remote.popen.pid]):
+        try:
+            yield remote
+        finally:
             remote.popen.terminate()
             await asyncio.to_thread(remote.popen.wait, GRACE)
+
+
+@pytest.mark.parametrize("side", ["client", "node"])
+async def test_a_link_is_cut(leased: RealCluster, busybox_image: BusyboxImage, side: str) -> None:
+    """Nobody is told."""
+    capabilities.require("netns")
+    with netns.hosts([1, 2]) as hosts:
+        async with (
+            afslet_on(hosts[1], leased) as afslet,
+            reached(afslet.address, busybox_image.reference, "run", hosts[2].prefix),
+        ):
+            assert leased.processes_of_runs(leased.nodes[0])
+            hosts[2 if side == "client" else 1].cut()
+            await nothing_left(leased)
+
+
+async def test_networks_of_a_killed_afslet(leased: RealCluster, busybox_image: BusyboxImage) -> None:
+    capabilities.require("netns")
+    with netns.hosts([1]) as hosts:
+
+        def there() -> list[str]:
+            text = hosts[1].run("ip", "-brief", "link") + hosts[1].run("nft", "list", "tables")
+            return [line for line in text.splitlines() if "afs" in line]
+
+        async with (
+            afslet_on(hosts[1], leased) as afslet,
+            reached(afslet.address, busybox_image.reference, BRIDGED, hosts[1].prefix),
+        ):
+            assert there()
+            await end(afslet)
+            await nothing_left(leased)
+            await until(lambda: not there(), "interfaces and tables are gone")
 
 
 async def test_runs_that_are_ended_at_any_moment(

@@ -16,7 +16,17 @@ from afs.proto.v1 import afslet_pb2 as pb
 from afs.proto.v1 import runs_pb2
 from afs.proto.v1.afslet_pb2_grpc import AfsletStub
 from tests.testbed.leaseclient import start
-from tests.testbed.leased import FOREVER, GRACE, calling, end, fault_of, kill_sleep, rest, runs_of, until_log
+from tests.testbed.leased import (
+    FOREVER,
+    GRACE,
+    calling,
+    fault_of,
+    kill_sleep,
+    other_flags,
+    rest,
+    runs_of,
+    until_log,
+)
 
 if TYPE_CHECKING:
     from tests.testbed.cluster import RealCluster
@@ -71,17 +81,13 @@ async def test_who_does_not_want_to_wait_for_runs(leased: RealCluster, busybox_i
 
 async def test_drain_timeout(leased: RealCluster, busybox_image: BusyboxImage) -> None:
     node = leased.nodes[0]
-    arguments: Any = node.afslet.popen.args
-    await end(node.afslet)
-    node.afslet.popen.args = [*arguments, "--drain-timeout=100ms"]
-    await leased.restart(node.afslet)
-    node.afslet.popen.args = arguments
-    async with calling(node.afslet.address, start(busybox_image.reference, FOREVER)) as call:
-        await until_log(call)
-        node.afslet.popen.terminate()
-        code, result = await fault_of(call)
-        assert (code, result.outcome) == (grpc.StatusCode.UNAVAILABLE, pb.OUTCOME_INFRASTRUCTURE_ERROR)
-    assert await asyncio.to_thread(node.afslet.popen.wait, GRACE) == 0
+    async with other_flags(leased, "--drain-timeout=100ms"):
+        async with calling(node.afslet.address, start(busybox_image.reference, FOREVER)) as call:
+            await until_log(call)
+            node.afslet.popen.terminate()
+            code, result = await fault_of(call)
+            assert (code, result.outcome) == (grpc.StatusCode.UNAVAILABLE, pb.OUTCOME_INFRASTRUCTURE_ERROR)
+        assert await asyncio.to_thread(node.afslet.popen.wait, GRACE) == 0
 
 
 async def test_drain_without_an_end(leased: RealCluster, busybox_image: BusyboxImage) -> None:

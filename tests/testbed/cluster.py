@@ -145,14 +145,22 @@ class RealCluster:
         return found + [f"runtime {pid}" for pid in self.runtimes(node)]
 
     def runtimes(self, node: NodeProcesses) -> list[int]:
-        """The processes of the runtime, each of which looks after a container of the node."""
-        found = []
+        """The processes of the runtime, which are there while containers start."""
+        found, wanted = [], b"\0--root\0" + os.fsencode(node.run_dir / "runtime") + b"\0"
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with suppress(OSError):  # it ended
-                command = path.read_bytes()
-                if command.startswith(b"runc\0") and os.fsencode(node.run_dir) in command:
+                if wanted in path.read_bytes():
                     found.append(int(path.parent.name))
         return found
+
+    def processes_of_runs(self, node: NodeProcesses) -> list[int]:
+        """What runs in the cgroups of a node's runs."""
+        parent = cgroup_parent(node.node_id, node.directory / "afslet")
+        found = set[int]()
+        for path in cgroups(f"{parent}/**/cgroup.procs"):
+            with suppress(OSError):  # the group went
+                found.update(map(int, path.read_text().split()))
+        return sorted(found)
 
     def assert_idle(self, grace: float = 5.0) -> None:
         """Fail unless everything was given back within *grace* seconds: a client's end is noticed a moment later."""

@@ -18,7 +18,6 @@ from afs.core.rpc import EOF, channel
 from afs.proto.v1 import afslet_pb2 as pb
 from afs.proto.v1.afslet_pb2_grpc import AfsletStub
 from afs.proto.v1.runs_pb2_grpc import RunsStub
-from tests.testbed import mounts
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -60,6 +59,23 @@ async def end(process: Process) -> None:
     """SIGKILL it, also if it is stopped, and wait for its end."""
     process.popen.kill()
     await asyncio.to_thread(process.popen.wait, GRACE)
+
+
+@asynccontextmanager
+async def other_flags(running: RealCluster, *flags: str) -> AsyncIterator[None]:
+    """Have the node's afslet started anew with these flags besides; afterwards the next start is without them."""
+    afslet = running.nodes[0].afslet
+    arguments: Any = afslet.popen.args
+    await end(afslet)
+    await nothing_left(running)
+    afslet.popen.args = [*arguments, *flags]
+    await running.restart(afslet)
+    try:
+        yield
+    finally:
+        if afslet.popen.poll() is None:
+            await end(afslet)
+        afslet.popen.args = arguments
 
 
 def keeper_of(process: Process) -> int:
@@ -124,10 +140,8 @@ async def rest(call: Any) -> AsyncIterator[pb.ExecuteResponse]:
 
 def kill_sleep(running: RealCluster) -> None:
     """End the sleep of a run, so that its shell goes on."""
-    (parent,) = running.cgroups()
-    for path in mounts.cgroups(f"{parent}/*/**/cgroup.procs"):
-        for pid in path.read_text().split():
-            if b"sleep\x001000" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                os.kill(int(pid), signal.SIGKILL)
-                return
+    for pid in running.processes_of_runs(running.nodes[0]):
+        if b"sleep\x001000" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(pid, signal.SIGKILL)
+            return
     raise AssertionError("nobody sleeps")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import re
 from dataclasses import dataclass
@@ -43,7 +44,13 @@ def table() -> list[Mount]:
 def cgroups(pattern: str) -> set[Path]:
     """What matches a glob pattern below the root of any cgroup hierarchy, v1 or v2."""
     roots = [Path(mount.target) for mount in table() if mount.fstype in ("cgroup", "cgroup2")]
-    return {path for root in roots for path in root.glob(pattern)}
+    while True:
+        try:
+            return {path for root in roots for path in root.glob(pattern)}
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENODEV):
+                raise
+            # A group went while we looked: look again.
 
 
 def mount(source: str | Path, target: str | Path, fstype: str, options: str = "", *, read_only: bool = False) -> None:

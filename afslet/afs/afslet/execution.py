@@ -107,9 +107,6 @@ class Execution:
             incoming = Incoming(requests, self._start)
             await self._enter(PREPARING, pb.Progress.PHASE_IMAGE)
             warm = await self._prepare(stack, incoming)
-            warm.on_lost = lambda: run.end(warm.hold.loss())  # whatever it is doing then
-            if warm.hold.lost:
-                raise warm.hold.loss()
             root = await self._make_root(warm)
             network = await self._connect(stack)
             result = await self._execute(warm, root, network, incoming)
@@ -154,7 +151,11 @@ class Execution:
 
         async def open_image() -> WarmRoot:
             with self._timed("image_us"):
-                return await stack.enter_async_context(self._node.roots.taking(image, self._wanted_root()))
+                warm = await stack.enter_async_context(self._node.roots.taking(image, self._wanted_root()))
+            warm.on_lost = lambda: self._run.end(warm.hold.loss())  # whatever it is doing then, be it the upload
+            if warm.hold.lost:
+                raise warm.hold.loss()
+            return warm
 
         if start.no_upload:
             return await open_image()

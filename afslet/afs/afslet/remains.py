@@ -14,7 +14,7 @@ from pathlib import Path
 
 from afs.afslet import cgroups
 from afs.afslet.netnames import clear_network
-from afs.core.errors import one_line
+from afs.core.errors import AfsError, one_line
 from afs.core.files import remove_tree
 
 log = logging.getLogger(__name__)
@@ -103,13 +103,18 @@ def _directory(path: Path) -> str:
     return f"removed {left} entries of {path}" if left else ""
 
 
+def _network_files(remains: Remains) -> str:
+    remove_tree(remains.networks)  # one of them is afslet's own: that it is there says nothing about runs
+    return ""
+
+
 # In this order: runtimes start processes, and processes use what comes after them. A clean-up says what it found, or "".
 CLEAN_UPS: tuple[tuple[str, Callable[[Remains], str]], ...] = (
     ("runtimes", _runtimes),
     ("runs", _groups),
     ("the runtime's state", lambda remains: _directory(remains.state)),
     ("networks", _networks),
-    ("files about networks", lambda remains: _directory(remains.networks)),
+    ("files about networks", _network_files),
     ("scratch directories", lambda remains: _directory(remains.scratch)),
 )
 
@@ -126,7 +131,7 @@ def clean_up(remains: Remains, whose: str) -> bool:
                 if removed := remove(remains):
                     log.warning("%s that %s left", removed, whose)
                     found = True
-            except OSError as error:
+            except (OSError, AfsError) as error:
                 log.error("cannot clean up %s that %s left: %s", name, whose, one_line(str(error)))
                 failed = True
             except Exception:
