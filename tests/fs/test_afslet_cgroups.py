@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from afs.afslet.cgroups import CONTAINER, Cgroup, CgroupV2, Limits, clean_up, hierarchies, open_cgroup
+from afs.afslet.cgroups import Cgroup, CgroupV2, Limits, clean_up, hierarchies, open_cgroup
 
 pytestmark = pytest.mark.root
 LIMITS = Limits(1.5, 64 << 20, 50)
@@ -43,16 +43,14 @@ def inside(parent: str, program: str) -> "subprocess.Popen[bytes]":
     """A Python program in the container's group, as the runtime would start it."""
     files = set()
     for controller in ("memory", "pids"):
-        container = directory(controller, parent) / CONTAINER
-        container.mkdir(exist_ok=True)
-        files.add(container / "cgroup.procs")
+        files.add(directory(controller, parent) / "cgroup.procs")
     enter = "".join(f"open({str(file)!r}, 'w').write('0'); " for file in files)
     argv = [sys.executable, "-S", "-c", f"{enter}print('in', flush=True); {program}"]
     return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
 def test_limits_are_written(parent: str, group: Cgroup) -> None:
-    assert group.path == f"/{parent}/run/{CONTAINER}"
+    assert group.path == f"/{parent}/run"
     v1 = {
         ("memory", "memory.limit_in_bytes"): str(64 << 20),
         ("cpu", "cpu.cfs_quota_us"): "150000",
@@ -102,19 +100,19 @@ def test_v2_on_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     def make(path: str) -> None:
         (tmp_path / "cgroup.subtree_control").touch()
-        for directory in (tmp_path / "parent", Path(path)):
-            directory.mkdir()
-            (directory / "cgroup.subtree_control").touch()
+        (tmp_path / "parent").mkdir()
+        (tmp_path / "parent" / "cgroup.subtree_control").touch()
+        Path(path).mkdir()
         for name in limits:
             Path(path, name).touch()
 
     monkeypatch.setattr(os, "makedirs", make)
     group = CgroupV2(tmp_path, "parent", "run", LIMITS)
     top = tmp_path / "parent" / "run"
-    assert group.path == f"/parent/run/{CONTAINER}"
-    for directory in (tmp_path, tmp_path / "parent", top):
+    assert group.path == "/parent/run"
+    for directory in (tmp_path, tmp_path / "parent"):
         assert (directory / "cgroup.subtree_control").read_text() == "+cpu +memory +pids\n"
-    written = {path.name: path.read_text().strip() for path in top.iterdir() if path.name != "cgroup.subtree_control"}
+    written = {path.name: path.read_text().strip() for path in top.iterdir()}
     assert written == {
         "memory.max": str(64 << 20), "memory.swap.max": "0", "cpu.max": "150000 100000", "pids.max": "50",
     }  # fmt: skip
@@ -126,13 +124,12 @@ def test_v2_on_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (top / "memory.peak").write_text("4096\n")
     counters = group.counters()
     assert (counters.oom, counters.peak_memory) == (True, 4096)
-    (top / CONTAINER).mkdir()
     assert not group.kill()
     with subprocess.Popen(["sleep", "100"]) as child:
-        (top / CONTAINER / "cgroup.procs").write_text(f"{child.pid}\n")
+        (top / "cgroup.procs").write_text(f"{child.pid}\n")
         assert group.kill()
         assert child.wait() == -9
-    for path in (*top.iterdir(), *(top / CONTAINER).iterdir()):  # the kernel's files go with their directory
+    for path in top.iterdir():  # the kernel's files go with their directory
         if path.is_file():
             os.unlink(path)
     group.remove()

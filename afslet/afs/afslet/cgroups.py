@@ -1,7 +1,8 @@
 """The control group of one run: limits, what happened to them, and an end of every process in it.
 
-AFS sets the limits on a group of its own, and the runtime makes the container's group inside it. So the counters
-(peak memory, CPU time, OOM kills) outlive the runtime, which deletes the container's group as soon as the command ends.
+AFS makes the group and its limits, the runtime only puts the container into it: a runtime that ends when the command has
+started removes nothing, so the counters (peak memory, CPU time, OOM kills) are there after the command's end. (A group of
+ours around one of the runtime's cost two more directories in each of v1's ten hierarchies.)
 
 cgroup v1: Documentation/admin-guide/cgroup-v1/memory.rst; v2: cgroup-v2.rst. On a hybrid machine ("unified" beside v1)
 the v1 controllers count, as for runc.
@@ -24,7 +25,6 @@ from afs.core.errors import FailedPrecondition
 
 log = logging.getLogger(__name__)
 CPU_PERIOD_US = 100_000
-CONTAINER = "c"  # the runtime's group inside ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,10 +170,8 @@ def _kill_tree(top: str) -> bool:
 
 
 def _remove_group(top: str) -> None:
-    """Remove a run's group, which as a rule has just the runtime's below it or nothing."""
+    """Remove a run's group, which as a rule has nothing below it."""
     try:
-        with contextlib.suppress(FileNotFoundError):
-            os.rmdir(f"{top}/{CONTAINER}")
         with contextlib.suppress(FileNotFoundError):
             os.rmdir(top)
     except OSError as error:
@@ -205,7 +203,7 @@ class CgroupV1:
     """One directory per hierarchy; the limits are in memory, cpu and pids."""
 
     def __init__(self, mounts: dict[str, Path], parent: str, name: str, limits: Limits) -> None:
-        self.path = f"/{parent}/{name}/{CONTAINER}"
+        self.path = f"/{parent}/{name}"
         self._directories = {mount: f"{mount}/{parent}/{name}" for mount in set(mounts.values())}
         self._memory = self._directories[mounts["memory"]]
         self._cpuacct = self._directories[mounts["cpuacct"]] if "cpuacct" in mounts else None
@@ -245,7 +243,10 @@ class CgroupV1:
         if self._cpuacct is not None:
             with contextlib.suppress(FileNotFoundError):  # the runtime never came so far as to make it
                 cpu = int(_read(f"{self._cpuacct}/cpuacct.usage")) // 1000
-        return Counters(oom, int(_read(f"{self._memory}/memory.max_usage_in_bytes")), cpu)
+        peak = 0
+        with contextlib.suppress(FileNotFoundError):  # the runtime removes the group if it cannot start the command
+            peak = int(_read(f"{self._memory}/memory.max_usage_in_bytes"))
+        return Counters(oom, peak, cpu)
 
     def pids(self) -> list[int]:
         return list(_pids_below(self._memory))
@@ -265,11 +266,11 @@ class CgroupV2:
     """One directory; controllers have to be enabled from the root down."""
 
     def __init__(self, mount: Path, parent: str, name: str, limits: Limits) -> None:
-        self.path = f"/{parent}/{name}/{CONTAINER}"
+        self.path = f"/{parent}/{name}"
         self._directory = f"{mount}/{parent}/{name}"
         try:
             os.makedirs(self._directory)
-            for ancestor in (str(mount), f"{mount}/{parent}", self._directory):
+            for ancestor in (str(mount), f"{mount}/{parent}"):
                 _write(f"{ancestor}/cgroup.subtree_control", "+cpu +memory +pids")
             _write(f"{self._directory}/memory.max", limits.memory)
             with contextlib.suppress(FileNotFoundError):  # absent without swap accounting
@@ -281,7 +282,6 @@ class CgroupV2:
             raise
 
     def counters(self) -> Counters:
-        # memory.events is hierarchical: it counts kills in the runtime's group below.
         events = self._table("memory.events")
         peak = 0
         with contextlib.suppress(FileNotFoundError):  # before kernel 5.19
@@ -289,6 +289,8 @@ class CgroupV2:
         return Counters(events.get("oom_kill", 0) > 0, peak, self._table("cpu.stat").get("usage_usec", 0))
 
     def _table(self, name: str) -> dict[str, int]:
+        if not os.path.isdir(self._directory):  # the runtime removes it if it cannot start the command
+            return {}
         return {key: int(value) for key, value in re.findall(r"(\w+) (\d+)", _read(f"{self._directory}/{name}"))}
 
     def pids(self) -> list[int]:
