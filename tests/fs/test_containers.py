@@ -19,6 +19,7 @@ from afs.afslet.rootfs import User
 from afs.afslet.runc import Ended, Job, Runtime, become_subreaper, run_container
 from afs.afslet.runtimebinary import RuntimeBinary
 from afs.afslet.stdio import Pipes, Stdio, Terminal, Window
+from afs.core import syscalls
 from afs.core.errors import FailedPrecondition
 from tests.testbed import capabilities
 
@@ -102,6 +103,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     before = our_children()
     yield Bench(tmp_path, Runtime(binary, tmp_path / "state", parent, 1024))
     assert our_children() <= before
+    syscalls.set_child_subreaper(enabled=False)  # or other tests' orphans become ours
     binary.close()
     assert clean_up(parent) == 0
 

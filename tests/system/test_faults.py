@@ -110,7 +110,7 @@ async def test_afslet_is_killed(fragile: RealCluster, busybox_image: BusyboxImag
         with pytest.raises(Unavailable, match=f"afslet {node.afslet.address}|Socket closed"):
             await asyncio.wait_for(task, GRACE)
         await until(lambda: not roots(node), "the root is given back")
-        assert not list_mounts(str(node.directory / "snapshotter"))
+        assert not list_mounts(str(node.directory / "snapshotter/roots"))
         await until(lambda: not cgroup_processes(fragile, node), "its keeper has killed the run")
         await fragile.restart(node.afslet)
 

@@ -14,6 +14,7 @@ from afs.afslet.rootfs import User
 from afs.afslet.runc import Ended, Job, Runtime, become_subreaper, run_container
 from afs.afslet.runtimebinary import RuntimeBinary
 from afs.afslet.stdio import Pipes
+from afs.core import syscalls
 from tests.testbed import leaks
 
 if TYPE_CHECKING:
@@ -52,5 +53,6 @@ async def run_in(root: Path, argv: Sequence[str], sandbox: Sandbox, uid: int = 0
             ended = await run_container(runtime, job, output, lambda: None)
             binary.close()
         finally:
+            syscalls.set_child_subreaper(enabled=False)  # or other tests' orphans become ours
             await asyncio.to_thread(clean_up, parent)
     return Heard(ended, heard["stdout"].decode(), heard["stderr"].decode())

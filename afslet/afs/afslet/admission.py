@@ -8,7 +8,7 @@ that happens to fit, or a large run would wait for ever.
 import asyncio
 import bisect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from afs.afslet.requests import Resources, resources_of
 from afs.core.errors import InvalidArgument, ResourceExhausted, Unavailable
@@ -148,7 +148,7 @@ class Admission:
             raise
         if not waiting.ready.done():
             self._leave(waiting)
-            raise ResourceExhausted(f"no room for {wanted} within {timeout_s:g} s")
+            raise ResourceExhausted(f"no room for {self._shown(wanted)} within {timeout_s:g} s")
         return waiting.ready.result()
 
     def _lacking(self, wanted: Resources) -> str | None:
@@ -165,7 +165,11 @@ class Admission:
     def _why(self, wanted: Resources, *, may_wait: bool) -> str:
         lacking = self._lacking(wanted) or f"{len(self._waiting)} runs wait for room"
         full = f", and {len(self._waiting)} runs wait already" if may_wait and self._max_queued else ""
-        return f"{wanted} asked for, but {lacking}{full}"
+        return f"{self._shown(wanted)} asked for, but {lacking}{full}"
+
+    def _shown(self, wanted: Resources) -> Resources:
+        """What of it the node counts."""
+        return wanted if self.limit.disk_mb else replace(wanted, disk_mb=0)
 
     def _take(self, wanted: Resources) -> Reservation:
         self._add(wanted, 1)

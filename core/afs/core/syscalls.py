@@ -142,9 +142,9 @@ def set_parent_death_signal(signum: int) -> None:
     _check(_libc.prctl(_PR_SET_PDEATHSIG, signum, 0, 0, 0), "prctl")
 
 
-def set_child_subreaper() -> None:
+def set_child_subreaper(*, enabled: bool = True) -> None:
     """prctl(PR_SET_CHILD_SUBREAPER): descendants whose parent ended become children of this process."""
-    _check(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl")
+    _check(_libc.prctl(_PR_SET_CHILD_SUBREAPER, int(enabled), 0, 0, 0), "prctl")
 
 
 def start_writeback(fd: int, offset: int, length: int) -> None:

@@ -66,7 +66,9 @@ class Placer:
                 raise type(problem)(f"{problem.line} (tried {tries} times)")
             if placed:
                 dispatcher.put_aside(waiter)
-                await self._rest(run, pause)
+                # A node without room gets no other offer before its next report, so the run keeps its place in the queue.
+                if most or not isinstance(problem, ResourceExhausted):
+                    await self._rest(run, pause)
                 dispatcher.resume(waiter, patient=patient)
             pause = min(pause * 2, max(_MAX_BACKOFF_S, start.proxy_dispatch_backoff_ms / 1000))
 
