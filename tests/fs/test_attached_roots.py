@@ -22,7 +22,7 @@ from afs.snapshotter.attached import AttachedRoots
 from afs.snapshotter.backends import Backend, Backends, Trial
 from afs.snapshotter.fusedworkers import FusedWorkers
 from afs.snapshotter.layermounts import LayerMounts
-from afs.snapshotter.opening import Opener
+from afs.snapshotter.opening import Opened, Opener
 from afs.snapshotter.rootmount import RootRequest
 from afs.snapshotter.roots import Roots
 from tests.testbed import tars
@@ -31,7 +31,6 @@ from tests.testbed.crashes import Scenario, crash_everywhere
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Sequence
 
-    from afs.snapshotter.layermount import MountedLayer
     from tests.testbed.crashes import Mode
 
 pytestmark = pytest.mark.root
@@ -54,11 +53,9 @@ class LocalOpener(Opener):
         self._layers = mounts
 
     @override
-    async def open_image(
-        self, stack: contextlib.AsyncExitStack, name: pb.ImageName, *, force_local: bool
-    ) -> tuple[pb.Image, list[MountedLayer]]:
+    async def open_image(self, stack: contextlib.AsyncExitStack, name: pb.ImageName, *, force_local: bool) -> Opened:
         layer = await stack.enter_async_context(self._layers.using(f"sha256:{self._file.stem}", str(self._file)))
-        return pb.Image(key="test linux/amd64"), [layer]
+        return Opened(pb.Image(key="test linux/amd64"), [layer], {}, 0)
 
 
 class Snapshotter:
@@ -256,7 +253,7 @@ async def test_a_place_has_one_root(directory: Path) -> None:
         results = await asyncio.gather(*(running.attach(at) for _ in range(3)), return_exceptions=True)
         assert [type(result) for result in results if result] == [AlreadyExists, AlreadyExists], results
         async with contextlib.AsyncExitStack() as stack:
-            _, layers = await running.opener.open_image(stack, NAME, force_local=False)
+            _, layers, *_rest = await running.opener.open_image(stack, NAME, force_local=False)
             with pytest.raises(AlreadyExists, match=f"^a root is mounted at {at} already$"):
                 await running.roots.mount_root(stack, layers, RootRequest(target=str(at)))
             await running.roots.mount_root(stack, layers, RootRequest(target=str(other)))
@@ -333,7 +330,7 @@ async def test_what_a_killed_one_held_leaves_no_work_directory(directory: Path) 
     running.roots.prepare()
     await running.mounts.adopt()
     stack = contextlib.AsyncExitStack()
-    _, layers = await running.opener.open_image(stack, NAME, force_local=False)
+    _, layers, *_rest = await running.opener.open_image(stack, NAME, force_local=False)
     wanted = RootRequest(target=str(directory / "at"), upper_dir=str(directory / "uppers"))
     await running.roots.mount_root(stack, layers, wanted)
     assert len(list((directory / "uppers").iterdir())) == 2
@@ -459,7 +456,7 @@ async def test_setuid_programs_of_an_image_are_so_on_demand(directory: Path, sui
         await running.attach(at, suid=suid)
         assert bool(os.statvfs(at).f_flag & os.ST_NOSUID) != suid
         async with contextlib.AsyncExitStack() as stack:
-            _, layers = await running.opener.open_image(stack, NAME, force_local=False)
+            _, layers, *_rest = await running.opener.open_image(stack, NAME, force_local=False)
             held = await running.roots.mount_root(stack, layers, RootRequest())
             assert not os.statvfs(held.path).f_flag & os.ST_NOSUID, "a container needs them"
         assert (directory / "l").stat().st_mode & 0o777 == 0o700
@@ -472,7 +469,7 @@ async def test_a_layer_that_somebody_unmounted(directory: Path, how: str) -> Non
     async with snapshotter(directory) as running:
         await running.attach(directory / "other")
         async with contextlib.AsyncExitStack() as stack:
-            _, layers = await running.opener.open_image(stack, NAME, force_local=False)
+            _, layers, *_rest = await running.opener.open_image(stack, NAME, force_local=False)
             (old,) = layers
             if how == "covered":
                 syscalls.mount("tmpfs", str(old.path), "tmpfs")
@@ -496,7 +493,7 @@ async def test_what_a_killed_one_held_is_detached(directory: Path) -> None:
     running.roots.prepare()
     await running.mounts.adopt()
     stack = contextlib.AsyncExitStack()
-    _, layers = await running.opener.open_image(stack, NAME, force_local=False)
+    _, layers, *_rest = await running.opener.open_image(stack, NAME, force_local=False)
     await running.roots.mount_root(stack, layers, RootRequest(target=str(at), proc_dev=True))
     with (at / "a").open("rb") as file:
         async with snapshotter(directory) as successor:

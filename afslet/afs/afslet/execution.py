@@ -111,6 +111,7 @@ class Execution:
             network = await self._connect(stack)
             result = await self._execute(warm, root, network, incoming)
             await self._check_reads(warm)
+            result.bytes_fetched = max(warm.hold.bytes_fetched - warm.fetched_before, 0)
             await self._send(pb.ExecuteResponse(result=result))
             if self._diff_options.name is not None:
                 await self._enter(DIFF, pb.Progress.PHASE_DIFF)

@@ -53,6 +53,7 @@ class WarmRoot:
     opened: float  # monotonic seconds
     mark: tuple[object, ...] = ()
     in_demand: bool = False
+    fetched_before: int = 0  # bytes that came for earlier runs
     on_lost: Callable[[], object] | None = None
     spoiled: bool = False  # must not serve another run
     extra: list[MountedRoot] = field(default_factory=list)  # mounted for the run besides
@@ -166,6 +167,7 @@ class WarmRoots:
     async def _put_back(self, root: WarmRoot, wanted: MountRoot) -> None:
         """The run has ended well: keep what the next one can use."""
         root.on_lost = None
+        root.fetched_before = root.hold.bytes_fetched
         for extra in root.extra:
             await root.hold.unmount(extra)
         root.extra.clear()

@@ -10,7 +10,7 @@ import contextlib
 import logging
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Self, cast
 
 import grpc.aio
 
@@ -32,7 +32,7 @@ from afs.client.options import RunRequest, start_message
 from afs.client.uploads import batches, data_size, messages
 from afs.client.wire import event_of, finished_of
 from afs.core.errors import AfsError, Cancelled, Internal, InvalidArgument, NotFound, Unavailable, Unimplemented
-from afs.core.rpc import EOF, calling, to_afs_error
+from afs.core.rpc import CALL_ENDED, EOF, calling, send, to_afs_error
 from afs.core.threads import ahead
 from afs.proto.v1 import afslet_pb2 as pb
 from afs.proto.v1 import runs_pb2
@@ -43,9 +43,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _STDIN_CHUNK = 1 << 18
-# What a write raises when the other side has ended the call; the call's status comes with the read.
 _AHEAD = 2  # batches of an upload that are read before they can be sent
-_CALL_ENDED = (grpc.aio.AioRpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
 
 
 class Run:
@@ -79,13 +77,12 @@ class Run:
         self._connection = self._connections.take()
         try:
             self._call = self._connection.afslet.Execute()
-            self._raw_call: Any = getattr(self._call, "_cython_call")  # noqa: B009 - see _put
         except BaseException:
             self._connections.give_back(self._connection)
             raise
         try:
             if self.request.upload is None:
-                with contextlib.suppress(*_CALL_ENDED):
+                with contextlib.suppress(*CALL_ENDED):
                     await self._put(pb.ExecuteRequest(start=self._start))
                     await self._end_upload()
             else:
@@ -126,7 +123,7 @@ class Run:
                         await self._put(message)
                         self.uploaded += data_size(message)
             await self._end_upload()
-        except _CALL_ENDED:
+        except CALL_ENDED:
             return
         except Exception as error:
             # The read reports the call as cancelled; this is why.
@@ -134,13 +131,8 @@ class Run:
             self._call.cancel()
 
     async def _put(self, message: pb.ExecuteRequest) -> None:
-        """Write *message*; one of _CALL_ENDED.
-
-        The call's own write() says INTERNAL in place of the server's status if the server ends the call meanwhile (grpcio
-        1.85, aio/_call.py), and why a run was refused would be lost.
-        """
-        await self._call.wait_for_connection()
-        await self._raw_call.send_serialized_message(message.SerializeToString())
+        """Write *message*; one of CALL_ENDED."""
+        await send(self._call, message.SerializeToString())
 
     async def _end_upload(self) -> None:
         if self._start.stdin:
@@ -179,7 +171,7 @@ class Run:
                 raise RunEnded("the run has ended")
             try:
                 await self._put(message)
-            except _CALL_ENDED:
+            except CALL_ENDED:
                 raise RunEnded("the run has ended") from None
 
     # Receiving

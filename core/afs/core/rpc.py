@@ -84,6 +84,20 @@ def to_afs_error(error: grpc.aio.AioRpcError, peer: str) -> AfsError:
     return cls(details or f"{peer} answered {error.code().name}")
 
 
+CALL_ENDED = (grpc.aio.AioRpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
+"""What :func:`send` raises if the other side has ended the call; the call's status comes with the read."""
+
+
+async def send(call: Any, message: bytes) -> None:
+    """Write a serialized *message* to a streaming *call* of grpc.aio; waits while the other side does not read.
+
+    The call's own write() says INTERNAL in place of the server's status if the server ends the call meanwhile (grpcio
+    1.85, aio/_call.py), and why a run was refused would be lost.
+    """
+    await call.wait_for_connection()
+    await call._cython_call.send_serialized_message(message)
+
+
 @contextlib.contextmanager
 def calling(peer: str) -> Iterator[None]:
     """Turn gRPC errors of the block into AfsErrors; *peer* says who was called, e.g. ``layerstore 127.0.0.1:50051``."""

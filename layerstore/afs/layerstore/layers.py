@@ -131,6 +131,10 @@ class Layers:
         """What is counted for a layer that is here."""
         return self._supply.stats(diff_id)
 
+    def fetched(self, diff_id: str) -> int:
+        """Bytes of the layer that came from peers and its source since this process started."""
+        return self._supply.fetched(diff_id)
+
     def look_up(self, diff_id: str) -> OpenLayer:
         """:meth:`find` for somebody who uses the layer; NotFound if this node has nothing of it."""
         layer = self.find(diff_id)

@@ -156,9 +156,13 @@ class NodeService(pb_grpc.LayerstoreNodeServicer):
         opens = [
             functools.partial(self._layers.open, Origin(ref, platform, layer), local=local) for layer in image.layers
         ]
+        before = [self._layers.fetched(layer.diff_id) for layer in image.layers]
         with self._tracing.opening(image):
             layers = await open_all(self._layers, self._leases, opens, request.number)
-        return pb.OpenImageResponse(image=_image(image), layers=[_local(layer) for layer in layers])
+        found = [_local(layer) for layer in layers]
+        for layer, fetched in zip(found, before, strict=True):
+            layer.fetched_before, layer.fetched = fetched, self._layers.fetched(layer.diff_id)
+        return pb.OpenImageResponse(image=_image(image), layers=found)
 
     @override
     async def SupplyLayer(self, request: pb.SupplyLayerRequest, context: Context) -> pb.SupplyLayerResponse:
@@ -190,7 +194,8 @@ class NodeService(pb_grpc.LayerstoreNodeServicer):
 
     @override
     async def LayerUsage(self, request: pb.LayerUsageRequest, context: Context) -> pb.LayerUsageResponse:
-        return pb.LayerUsageResponse(used_bytes=self._room.usage(request.diff_ids))
+        fetched = {diff_id: self._layers.fetched(diff_id) for diff_id in request.diff_ids}
+        return pb.LayerUsageResponse(used_bytes=self._room.usage(request.diff_ids), fetched_bytes=fetched)
 
     @override
     async def Leases(

@@ -108,6 +108,11 @@ class Supply:
         """What is counted for the layer."""
         return self._stats.setdefault(diff_id, LayerStats())
 
+    def fetched(self, diff_id: str) -> int:
+        """Bytes of the layer that came from peers and its source."""
+        stats = self._stats.get(diff_id)
+        return stats.from_source + stats.from_peers.total() if stats is not None else 0
+
     def provide(self, diff_id: str, holders: "Providers") -> None:
         """Ask these for chunks of the layer, in this order."""
         self._providers[diff_id] = holders

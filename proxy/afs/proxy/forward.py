@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from afs.afslet import faults
 from afs.core.errors import AfsError, Cancelled
-from afs.core.rpc import EOF
+from afs.core.rpc import CALL_ENDED, EOF, send
 from afs.proto.v1 import afslet_pb2 as pb
 from afs.proxy import idempotency
 from afs.proxy.dispatch import Dispatcher
@@ -189,8 +189,8 @@ async def _pump(requests: AsyncIterator[bytes], call: Call) -> None:
     """Pass the client's further messages on; the write waits while the node does not read, and so does the client."""
     try:
         async for request in requests:
-            await call.write(request)
+            await send(call, request)
         await call.done_writing()
-    except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
+    except (*CALL_ENDED, grpc.aio.UsageError):
         # The node ended the call; its status goes to the client with the response stream.
         log.debug("the node ended the call during the upload")

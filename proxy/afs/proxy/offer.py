@@ -4,7 +4,6 @@ Until a node says ``accepted`` nothing has happened, so the run may be offered e
 first byte, the tag of the field that they consist of, and not decoded.
 """
 
-import asyncio
 import contextlib
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,7 +13,7 @@ import grpc.aio
 
 from afs.afslet import faults
 from afs.core.errors import AfsError, DeadlineExceeded, Internal, ResourceExhausted, Unavailable
-from afs.core.rpc import EOF, to_afs_error
+from afs.core.rpc import CALL_ENDED, EOF, send, to_afs_error
 from afs.proto.v1 import afslet_pb2 as pb
 from afs.proxy.node import AfsletNode
 from afs.proxy.nodes import Nodes
@@ -68,8 +67,8 @@ def open_call(node: AfsletNode, metadata: Any, timeout: float | None) -> Call:
 async def offer(call: Call, node: AfsletNode, first: bytes) -> bytes:
     """Send the start request; the node's first answer. Raises NodeFailed."""
     # A refused call refuses the write as well; its status comes with the read.
-    with contextlib.suppress(grpc.aio.UsageError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
-        await call.write(first)
+    with contextlib.suppress(*CALL_ENDED):
+        await send(call, first)
     return await answer(call, node)
 
 

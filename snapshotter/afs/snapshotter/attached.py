@@ -185,7 +185,7 @@ class AttachedRoots:
         await self.sweep()
         self._roots.check_free(Root.of(self._directory, request))  # before an image is pulled for nothing
         async with contextlib.AsyncExitStack() as stack:
-            image, layers = await self._opener.open_image(stack, name, force_local=force_local)
+            image, layers, *_ = await self._opener.open_image(stack, name, force_local=force_local)
             self._next += 1
             home = self._directory / str(self._next)
             record = Record(self._boot, image.key, _named(layers), Root.of(home, request), mounted=False)

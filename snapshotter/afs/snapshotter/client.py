@@ -23,6 +23,8 @@ class Hold:
         self._call = call
         self._peer = peer
         self._lazy = False
+        self.bytes_fetched = 0
+        """Of the image, from peers and registries, since it was opened: as last told."""
         self._asking = False
         self._limited: set[Path] = set()  # roots with disk_bytes
 
@@ -36,7 +38,7 @@ class Hold:
         return self._opened(answer), self._mounted(answer, wanted)
 
     def _opened(self, answer: pb.HoldResponse) -> pb.OpenedImage:
-        self._lazy = answer.opened.lazy
+        self._lazy, self.bytes_fetched = answer.opened.lazy, answer.opened.bytes_fetched
         return answer.opened
 
     async def mount(self, wanted: pb.MountRoot | None = None) -> MountedRoot:
@@ -67,9 +69,10 @@ class Hold:
                 raise Unavailable(f"what was written to {root} could not all be kept: {why}")
         if not self._lazy:
             return
-        failed = (await self._ask(pb.HoldRequest(check=pb.CheckReads()))).faults.layers
-        if failed:
-            raise Unavailable(f"layer {failed[0]} could not be read during the run")
+        faults = (await self._ask(pb.HoldRequest(check=pb.CheckReads()))).faults
+        self.bytes_fetched = faults.bytes_fetched
+        if faults.layers:
+            raise Unavailable(f"layer {faults.layers[0]} could not be read during the run")
 
     async def _ask(self, request: pb.HoldRequest) -> pb.HoldResponse:
         self._asking = True

@@ -7,9 +7,9 @@ State (one event loop): ``_asked`` has when the layerstore opened which layers l
 import asyncio
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from grpc import ChannelConnectivity
 
@@ -23,6 +23,18 @@ CONNECT_S = 1.5  # a layerstore that restarts is back by then
 USAGE_TIMEOUT_S = 5.0
 ASK_S = 5.0
 _MOST_ASKED = 1000
+
+
+class Opened(NamedTuple):
+    """An image whose layers (bottom first) are mounted.
+
+    *fetched* has, by diff_id, how many bytes of each had come from peers and registries before, and *now* of all.
+    """
+
+    image: pb.Image
+    layers: list[MountedLayer]
+    fetched: Mapping[str, int]
+    now: int
 
 
 class Opener:
@@ -43,9 +55,7 @@ class Opener:
     ) -> None:
         await self._channel.close()
 
-    async def open_image(
-        self, stack: contextlib.AsyncExitStack, name: pb.ImageName, *, force_local: bool
-    ) -> tuple[pb.Image, list[MountedLayer]]:
+    async def open_image(self, stack: contextlib.AsyncExitStack, name: pb.ImageName, *, force_local: bool) -> Opened:
         """Ask for an image and mount its layers (bottom first) until *stack* closes."""
         with self._mounts.opening() as number:
             await self._connect()
@@ -53,7 +63,10 @@ class Opener:
             with calling(self._peer):
                 answer = await self._stub.OpenImage(request)
             self._mounts.opened(number, [layer.diff_id for layer in answer.layers])
-            return answer.image, await self._mount_layers(stack, answer.layers)
+            layers = await self._mount_layers(stack, answer.layers)
+            before = {layer.diff_id: layer.fetched_before for layer in answer.layers}
+            now = sum({layer.diff_id: layer.fetched for layer in answer.layers}.values())
+            return Opened(answer.image, layers, before, now)
 
     async def open_layers(
         self, stack: contextlib.AsyncExitStack, layers: Sequence[pb.WantedLayer], timeout: float
@@ -104,6 +117,13 @@ class Opener:
         request = pb.LayerUsageRequest(diff_ids=diff_ids)
         with calling(self._peer):
             return dict((await self._stub.LayerUsage(request, timeout=USAGE_TIMEOUT_S)).used_bytes)
+
+    async def bytes_fetched(self, diff_ids: Sequence[str]) -> int:
+        """Bytes of these layers that came from peers and registries; as :meth:`layer_usage`."""
+        request = pb.LayerUsageRequest(diff_ids=diff_ids)
+        with calling(self._peer):
+            answer = await self._stub.LayerUsage(request, timeout=USAGE_TIMEOUT_S)
+        return sum(answer.fetched_bytes.values())
 
     def is_connected(self) -> bool:
         """Whether the layerstore could be asked now; if not, it will be tried soon."""

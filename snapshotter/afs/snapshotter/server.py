@@ -1,15 +1,16 @@
 """The Mounts gRPC service; see proto/afs/proto/v1/mounts.proto."""
 
 import contextlib
+import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import grpc.aio
 from typing_extensions import override
 
-from afs.core.errors import InvalidArgument
+from afs.core.errors import AfsError, InvalidArgument
 from afs.proto.v1 import layerstore_pb2, mounts_pb2_grpc
 from afs.proto.v1 import mounts_pb2 as pb
 from afs.snapshotter.attached import AttachedRoots, Record
@@ -22,6 +23,7 @@ from afs.snapshotter.rootmount import RootRequest
 from afs.snapshotter.roots import Roots
 from afs.snapshotter.shiftedids import Ids
 
+log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -99,6 +101,9 @@ class _Held:
         self._stack = stack
         self._layers: list[MountedLayer] | None = None
         self._faults: list[int] = []
+        self._fetched: Mapping[str, int] = {}  # before, by diff_id
+        self._bytes = 0  # since then
+        self._lazy = False
         self._mounted: dict[Path, contextlib.AsyncExitStack] = {}
 
     async def answer(self, request: pb.HoldRequest) -> pb.HoldResponse:
@@ -114,21 +119,37 @@ class _Held:
         if request.HasField("mount"):
             response.mounted.CopyFrom(await self._mount(request.mount))
         if request.HasField("check"):
-            pairs = zip(self._layers or [], self._faults, strict=True)
-            failed = {layer.diff_id for layer, before in pairs if self._mounts.faults(layer) != before}
-            response.faults.layers.extend(sorted(failed))
+            response.faults.CopyFrom(await self._check())
             response.faults.SetInParent()
         return response
 
     async def _open(self, request: pb.OpenImage) -> pb.OpenedImage:
         if self._layers is not None:
             raise InvalidArgument("one image per call")
-        image, layers = await self._opener.open_image(
-            self._stack, _name(request), force_local=request.force_local_fetch
+        opened = await self._opener.open_image(self._stack, _name(request), force_local=request.force_local_fetch)
+        image, self._layers = opened.image, opened.layers
+        self._faults = [self._mounts.faults(layer) for layer in opened.layers]
+        self._fetched, self._bytes = opened.fetched, opened.now - sum(opened.fetched.values())
+        self._lazy = any(layer.worker is not None for layer in opened.layers)
+        return pb.OpenedImage(
+            key=image.key,
+            manifest_digest=image.manifest_digest,
+            config=image.config,
+            lazy=self._lazy,
+            bytes_fetched=max(self._bytes, 0),
         )
-        self._layers, self._faults = layers, [self._mounts.faults(layer) for layer in layers]
-        lazy = any(layer.worker is not None for layer in layers)
-        return pb.OpenedImage(key=image.key, manifest_digest=image.manifest_digest, config=image.config, lazy=lazy)
+
+    async def _check(self) -> pb.ReadFaults:
+        pairs = zip(self._layers or [], self._faults, strict=True)
+        failed = {layer.diff_id for layer, before in pairs if self._mounts.faults(layer) != before}
+        if self._lazy:
+            try:
+                now = await self._opener.bytes_fetched(list(self._fetched))
+                # It counts from its start: after a restart there is less.
+                self._bytes = max(now - sum(self._fetched.values()), self._bytes)
+            except AfsError as error:  # a count that nobody's result depends on
+                log.info("what was fetched for %d layers is not known: %s", len(self._fetched), error.line)
+        return pb.ReadFaults(layers=sorted(failed), bytes_fetched=max(self._bytes, 0))
 
     async def _mount(self, request: pb.MountRoot) -> pb.MountedRoot:
         if self._layers is None:

@@ -522,19 +522,45 @@ class LayerUsageResponse(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class FetchedBytesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     USED_BYTES_FIELD_NUMBER: _builtins.int
+    FETCHED_BYTES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def used_bytes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """allocated now; those that are not here are left out"""
+
+    @_builtins.property
+    def fetched_bytes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """see LocalLayer.fetched"""
 
     def __init__(
         self,
         *,
         used_bytes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        fetched_bytes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["used_bytes", b"used_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fetched_bytes", b"fetched_bytes", "used_bytes", b"used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -616,20 +642,29 @@ class LocalLayer(_message.Message):
     DIFF_ID_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
+    FETCHED_BEFORE_FIELD_NUMBER: _builtins.int
+    FETCHED_FIELD_NUMBER: _builtins.int
     diff_id: _builtins.str
     size_bytes: _builtins.int
     path: _builtins.str
     """of the complete .afslyr file; empty: partial, afs_fused serves it"""
+    fetched_before: _builtins.int
+    """In answers to OpenImage: bytes of it that came from peers and from its source since the layerstore started, when the
+    request came and now.
+    """
+    fetched: _builtins.int
     def __init__(
         self,
         *,
         diff_id: _builtins.str = ...,
         size_bytes: _builtins.int = ...,
         path: _builtins.str = ...,
+        fetched_before: _builtins.int = ...,
+        fetched: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["diff_id", b"diff_id", "path", b"path", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["diff_id", b"diff_id", "fetched", b"fetched", "fetched_before", b"fetched_before", "path", b"path", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -300,6 +300,9 @@ class ReadFaults(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     LAYERS_FIELD_NUMBER: _builtins.int
+    BYTES_FETCHED_FIELD_NUMBER: _builtins.int
+    bytes_fetched: _builtins.int
+    """as OpenedImage has it, until now"""
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """diff_ids"""
@@ -308,10 +311,11 @@ class ReadFaults(_message.Message):
         self,
         *,
         layers: _abc.Iterable[_builtins.str] | None = ...,
+        bytes_fetched: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_fetched", b"bytes_fetched", "layers", b"layers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -324,11 +328,14 @@ class OpenedImage(_message.Message):
     KEY_FIELD_NUMBER: _builtins.int
     MANIFEST_DIGEST_FIELD_NUMBER: _builtins.int
     CONFIG_FIELD_NUMBER: _builtins.int
+    BYTES_FETCHED_FIELD_NUMBER: _builtins.int
     LAZY_FIELD_NUMBER: _builtins.int
     key: _builtins.str
     manifest_digest: _builtins.str
     config: _builtins.bytes
     """JSON"""
+    bytes_fetched: _builtins.int
+    """of its layers, from peers and registries, for this call"""
     lazy: _builtins.bool
     """some of its layers come from peers while they are read, so reads may fail"""
     def __init__(
@@ -337,11 +344,12 @@ class OpenedImage(_message.Message):
         key: _builtins.str = ...,
         manifest_digest: _builtins.str = ...,
         config: _builtins.bytes = ...,
+        bytes_fetched: _builtins.int = ...,
         lazy: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "key", b"key", "lazy", b"lazy", "manifest_digest", b"manifest_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_fetched", b"bytes_fetched", "config", b"config", "key", b"key", "lazy", b"lazy", "manifest_digest", b"manifest_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
