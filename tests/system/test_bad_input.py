@@ -254,7 +254,7 @@ COMMANDS = {
         *(137, r"command 'sh' ran out of memory: the limit is 64 MiB", {"memory_mb": 64}),
     ),
     # The kernel's own signal: of those of its children the first process of a namespace sees only what it has a handler for.
-    "signal": Outcome(("sh", "-c", "ulimit -St 1; while :; do :; done"), 152, r"command 'sh' was ended by signal 24"),
+    "signal": Outcome(("sh", "-c", "ulimit -t 1; while :; do :; done"), 137, r"command 'sh' was ended by signal 9"),
 }
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from afs.afslet.cgroups import hierarchies
 from afs.core.mounts import list_mounts
 from tests.testbed import mounts, oci
 from tests.testbed.cluster import BIN
@@ -115,7 +116,7 @@ def rootfs(tmp_path: Path) -> Path:
     for name in ("bin", "dev", "proc", "sys", "tmp"):
         (root / name).mkdir(parents=True)
     shutil.copy2(BUSYBOX, root / "bin/busybox")
-    for name in ("sh", "cat", "echo", "sleep", "dd"):
+    for name in ("sh", "cat", "echo", "sleep", "dd", "seq"):
         (root / "bin" / name).symlink_to("busybox")
     return root
 
@@ -172,6 +173,84 @@ def test_afs_runc_interrupted(rootfs: Path, signum: int) -> None:
         read_until(process.stdout, "here")
         status, stderr = interrupted(process, signum)
     assert (status, stderr) == (76, "afs_runc: command 'sh' was cancelled\n")
+    assert runc_cgroups() == before
+
+
+@pytest.mark.root
+def test_afs_runc_takes_an_image_s_settings(rootfs: Path, tmp_path: Path) -> None:
+    (rootfs / "etc").mkdir()
+    (rootfs / "etc/passwd").write_text("app:x:1000:1000::/home/app:/bin/sh\n")
+    (rootfs / "etc/group").write_text("app:x:1000:\nextra:x:50:\n")
+    config = tmp_path / "config.json"
+    settings = {
+        "Entrypoint": ["sh", "-c"],
+        "Cmd": ["id; pwd; echo $A"],
+        "User": "app",
+        "WorkingDir": "/w",
+        "Env": ["A=image"],
+    }
+    config.write_text(json.dumps({"config": settings}))
+    (rootfs / "bin/id").symlink_to("busybox")
+    done = call("afs_runc", f"--rootfs={rootfs}", f"--image-config={config}", "--group=extra")
+    groups = "uid=1000(app) gid=1000(app) groups=50(extra)"
+    assert (done.returncode, done.stdout) == (0, f"{groups}\n/w\nimage\n"), done.stderr
+    done = call(
+        *("afs_runc", f"--rootfs={rootfs}", f"--image-config={config}", "--env=A=flag", "--user=0:7", "--cwd=/tmp"),
+        *("--hostname=here", "--", "sh", "-c", "id -u; id -g; pwd; echo $A $HOSTNAME"),
+    )
+    assert done.stdout == "0\n7\n/tmp\nflag here\n", done.stderr
+    config.write_text("[]")
+    done = call("afs_runc", f"--rootfs={rootfs}", f"--image-config={config}")
+    assert (done.returncode, done.stderr) == (64, f"afs_runc: --image-config {config}: its config makes no sense\n")
+
+
+@pytest.mark.root
+def test_afs_runc_passes_input_on(rootfs: Path) -> None:
+    done = call("afs_runc", f"--rootfs={rootfs}", "-i", "--", "cat", input="through\n")
+    assert (done.returncode, done.stdout) == (0, "through\n"), done.stderr
+    assert call("afs_runc", f"--rootfs={rootfs}", "--", "cat", input="not read\n").stdout == ""
+
+
+@pytest.mark.root
+def test_afs_runc_gives_a_terminal(rootfs: Path) -> None:
+    (rootfs / "bin/stty").symlink_to("busybox")
+    done = call("afs_runc", f"--rootfs={rootfs}", "-t", "--", "sh", "-c", "stty size; test -t 1 && echo terminal")
+    assert (done.returncode, done.stdout) == (0, "24 80\nterminal\n"), done.stderr
+
+
+@pytest.mark.root
+def test_afs_runc_tells_signals_and_limits_processes(rootfs: Path) -> None:
+    killed = call("afs_runc", f"--rootfs={rootfs}", "--", "sh", "-c", "ulimit -t 1; while :; do :; done")
+    assert (killed.returncode, killed.stderr) == (128 + signal.SIGKILL, "")
+    script = "for i in $(seq 20); do sleep 1000 & done; true"
+    limited = call("afs_runc", f"--rootfs={rootfs}", "--pids=16", "--", "sh", "-c", script)
+    assert "can't fork" in limited.stderr
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--runtime=none-such"], "the OCI runtime none-such is not installed"),
+        (["--cpu=0"], "--cpu, --memory-mb, --swap-mb and --pids must be positive"),
+        (["--seccomp=/none"], "seccomp profile /none: No such file or directory"),
+        (["--user=who"], "{root}: user 'who' is not in its /etc/passwd"),
+        (["--timeout=soon"], "not a duration: 'soon'"),
+    ],
+)
+def test_afs_runc_refuses(rootfs: Path, flags: list[str], message: str) -> None:
+    done = call("afs_runc", f"--rootfs={rootfs}", *flags, "--", "echo")
+    assert 64 <= done.returncode <= 77
+    assert message.format(root=rootfs) in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.root
+@pytest.mark.skipif("" not in hierarchies(), reason="crun works with cgroup v2 alone")
+def test_afs_runc_with_crun(rootfs: Path) -> None:
+    before = runc_cgroups()
+    done = call("afs_runc", f"--rootfs={rootfs}", "--runtime=crun", "--", "sh", "-c", "echo out; exit 7")
+    assert (done.returncode, done.stdout) == (7, "out\n"), done.stderr
     assert runc_cgroups() == before
 
 

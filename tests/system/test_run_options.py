@@ -40,6 +40,7 @@ async def test_who_and_where(shared_cluster: RealCluster, busybox_image: Busybox
         ({"cwd": "relative"}, "cwd 'relative' is not an absolute path"),
         ({"cwd": "/data/hello.txt"}, "its working directory /data/hello.txt is not a directory"),
         ({"hostname": "-bad"}, "hostname '-bad' is not one"),
+        ({"pids_limit": 3}, "pids_limit must be at least 16"),
         ({"pids_limit": 1 << 20}, "1048576 processes asked for"),
         ({"disk_mb": 1 << 20}, "1048576 MiB of disk asked for"),
     ],
@@ -77,8 +78,8 @@ async def test_sixteen_quarters_of_a_cpu_fit_on_a_node(
 
 
 async def test_processes_are_limited(shared_cluster: RealCluster, busybox_image: BusyboxImage) -> None:
-    script = "for i in 1 2 3 4 5 6 7 8; do sleep 1000 & done; true"
-    result = await shell(shared_cluster, busybox_image.reference, script, pids_limit=4)
+    script = "for i in $(seq 20); do sleep 1000 & done; true"
+    result = await shell(shared_cluster, busybox_image.reference, script, pids_limit=16)
     assert b"can't fork" in result.stderr
     assert result.outcome is Outcome.EXITED
 

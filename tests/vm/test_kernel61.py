@@ -111,6 +111,7 @@ INSIDE = [
     *(f"tests/fs/test_backends.py::{name}" for name in BACKENDS),
     "tests/system/test_commands.py::test_afs_runc",
     "tests/system/test_commands.py::test_afs_runc_interrupted",
+    "tests/system/test_commands.py::test_afs_runc_with_crun",
 ]
 
 

@@ -12,6 +12,7 @@ from afs.proto.v1 import afslet_pb2 as pb
 MAX_PRIORITY = 100
 MAX_KEY = 256  # bytes of a tenant, an idempotency key, a label
 MAX_LABELS = 64
+MIN_PIDS = 16  # the runtime's threads count too, until the command runs: with four it sometimes could not start it
 _NOT_NEGATIVE = (
     "cpu_millis",
     "timeout_ms",
@@ -70,6 +71,8 @@ def check_start(start: pb.StartRequest) -> None:
             raise InvalidArgument(f"{name} {getattr(start, name)} is unknown")
     if not -MAX_PRIORITY <= start.priority <= MAX_PRIORITY:
         raise InvalidArgument(f"priority must be between -{MAX_PRIORITY} and {MAX_PRIORITY}, not {start.priority}")
+    if 0 < start.pids_limit < MIN_PIDS:
+        raise InvalidArgument(f"pids_limit must be at least {MIN_PIDS}: the runtime needs some to start the command")
     _check_texts(start)
     _check_process(start)
     for entry in start.egress_allow:
