@@ -351,7 +351,7 @@ UPLOADS = {
     "chunk first": ([chunk(b"x")], "file_chunk without file_begin"),
     "chunk in directory": ([begin("d", DIR), chunk(b"x")], "file_chunk without file_begin"),
     "end first": ([end()], "file_end without file_begin"),
-    "unknown type": ([begin("x", 7)], "upload of 'x': unknown type 7"),
+    "unknown type": ([begin("x", 7)], "upload of 'x' refused: unknown type 7"),
 }  # fmt: skip
 
 

@@ -429,7 +429,7 @@ def test_afs_cli_refuses_what_is_wrong_on_this_side(
     execute = ["execute", "--image", busybox_image.reference]
     os.mkfifo(tmp_path / "fifo")
     wrong = {
-        (f"--dir={tmp_path}/no",): f"cannot upload {tmp_path}/no: not a directory",
+        (f"--dir={tmp_path}/no",): f"cannot upload {tmp_path}/no: neither a directory nor a file",
         (f"--dir={tmp_path}",): f"cannot upload {tmp_path}/fifo: neither file, directory nor symlink",
         ("--timeout=soon",): "not a duration: 'soon'; write it like 30s, 1m30s or 250ms",
         ("--env=NO_SUCH_VARIABLE_HERE",): "--env 'NO_SUCH_VARIABLE_HERE' is not NAME=value",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afs.core.rpc import EOF, channel
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from afs.core.run import Child
 
+_REPOSITORY = Path(__file__).parents[2]
 PHASES = ("upload", "run", "diff")
 TALKING = "talk"
 """The command writes without end, so that nothing but output is on the way."""
@@ -44,7 +46,7 @@ def start(image: str, command: str, **fields: Any) -> pb.ExecuteRequest:
 async def reached(address: str, image: str, phase: str, prefix: Sequence[str] = ()) -> AsyncIterator[Child]:
     """Such a client, whose run is in that phase; killed at the end. `prefix` as `start_process` has it."""
     argv = [*prefix, sys.executable, "-m", "tests.testbed.leaseclient", address, image, phase]
-    with popen(argv, stdout=PIPE) as process:
+    with popen(argv, stdout=PIPE, cwd=str(_REPOSITORY)) as process:
         try:
             assert process.stdout is not None
             assert await asyncio.to_thread(process.stdout.readline) == b"ready\n"
