@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 import tomllib
 from contextlib import contextmanager
 from pathlib import Path
@@ -174,6 +175,21 @@ def test_afs_runc_interrupted(rootfs: Path, signum: int) -> None:
         status, stderr = interrupted(process, signum)
     assert (status, stderr) == (76, "afs_runc: command 'sh' was cancelled\n")
     assert runc_cgroups() == before
+
+
+@pytest.mark.root
+def test_afs_runc_killed_leaves_nothing(rootfs: Path) -> None:
+    """The fixture that looks for leaks looks for its processes and directories."""
+    before = runc_cgroups()
+    with started("afs_runc", f"--rootfs={rootfs}", "--", "sh", "-c", "echo here; sleep 1000") as process:
+        read_until(process.stdout, "here")
+        homes = set(Path(tempfile.gettempdir()).glob("afs-runc-*"))
+        process.kill()
+        process.wait()
+    deadline = time.monotonic() + 20
+    while runc_cgroups() != before or any(home.exists() for home in homes):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)  # its keeper has no event for us
 
 
 @pytest.mark.root

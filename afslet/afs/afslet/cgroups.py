@@ -145,6 +145,12 @@ def _read(path: str) -> str:
 
 
 def _pids_below(top: str) -> Iterator[int]:
+    try:
+        if os.stat(top).st_nlink == 2:  # no directory below it: walking through the kernel's own files takes longer
+            yield from _pids_in(top)
+            return
+    except FileNotFoundError:
+        return
     for directory, _, _ in os.walk(top, topdown=False):
         yield from _pids_in(directory)
 

@@ -74,6 +74,14 @@ class Commands:
     def __init__(self) -> None:
         self._known: OrderedDict[tuple[str, int, _Wanted], _Found] = OrderedDict()
 
+    def recall(self, start: pb.StartRequest, settings: dict[str, Any], place: Place) -> Prepared | None:
+        """:meth:`prepare`, if that need not touch the root: what was found in the same image before."""
+        if not place.unchanged:
+            return None
+        wanted = _wanted(start, settings, place.where)
+        found = self._known.get((place.unchanged, place.first_id, wanted))
+        return _prepared(start, settings, wanted, found) if found is not None and found.has_cwd else None
+
     def prepare(self, start: pb.StartRequest, settings: dict[str, Any], place: Place) -> Prepared:
         """Look up what to run. Blocking: it reads files of the image, which a peer may have to send first.
 
@@ -90,15 +98,12 @@ class Commands:
             with open_root(place.root) as fd:
                 if not make_directories(fd, wanted.cwd, found.user.uid, found.user.gid, place.first_id):
                     raise InvalidArgument(f"{place.where}: its working directory {wanted.cwd} is not a directory")
-        argv, env = command_line(settings, start.command), _environment(start, settings, found.user.home)
-        return Prepared(Process(argv, env, wanted.cwd, found.user), found.command, found.missing)
+        return _prepared(start, settings, wanted, found)
 
-    def knows(self, start: pb.StartRequest, settings: dict[str, Any], place: Place) -> bool:
-        """Whether :meth:`prepare` would touch nothing in the root."""
-        if not place.unchanged:
-            return False
-        found = self._known.get((place.unchanged, place.first_id, _wanted(start, settings, place.where)))
-        return found is not None and found.has_cwd
+
+def _prepared(start: pb.StartRequest, settings: dict[str, Any], wanted: _Wanted, found: _Found) -> Prepared:
+    argv, env = command_line(settings, start.command), _environment(start, settings, found.user.home)
+    return Prepared(Process(argv, env, wanted.cwd, found.user), found.command, found.missing)
 
 
 def _environment(start: pb.StartRequest, settings: dict[str, Any], home: str) -> tuple[str, ...]:

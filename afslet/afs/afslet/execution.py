@@ -110,13 +110,14 @@ class Execution:
             root = await self._make_root(warm)
             network = await self._connect(stack)
             result = await self._execute(warm, root, network, incoming)
-            await self._check_reads(warm)
+            await self._check_reads(warm, written=root is not warm.root or warm.has_written)
             result.bytes_fetched = max(warm.hold.bytes_fetched - warm.fetched_before, 0)
             await self._send(pb.ExecuteResponse(result=result))
             if self._diff_options.name is not None:
                 await self._enter(DIFF, pb.Progress.PHASE_DIFF)
                 await self._send_diff(self._diff_options.name, root, done)
-                await self._check_reads(warm)  # and whether all that was written could be read again
+                if done.diff_entries:
+                    await self._check_reads(warm, written=True)  # and whether all that was written could be read again
             warm.on_lost = None
         # Only now is everything given back: a client that saw `done` can count on it.
         done.timings.CopyFrom(self._timings)
@@ -216,9 +217,8 @@ class Execution:
             "" if self._staging.entries else warm.manifest_digest,
             self._ids.first if self._ids else 0,
         )
-        if node.commands.knows(start, warm.settings, place):
-            prepared = node.commands.prepare(start, warm.settings, place)
-        else:
+        prepared = node.commands.recall(start, warm.settings, place)
+        if prepared is None:
             prepared = await asyncio.to_thread(node.commands.prepare, start, warm.settings, place)
         timeout = start.timeout_ms / 1000 or node.settings.default_timeout
         subject = Subject(prepared.process.argv[0], place.where, timeout, start.memory_mb << 20)
@@ -301,10 +301,10 @@ class Execution:
                 if found is not None and stat.S_ISREG(found.st_mode) and not found.st_size:
                     remove_inside(fd, path)
 
-    async def _check_reads(self, warm: WarmRoot) -> None:
+    async def _check_reads(self, warm: WarmRoot, *, written: bool) -> None:
         """An I/O error of ours may have become the command's exit code."""
         try:
-            await warm.hold.check()
+            await warm.hold.check(written=written)
         except AfsError:
             warm.spoiled = True
             raise

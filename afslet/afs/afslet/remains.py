@@ -24,11 +24,15 @@ _PASSES = 10
 
 @dataclass(frozen=True, slots=True)
 class Remains:
-    """Where they are: below *root* and *run_dir* of one afslet, and in cgroups below ``/cgroup_parent``."""
+    """Where they are: below *root* and *run_dir* of one afslet, and in cgroups below ``/cgroup_parent``.
+
+    *temporary*: *root* itself goes as well, as that of one afs_runc.
+    """
 
     root: str
     run_dir: str
     cgroup_parent: str
+    temporary: bool = False
 
     @property
     def scratch(self) -> Path:
@@ -116,6 +120,7 @@ CLEAN_UPS: tuple[tuple[str, Callable[[Remains], str]], ...] = (
     ("networks", _networks),
     ("files about networks", _network_files),
     ("scratch directories", lambda remains: _directory(remains.scratch)),
+    ("its directory", lambda remains: _directory(Path(remains.root)) if remains.temporary else ""),
 )
 
 

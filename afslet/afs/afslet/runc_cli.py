@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from afs.proto.v1 import afslet_pb2
 
 _READ_SIZE = 1 << 16
+_PATIENCE_S = 30 * 86400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +53,13 @@ async def run(wishes: Wishes) -> int:
     from afs.afslet.bundle import CAPABILITIES, NEW_NETWORK, Sandbox, runtime_config
     from afs.afslet.cgroups import Limits, clean_up
     from afs.afslet.command import Commands, Place
+    from afs.afslet.keeping import kept
     from afs.afslet.outcomes import Subject, cannot_run, result_of
+    from afs.afslet.remains import Remains
     from afs.afslet.runc import Job, Runtime, become_subreaper, run_container
     from afs.afslet.runtimebinary import RuntimeBinary
     from afs.afslet.seccomp import load_filter
+    from afs.core.files import remove_tree
 
     start, where = wishes.start, str(wishes.rootfs)
     prepared = Commands().prepare(start, wishes.settings, Place(wishes.rootfs, where))
@@ -75,29 +79,44 @@ async def run(wishes: Wishes) -> int:
     )
     become_subreaper()
     async with contextlib.AsyncExitStack() as stack:
-        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="afs-runc-")))
+        home = Path(tempfile.mkdtemp(prefix="afs-runc-"))
+        stack.callback(remove_tree, home)
         binary = RuntimeBinary(wishes.runtime)
         stack.callback(binary.close)
+        await stack.enter_async_context(_kept(home, parent))
+        stack.push_async_callback(asyncio.to_thread, clean_up, parent)
         (home / "bundle").mkdir()
         stdio = _stdio(start, home)
         stack.callback(stdio.close)
-        stack.push_async_callback(asyncio.to_thread, clean_up, parent)
         await stack.enter_async_context(_input(stdio, start))
+        limits = Limits(wishes.cpus, wishes.memory, start.pids_limit, wishes.swap)
+        config = runtime_config(process, where, sandbox)
         ended = await run_container(
-            Runtime(binary, home / "state", parent, files),
-            Job(
-                name,
-                home / "bundle",
-                runtime_config(process, where, sandbox),
-                Limits(wishes.cpus, wishes.memory, start.pids_limit, wishes.swap),
-                wishes.timeout,
-                wishes.grace,
-                stdio,
-            ),
+            Runtime(binary, home / "runtime", parent, files),
+            Job(name, home / "bundle", config, limits, wishes.timeout, wishes.grace, stdio),
             _output,
             lambda: None,
         )
     return _say(result_of(subject, ended))
+
+
+@contextlib.asynccontextmanager
+async def _kept(home: Path, parent: str) -> AsyncIterator[None]:
+    """If we are killed while the block runs, a keeper ends what runs; if we are stopped, as by Ctrl-Z, it does nothing.
+
+    It is told in the end, however the block ends: all that clears up is within it.
+    """
+    from afs.afslet.keeping import kept
+    from afs.afslet.remains import Remains
+
+    failed: BaseException | None = None
+    async with kept(Remains(str(home), str(home), parent, temporary=True), _PATIENCE_S):
+        try:
+            yield
+        except (AfsError, OSError, asyncio.CancelledError) as error:
+            failed = error
+    if failed is not None:
+        raise failed
 
 
 def _say(result: "afslet_pb2.Result") -> int:

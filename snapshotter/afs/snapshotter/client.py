@@ -58,13 +58,13 @@ class Hold:
         answer = await self._ask(pb.HoldRequest(unmount=pb.UnmountRoot(path=os.fsencode(root.path)), mount=then))
         return self._mounted(answer, then) if then is not None else None
 
-    async def check(self) -> None:
+    async def check(self, *, written: bool = True) -> None:
         """Unavailable if what ran on the image cannot be trusted.
 
-        That is if a read of its layers failed since it was opened, or if what was written to a root of limited size was
+        That is if a read of its layers failed since it was opened, or if what was *written* to a root of limited size was
         lost, for the disk is damaged or was filled by others.
         """
-        for root in self._limited:
+        for root in self._limited if written else ():
             if why := lost_writes(root):
                 raise Unavailable(f"what was written to {root} could not all be kept: {why}")
         if not self._lazy:
