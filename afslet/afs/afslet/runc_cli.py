@@ -53,9 +53,7 @@ async def run(wishes: Wishes) -> int:
     from afs.afslet.bundle import CAPABILITIES, NEW_NETWORK, Sandbox, runtime_config
     from afs.afslet.cgroups import Limits, clean_up
     from afs.afslet.command import Commands, Place
-    from afs.afslet.keeping import kept
     from afs.afslet.outcomes import Subject, cannot_run, result_of
-    from afs.afslet.remains import Remains
     from afs.afslet.runc import Job, Runtime, become_subreaper, run_container
     from afs.afslet.runtimebinary import RuntimeBinary
     from afs.afslet.seccomp import load_filter
