@@ -48,6 +48,8 @@ PROGRAMS = (
     *("sh", "bash", "timeout", "tar", "cp", "findmnt", "losetup", "umoci"),
 )
 """Beside those of busybox. What this machine does not have is left out."""
+DATA = ("/usr/share/containers/seccomp.json",)
+"""Files that programs read; as those."""
 DISTRIBUTIONS = ("afs-cluster", "pytest", "pytest-asyncio", "pytest-timeout")
 """Of the virtual environment, with what they need."""
 
@@ -207,6 +209,7 @@ def _programs() -> Iterator[Path]:
     for name in ("busybox", *PROGRAMS):
         if found := shutil.which(name):
             yield Path(found)
+    yield from (Path(name) for name in DATA if os.path.exists(name))
 
 
 def _interpreter() -> Iterator[Path]:

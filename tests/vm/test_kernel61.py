@@ -143,7 +143,7 @@ def test_runs(runs: dict[str, Any], number: int) -> None:
         "timeout": [124, "timed out"],
         "missing": [127, "command not found"],
         "broken": [126, "command not executable"],
-        "signal": [139, "signalled"],
+        "signal": [139, "exited"],
     }
     assert found["changes"]["stdout"] == "from the client\n"
     assert found["changes"]["diff"] == ["data", "data/.wh.hello.txt", "work", "work/out.txt"]
