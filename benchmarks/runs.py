@@ -41,6 +41,7 @@ def latency(name: str, samples: int | None) -> measure.Report:
         client = stack.enter_context(subjects.connected(running.proxy))
         docker = stack.enter_context(Docker())
         docker.pull(reference)
+        client.have_everywhere(reference, len(running.nodes))
         for node in running.nodes:
             client.run(reference, node=node.node_id)
         bare = stack.enter_context(bare_runc(running.nodes[0].run_dir, reference))
@@ -63,6 +64,7 @@ def throughput(name: str, samples: int | None) -> measure.Report:
     with ExitStack() as stack:
         reference, running, containerd = _servers(stack, name)
         client = stack.enter_context(subjects.connected(running.proxy))
+        client.have_everywhere(reference, len(running.nodes))
         for node in running.nodes:
             client.run(reference, node=node.node_id)
         bares = [stack.enter_context(bare_runc(running.nodes[0].run_dir, reference, str(n))) for n in range(AT_ONCE)]

@@ -68,6 +68,12 @@ class Client:
         if result.exit_code or result.outcome is not Outcome.EXITED:
             raise RuntimeError(f"{command} in {reference}: {result}")
 
+    def have_everywhere(self, reference: str, nodes: int) -> None:
+        """Have all of an image on *nodes* nodes, as peers of ours have it after a pull."""
+        answer = self._loop.run_until_complete(self._client.reconcile(reference, nodes))
+        if not answer.ensured:
+            raise RuntimeError(f"{reference} is on {answer.current_replica} nodes, not {nodes}")
+
     def run_many(self, reference: str, count: int, at_once: int) -> None:
         """*count* runs of /bin/true, *at_once* at a time; all have to succeed."""
         numbers = iter(range(count))

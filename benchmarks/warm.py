@@ -21,7 +21,7 @@ from afs.afslet.__main__ import MAX_FILES
 from afs.afslet.bundle import CAPABILITIES, Process, Sandbox, merge_env, runtime_config
 from afs.afslet.cgroups import clean_up
 from afs.afslet.rootfs import User
-from afs.afslet.seccomp import load_filter
+from afs.afslet.seccomp import load_filter, native_only
 from afs.proto.v1.mounts_pb2 import OpenImage
 from afs.snapshotter.client import Mounts
 from benchmarks import measure, subjects
@@ -82,7 +82,8 @@ def bare_runc(run_dir: Path, reference: str, label: str = "") -> Iterator[Callab
         user = User(0, 0, (), "/root")
         process = Process(subjects.TRUE, merge_env(image.get("Env") or (), (), {"HOME": user.home}), "/", user)
         files = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], MAX_FILES)
-        config = runtime_config(process, root, Sandbox(files, seccomp=load_filter("", CAPABILITIES)))
+        found = load_filter("", CAPABILITIES)
+        config = runtime_config(process, root, Sandbox(files, seccomp=native_only(found) if found else None))
 
         def act() -> None:
             name = f"bench{next(names)}"

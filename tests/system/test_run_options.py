@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import struct
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,6 +14,8 @@ from afs.client import Finished, Log, Outcome
 from afs.core.errors import InvalidArgument
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from afs.client import AfsClient, RunResult
     from tests.testbed.cluster import RealCluster
     from tests.testbed.images import BusyboxImage
@@ -137,3 +142,29 @@ async def test_leaving_early_cancels(shared_cluster: RealCluster, busybox_image:
     async with shared_cluster.client() as client:
         await cancel_when_it_runs(client, busybox_image.reference)
     # The fixture looks: nothing is left on either node.
+
+
+# Exits with 7 by way of int 0x80: the smallest static program for 32 bits.
+I386 = (
+    b"\x7fELF\x01\x01\x01" + bytes(9) + struct.pack("<HHIIIIIHHHHHH", 2, 3, 1, 0x8048054, 52, 0, 0, 52, 32, 1, 0, 0, 0)
+    + struct.pack("<IIIIIIII", 1, 0, 0x8048000, 0x8048000, 96, 96, 5, 4096)
+    + b"\xb8\x01\x00\x00\x00\xbb\x07\x00\x00\x00\xcd\x80"
+)  # fmt: skip
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="programs for i386")
+async def test_32bit_programs_run_where_they_are_expected(
+    shared_cluster: RealCluster, busybox_image: BusyboxImage, tmp_path: Path
+) -> None:
+    (tmp_path / "tool").write_bytes(I386)
+    (tmp_path / "tool").chmod(0o755)
+    image = busybox_image.reference
+    async with shared_cluster.client() as client:
+        itself = await client.run(image, ["/tool"], memory_mb=64, upload=tmp_path)
+        assert (itself.outcome, itself.exit_code) == (Outcome.EXITED, 7), itself
+        unexpected = await client.run(image, ["sh", "-c", "/tool; exit $?"], memory_mb=64, upload=tmp_path)
+        assert unexpected.exit_code == 128 + signal.SIGSYS
+        (tmp_path / "lib").mkdir()
+        (tmp_path / "lib/ld-linux.so.2").touch()
+        expected = await client.run(image, ["sh", "-c", "/tool; exit $?"], memory_mb=64, upload=tmp_path)
+        assert expected.exit_code == 7

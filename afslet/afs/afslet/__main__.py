@@ -63,6 +63,9 @@ class Config:
     seccomp: str = setting(
         "", "Seccomp profile: a file, or unconfined. If empty, /usr/share/containers/seccomp.json, made stricter."
     )
+    programs_32bit: bool = setting(
+        False, "Allow 32-bit programs in all runs, not only in images that have a loader for them; starts take longer."
+    )
     user_namespace: str = setting(
         OFF, "User namespaces: off or on, unless the request says otherwise, or required.", parse_user_namespace
     )
@@ -168,7 +171,13 @@ async def _node(
         RunSettings(config.default_timeout, config.term_grace),
         attach,
         Commands(),
-        load_isolation(config.seccomp, config.user_namespace, config.id_first, config.id_count),
+        load_isolation(
+            config.seccomp,
+            config.user_namespace,
+            config.id_first,
+            config.id_count,
+            programs_32bit=config.programs_32bit,
+        ),
         networks,
     )
 

@@ -16,6 +16,7 @@ from afs.afslet.rootfs import (
     find_command,
     find_groups,
     find_user,
+    has_32bit_programs,
     make_directories,
     open_root,
     stat_inside,
@@ -57,15 +58,20 @@ class _Found:
     has_cwd: bool
     command: Command
     missing: tuple[str, ...]
+    has_32bit: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What to run, and whether it can be; *missing*: which of the files about the network the root does not have."""
+    """What to run, and whether it can be; *missing*: which of the files about the network the root does not have.
+
+    *has_32bit*: programs for 32 bits are to be expected.
+    """
 
     process: Process
     command: Command
     missing: tuple[str, ...]
+    has_32bit: bool
 
 
 class Commands:
@@ -103,7 +109,7 @@ class Commands:
 
 def _prepared(start: pb.StartRequest, settings: dict[str, Any], wanted: _Wanted, found: _Found) -> Prepared:
     argv, env = command_line(settings, start.command), _environment(start, settings, found.user.home)
-    return Prepared(Process(argv, env, wanted.cwd, found.user), found.command, found.missing)
+    return Prepared(Process(argv, env, wanted.cwd, found.user), found.command, found.missing, found.has_32bit)
 
 
 def _environment(start: pb.StartRequest, settings: dict[str, Any], home: str) -> tuple[str, ...]:
@@ -139,4 +145,4 @@ def _look_up(place: Place, wanted: _Wanted) -> _Found:
         has_cwd = cwd is not None and stat.S_ISDIR(cwd.st_mode)
         command = find_command(fd, wanted.name, wanted.cwd, wanted.path, user, place.first_id)
         missing = tuple(path for path in (HOSTS, RESOLV_CONF) if stat_inside(fd, path) is None)
-        return _Found(user, has_cwd, command, missing)
+        return _Found(user, has_cwd, command, missing, has_32bit_programs(fd, command.path))

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from afs.afslet.bundle import DEFAULT_HOSTNAME, NEW_NETWORK, Process, Sandbox, runtime_config
+from afs.afslet.bundle import DEFAULT_HOSTNAME, NEW_NETWORK, Sandbox, runtime_config
 from afs.afslet.cgroups import Limits
-from afs.afslet.command import Commands, Place
+from afs.afslet.command import Commands, Place, Prepared
 from afs.afslet.diff import Diff, DiffOptions
 from afs.afslet.fastattach import FastAttach
 from afs.afslet.incoming import Incoming
@@ -242,7 +242,7 @@ class Execution:
             await self._enter(RUNNING, pb.Progress.PHASE_RUNNING)
             with self._timed("run_us"):
                 ended = await run_container(
-                    node.runtime, self._job(prepared.process, root, network, stdio, timeout), output, lambda: None
+                    node.runtime, self._job(prepared, root, network, stdio, timeout), output, lambda: None
                 )
         finally:
             if feeding is not None:
@@ -273,7 +273,7 @@ class Execution:
         socket = self._node.runtime.state_dir / f"{self._run.run_id}.sock"
         return Terminal(socket, Window(size.rows or 24, size.columns or 80))
 
-    def _job(self, process: Process, root: MountedRoot, network: RunNetwork, stdio: Stdio, timeout: float) -> Job:
+    def _job(self, prepared: Prepared, root: MountedRoot, network: RunNetwork, stdio: Stdio, timeout: float) -> Job:
         start, node = self._start, self._node
         size = start.terminal_size
         terminal = (size.rows or 24, size.columns or 80) if start.tty else None
@@ -282,11 +282,11 @@ class Execution:
             start.hostname or DEFAULT_HOSTNAME,
             network=network.path,
             ids=self._ids,
-            seccomp=node.isolation.seccomp,
+            seccomp=node.isolation.seccomp if prepared.has_32bit else node.isolation.native,
             terminal=terminal,
             files=tuple((str(source), path) for path, source in network.files.items()),
         )
-        config = runtime_config(process, str(root.path), sandbox)
+        config = runtime_config(prepared.process, str(root.path), sandbox)
         wanted = self._run.wanted
         limits = Limits(wanted.cpu_millis / 1000, wanted.memory_mb << 20, self._run.pids)
         grace = start.term_grace_ms / 1000 or node.settings.term_grace

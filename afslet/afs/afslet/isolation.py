@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from afs.afslet.bundle import CAPABILITIES, IdMap
-from afs.afslet.seccomp import load_filter
+from afs.afslet.seccomp import load_filter, native_only
 from afs.core.errors import FailedPrecondition, InvalidArgument
 from afs.proto.v1 import afslet_pb2 as pb
 
@@ -18,9 +18,13 @@ DEFAULT_ID_FIRST, DEFAULT_ID_COUNT = 1879048192, 65536
 
 @dataclass(frozen=True, slots=True)
 class Isolation:
-    """Made by :func:`load_isolation`. *seccomp* is for Sandbox; *ids* are those of every user namespace here."""
+    """Made by :func:`load_isolation`. *ids* are those of every user namespace here.
+
+    *seccomp* is for Sandbox, if the root has 32-bit programs; *native* if it has none.
+    """
 
     seccomp: Mapping[str, Any] | None
+    native: Mapping[str, Any] | None
     ids: IdMap
     user_namespace: str
 
@@ -42,8 +46,13 @@ def parse_user_namespace(text: str) -> str:
     return text
 
 
-def load_isolation(seccomp: str, user_namespace: str, id_first: int, id_count: int) -> Isolation:
+def load_isolation(
+    seccomp: str, user_namespace: str, id_first: int, id_count: int, *, programs_32bit: bool = False
+) -> Isolation:
     """What the settings say; reads the seccomp profile and logs about it. InvalidArgument."""
     if id_first <= 0 or id_count <= 0 or id_first + id_count - 1 > _MAX_ID:
         raise InvalidArgument(f"user namespaces cannot have {id_count} ids from {id_first} on")
-    return Isolation(load_filter(seccomp, CAPABILITIES), IdMap(id_first, id_count), user_namespace)
+    found = load_filter(seccomp, CAPABILITIES)
+    # A profile of one's own is taken as it is.
+    native = found if found is None or seccomp or programs_32bit else native_only(found)
+    return Isolation(found, native, IdMap(id_first, id_count), user_namespace)

@@ -19,6 +19,11 @@ _INSIDE = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS
 _MAX_PASSWD = 8 << 20
 _MAX_INTERPRETERS = 5
 _MOUNT_POINTS = ("dev", "proc", "sys")
+# The dynamic loaders of 32-bit programs, by which a root that is made for them is known.
+_LOADERS_32BIT = (
+    *("lib/ld-linux.so.2", "lib/ld-musl-i386.so.1"),
+    *("lib/ld-linux-armhf.so.3", "lib/ld-linux.so.3", "lib/ld-musl-armhf.so.1"),
+)
 _BINFMT = "/proc/sys/fs/binfmt_misc"
 _PT_INTERP = 3
 
@@ -209,11 +214,12 @@ def _may_execute(status: os.stat_result, user: User, first_id: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """Whether execvp(3) would find a command and run it; *why* says more about it if not."""
+    """Whether execvp(3) would find a command and run it; *why* says more about it if not, *path* where it is if so."""
 
     found: bool
     executable: bool
     why: str = ""
+    path: str = ""
 
 
 def find_command(root: int, name: str, cwd: str, path: str, user: User, first_id: int = 0) -> Command:
@@ -235,7 +241,7 @@ def find_command(root: int, name: str, cwd: str, path: str, user: User, first_id
         elif not stat.S_ISREG(status.st_mode):
             refused = Command(found=True, executable=False, why="it is not a regular file")
         elif _may_execute(status, user, first_id):
-            return _check_format(root, file, cwd, user, first_id)
+            return replace(_check_format(root, file, cwd, user, first_id), path=file)
         else:
             refused = Command(found=True, executable=False, why="it has no execute permission")
     return refused
@@ -260,6 +266,17 @@ def _check_format(root: int, file: str, cwd: str, user: User, first_id: int) -> 
             return Command(found=True, executable=False, why=f"its interpreter {interpreter} is not executable")
         file = os.path.join("/", cwd, interpreter)
     return Command(found=True, executable=True)
+
+
+def has_32bit_programs(root: int, command: str) -> bool:
+    """Whether the root can load programs for 32 bits, or *command*, a path in it, is one."""
+    if any(stat_inside(root, loader) is not None for loader in _LOADERS_32BIT):
+        return True
+    opened = _open_regular(root, command) if command else None
+    if opened is None:
+        return False
+    with opened as file:
+        return file.read(5) == b"\x7fELF\x01"
 
 
 def read_interpreter(root: int, path: str) -> str:

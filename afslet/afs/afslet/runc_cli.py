@@ -56,7 +56,7 @@ async def run(wishes: Wishes) -> int:
     from afs.afslet.outcomes import Subject, cannot_run, result_of
     from afs.afslet.runc import Job, Runtime, become_subreaper, run_container
     from afs.afslet.runtimebinary import RuntimeBinary
-    from afs.afslet.seccomp import load_filter
+    from afs.afslet.seccomp import load_filter, native_only
     from afs.core.files import remove_tree
 
     start, where = wishes.start, str(wishes.rootfs)
@@ -68,11 +68,12 @@ async def run(wishes: Wishes) -> int:
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     name = secrets.token_hex(8)
     parent = f"afs-runc-{name}"
+    found = load_filter(wishes.seccomp, CAPABILITIES)
     sandbox = Sandbox(
         files,
         start.hostname or "afs",
         network=None if wishes.host_network else NEW_NETWORK,
-        seccomp=load_filter(wishes.seccomp, CAPABILITIES),
+        seccomp=found if found is None or wishes.seccomp or prepared.has_32bit else native_only(found),
         terminal=_window() if start.tty else None,
     )
     become_subreaper()

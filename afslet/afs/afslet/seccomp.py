@@ -94,6 +94,14 @@ def load_filter(setting: str, capabilities: Collection[str]) -> dict[str, Any] |
     return found if setting else tighten(found, host)
 
 
+def native_only(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The filter for containers whose programs are all of the machine's own width: those of another are killed.
+
+    Each further architecture is a second filter to be made at every start: 3.5 ms of 15.5.
+    """
+    return {**found, "architectures": found["architectures"][:1]}
+
+
 def translate(profile: object, host: Host) -> dict[str, Any]:
     """A profile of either format as the OCI runtime spec (config-linux.md, Seccomp) has it; ValueError says what is wrong."""
     table = _table(profile, "the profile")
