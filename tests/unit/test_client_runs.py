@@ -156,6 +156,26 @@ async def test_a_diff_that_is_not_whole_is_none(tmp_path: Path) -> None:
             await client.run("image", diff_format="none", diff_to="x")
 
 
+@pytest.mark.parametrize(
+    ("responses", "why"),
+    [
+        ([result(replayed=True), done()], "the run was replayed: its changed files are not kept"),
+        ([result(), done()], "no changed files came"),
+        ([result(), *diff(b"ta")], "the run ended before its changed files were complete"),
+    ],
+)
+async def test_a_diff_that_does_not_come_leaves_the_file_alone(
+    responses: list[pb.ExecuteResponse], why: str, tmp_path: Path
+) -> None:
+    (tmp_path / "diff").write_bytes(b"of the first time")
+    async with fake_afslet(script(accepted(), *responses)) as fake, AfsClient(fake.address) as client:
+        got = await client.run("image", diff_to=tmp_path / "diff")
+        assert (got.ok, got.diff, got.diff_error) == (True, None, why)
+        assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("diff", b"of the first time")]
+        fake.script = script(accepted(), result(replayed=True), done())
+        assert (await client.run("image", diff_format="none")).diff_error == ""
+
+
 # Faults
 
 FAULTS: dict[str, tuple[Code, tuple[pb.ExecuteResponse, ...], Any, type[RunError], type[AfsError], bool]] = {
