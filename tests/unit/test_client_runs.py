@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import socket
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,7 +29,7 @@ from afs.client import (
     RunRequest,
     Upload,
 )
-from afs.core.errors import AfsError, Cancelled, InvalidArgument, NotFound, ResourceExhausted, Unavailable
+from afs.core.errors import AfsError, Cancelled, FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted, Unavailable
 from afs.proto.v1 import afslet_pb2 as pb
 from tests.testbed.fakeafslet import Context, Script, abort, accepted, diff, done, fake_afslet, log, result
 
@@ -389,6 +390,33 @@ async def test_who_leaves_early_cancels_the_run(how: str) -> None:
                 with pytest.raises(RunCancelled, match="the client was closed"):
                     await task
         await fake.ended.acquire()
+
+
+@pytest.mark.parametrize("upload", [None, [Upload(b"x", "/f")]])
+async def test_closing_while_it_connects(upload: list[Upload] | None) -> None:
+    """The peer accepts the connection and says nothing: no message of a call can be sent before its settings come."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.setblocking(False)
+        client = AfsClient(f"127.0.0.1:{silent.getsockname()[1]}")
+        running = asyncio.create_task(client.run("image", upload=upload))
+        connection, _ = await asyncio.get_running_loop().sock_accept(silent)
+        with connection:
+            await client.close()
+        async with asyncio.timeout(10):
+            with pytest.raises(RunCancelled, match="the client was closed"):
+                await running
+
+
+async def test_a_closed_client_says_so() -> None:
+    async with fake_afslet() as fake:
+        client = AfsClient(fake.address)
+        assert (await client.run("image")).ok
+        await client.close()
+        with pytest.raises(FailedPrecondition, match="the client is closed"):
+            await client.run("image")
+        with pytest.raises(FailedPrecondition, match="the client is closed"):
+            await client.runs()
+        await client.close()
 
 
 async def test_another_one_s_run_can_be_listed_and_cancelled() -> None:

@@ -176,6 +176,25 @@ async def test_a_command_that_does_not_read_holds_the_writer_back() -> None:
             await feeding
 
 
+async def test_writing_after_the_upload_has_failed() -> None:
+    """The writer learns why, as the reader does."""
+    async with fake_afslet(cat) as fake, AfsClient(fake.address) as client:
+        async with client.open("image", stdin=True, upload="/does not exist") as run:
+            with pytest.raises(InvalidArgument, match="does not exist"):
+                await run.write(b"x")
+            with pytest.raises(InvalidArgument, match="does not exist"):
+                await run.result()
+            with pytest.raises(InvalidArgument, match="does not exist"):
+                await run.close_stdin()
+
+
+async def test_writing_to_a_run_that_was_cancelled_here() -> None:
+    async with fake_afslet(cat) as fake, AfsClient(fake.address) as client, client.open("image", stdin=True) as run:
+        run._call.cancel()
+        with pytest.raises(RunEnded, match="the run has ended"):
+            await run.write(b"x")
+
+
 # The blocking client
 
 

@@ -143,7 +143,7 @@ class Run:
     async def write(self, data: bytes) -> None:
         """Write to the command's standard input; waits while the command does not read. The run needs ``stdin=True``.
 
-        RunEnded after the run's end or :meth:`close_stdin`.
+        RunEnded after the run's end or :meth:`close_stdin`; if the upload has failed here, what it failed of.
         """
         if self._stdin_closed:
             raise RunEnded("the run's standard input was closed")
@@ -168,11 +168,11 @@ class Run:
             await asyncio.wait([self._sending])
         async with self._writing:
             if self._ended or self.finished is not None:
-                raise RunEnded("the run has ended")
+                raise self._upload_failure or RunEnded("the run has ended")
             try:
                 await self._put(message)
             except CALL_ENDED:
-                raise RunEnded("the run has ended") from None
+                raise self._upload_failure or RunEnded("the run has ended") from None
 
     # Receiving
 
