@@ -29,7 +29,17 @@ from afs.client import (
     RunRequest,
     Upload,
 )
-from afs.core.errors import AfsError, Cancelled, FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted, Unavailable
+from afs.core.errors import (
+    AfsError,
+    Cancelled,
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+)
 from afs.proto.v1 import afslet_pb2 as pb
 from tests.testbed.fakeafslet import Context, Script, abort, accepted, diff, done, fake_afslet, log, result
 
@@ -266,10 +276,18 @@ async def test_other_ends_are_final() -> None:
         for limited in (RunRequest("image", queue_timeout=1), RunRequest("image", max_retries=3)):
             with pytest.raises(ResourceExhausted):
                 await client.run(limited, retry_backoff=0.001)
-        assert len(fake.starts) == 7
+        fake.script = failing(9, Code.DEADLINE_EXCEEDED, outcome=pb.OUTCOME_REJECTED, retryable=True)
+        with pytest.raises(DeadlineExceeded):
+            await client.run("image", queue_timeout=1, retry_backoff=0.001)
+        assert len(fake.starts) == 8
+        fake.script = failing(9, Code.RESOURCE_EXHAUSTED)
         with pytest.raises(ResourceExhausted):
             await client.run("image", retries=3, retry_backoff=0.001)
-        assert len(fake.starts) == 11
+        assert len(fake.starts) == 12
+        fake.script = failing(9, Code.UNAVAILABLE, accepted(), result(), *diff(b"ta"))
+        with pytest.raises(Unavailable):
+            await client.run("image", retry_backoff=0.001)
+        assert len(fake.starts) == 13, "the result is known already"
         with pytest.raises(InvalidArgument, match="retries must not be negative"):
             await client.run("image", retries=-1)
 
@@ -360,6 +378,29 @@ async def test_a_run_of_another_proxy_is_cancelled_by_its_call() -> None:
         with pytest.raises(RunCancelled):
             await anext(run)
         await fake.ended.acquire()
+
+
+@pytest.mark.parametrize("fault", [DeadlineExceeded("slow"), Internal("broken"), ResourceExhausted("full")])
+async def test_what_cannot_be_cancelled_by_asking_is_cancelled_by_its_call(fault: AfsError) -> None:
+    async with fake_afslet() as fake, AfsClient(fake.address) as client:
+        fake.script, fake.cancel_fault = endless(fake.cancelled), fault
+        async with client.open("image") as run:
+            await anext(run)
+            await run.cancel()
+            with pytest.raises(RunCancelled):
+                await run.result()
+        await fake.ended.acquire()
+
+
+async def test_cancel_after_the_client_was_closed() -> None:
+    async with fake_afslet() as fake, AfsClient(fake.address) as client:
+        fake.script = endless(fake.cancelled)
+        async with client.open("image") as run:
+            await anext(run)
+            await client.close()
+            await run.cancel()
+            with pytest.raises(RunCancelled):
+                await run.result()
 
 
 @pytest.mark.parametrize("how", ["break", "task", "close"])

@@ -126,10 +126,12 @@ class _Session:
         """Run it, again after faults that may go away; but what was printed cannot be taken back."""
         left = self._flags["retries"]
         for pause in pauses(DEFAULT_BACKOFF_S, random.random):
+            run = client.open(self._request)
             try:
-                return await self._once(client)
+                return await self._once(run)
             except AfsError as error:
-                if not left or self._output.began or not is_worth_repeating(error, self._request):
+                final = self._interrupts or self._output.began
+                if not left or final or not is_worth_repeating(error, run):
                     raise
                 if not self._flags["as_json"]:
                     click.echo(f"afs_cli: {error.line}; trying again", err=True)
@@ -137,9 +139,9 @@ class _Session:
             left -= 1
         raise AssertionError("pauses never end")
 
-    async def _once(self, client: AfsClient) -> int:
+    async def _once(self, run: Run) -> int:
         request = self._request
-        async with client.open(request) as run:
+        async with run:
             self._run = run
             if request.stdin:
                 pass_stdin_on(run)
