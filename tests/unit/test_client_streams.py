@@ -180,14 +180,14 @@ async def test_a_command_that_does_not_read_holds_the_writer_back() -> None:
 
 async def test_writing_after_the_upload_has_failed() -> None:
     """The writer learns why, as the reader does."""
-    async with fake_afslet(cat) as fake, AfsClient(fake.address) as client:
-        async with client.open("image", stdin=True, upload="/does not exist") as run:
+    async with (
+        fake_afslet(cat) as fake,
+        AfsClient(fake.address) as client,
+        client.open("image", stdin=True, upload="/does not exist") as run,
+    ):
+        for use in (run.write(b"x"), run.result(), run.close_stdin()):
             with pytest.raises(InvalidArgument, match="does not exist"):
-                await run.write(b"x")
-            with pytest.raises(InvalidArgument, match="does not exist"):
-                await run.result()
-            with pytest.raises(InvalidArgument, match="does not exist"):
-                await run.close_stdin()
+                await use
 
 
 async def test_writing_to_a_run_that_was_cancelled_here() -> None:
@@ -308,7 +308,7 @@ def test_sync_client_closed_by_another_thread(use: Callable[[SyncAfsClient], Any
         def work() -> None:
             try:
                 use(client)
-            except BaseException as error:  # noqa: BLE001 - of any kind: the test looks at it
+            except BaseException as error:
                 ends.append(error)
 
         thread = threading.Thread(target=work)
