@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import pytest
 
+from afs.core.errors import DeadlineExceeded
 from afs.proto.v1 import afslet_pb2 as pb
 from afs.proto.v1 import proxy_pb2, runs_pb2
 from tests.testbed.cluster import BIN
@@ -222,6 +223,56 @@ def test_ctrl_c_waits_for_the_node_and_the_second_one_does_not(times: int) -> No
             assert (process.returncode, out) == (76, b"")
             assert error == b"afs_cli: the run of image was cancelled\n"
         freed.set()
+
+
+@pytest.mark.parametrize("retries", ["0", "3"])
+def test_ctrl_c_works_when_the_proxy_cannot_cancel(retries: str, tmp_path: Path) -> None:
+    """The call is cancelled instead, and no fault of an interrupted run is tried again."""
+
+    async def script(start: pb.StartRequest, requests: Any, context: Context) -> AsyncIterator[pb.ExecuteResponse]:
+        yield accepted("n1", "r1")
+        async for _ in requests:  # sent by who has read that the run was accepted
+            pass
+        started_runs.release()
+        await asyncio.Event().wait()
+
+    started_runs = threading.Semaphore(0)
+    (tmp_path / "file").write_bytes(b"x")
+    with fake_in_thread(script) as fake:
+        fake.cancel_fault = DeadlineExceeded("the node is slow")
+        with started(fake, *EXECUTE, "--file", f"{tmp_path}/file:/f", "--retries", retries) as process:
+            assert started_runs.acquire(timeout=20)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 76
+            assert process.stderr is not None
+            assert process.stderr.read() == b"afs_cli: the run of image was cancelled\n"
+        assert len(fake.starts) == 1
+
+
+def test_an_interrupted_run_is_not_tried_again(tmp_path: Path) -> None:
+    """The node dies while it is asked to cancel the run."""
+    fakes = list[FakeAfslet]()
+    (tmp_path / "file").write_bytes(b"x")
+
+    async def script(start: pb.StartRequest, requests: Any, context: Context) -> AsyncIterator[pb.ExecuteResponse]:
+        cancelled = fakes[0].cancelled["r1"] = asyncio.Event()
+        yield accepted("n1", "r1")
+        async for _ in requests:  # sent by who has read that the run was accepted
+            pass
+        started_runs.release()
+        await cancelled.wait()
+        await abort(context, Code.UNAVAILABLE, "the node is gone")
+
+    started_runs = threading.Semaphore(0)
+    with fake_in_thread(script) as fake:
+        fakes.append(fake)
+        with started(fake, *EXECUTE, "--file", f"{tmp_path}/file:/f", "--retries", "3") as process:
+            assert started_runs.acquire(timeout=20)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 69
+            assert process.stderr is not None
+            assert process.stderr.read() == b"afs_cli: the node is gone\n"
+        assert len(fake.starts) == 1
 
 
 async def chatty(start: pb.StartRequest, requests: Any, context: Context) -> AsyncIterator[pb.ExecuteResponse]:

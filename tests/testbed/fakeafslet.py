@@ -12,7 +12,7 @@ import grpc
 import grpc.aio
 from typing_extensions import override
 
-from afs.core.errors import NotFound
+from afs.core.errors import AfsError, NotFound
 from afs.core.rpc import serving
 from afs.proto.v1 import afslet_pb2 as pb
 from afs.proto.v1 import afslet_pb2_grpc, proxy_pb2, proxy_pb2_grpc, runs_pb2, runs_pb2_grpc
@@ -71,6 +71,7 @@ class FakeAfslet(afslet_pb2_grpc.AfsletServicer, runs_pb2_grpc.RunsServicer, pro
         self.listed: list[runs_pb2.Run] = []
         self.cancelled: dict[str, asyncio.Event] = {}
         self.reasons: list[str] = []
+        self.cancel_fault: AfsError | None = None
         self.statuses: list[list[proxy_pb2.StatusResponse]] = [[]]
 
     @override
@@ -95,6 +96,8 @@ class FakeAfslet(afslet_pb2_grpc.AfsletServicer, runs_pb2_grpc.RunsServicer, pro
 
     @override
     async def Cancel(self, request: runs_pb2.CancelRunRequest, context: Context) -> runs_pb2.CancelRunResponse:
+        if self.cancel_fault is not None:
+            raise self.cancel_fault
         if request.run_id not in self.cancelled:
             raise NotFound(f"no run {request.run_id}")
         self.reasons.append(request.reason)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import socket
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,7 +29,17 @@ from afs.client import (
     RunRequest,
     Upload,
 )
-from afs.core.errors import AfsError, Cancelled, InvalidArgument, NotFound, ResourceExhausted, Unavailable
+from afs.core.errors import (
+    AfsError,
+    Cancelled,
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+)
 from afs.proto.v1 import afslet_pb2 as pb
 from tests.testbed.fakeafslet import Context, Script, abort, accepted, diff, done, fake_afslet, log, result
 
@@ -156,6 +167,26 @@ async def test_a_diff_that_is_not_whole_is_none(tmp_path: Path) -> None:
             await client.run("image", diff_format="none", diff_to="x")
 
 
+@pytest.mark.parametrize(
+    ("responses", "why"),
+    [
+        ([result(replayed=True), done()], "the run was replayed: its changed files are not kept"),
+        ([result(), done()], "no changed files came"),
+        ([result(), *diff(b"ta")], "the run ended before its changed files were complete"),
+    ],
+)
+async def test_a_diff_that_does_not_come_leaves_the_file_alone(
+    responses: list[pb.ExecuteResponse], why: str, tmp_path: Path
+) -> None:
+    (tmp_path / "diff").write_bytes(b"of the first time")
+    async with fake_afslet(script(accepted(), *responses)) as fake, AfsClient(fake.address) as client:
+        got = await client.run("image", diff_to=tmp_path / "diff")
+        assert (got.ok, got.diff, got.diff_error) == (True, None, why)
+        assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("diff", b"of the first time")]
+        fake.script = script(accepted(), result(replayed=True), done())
+        assert (await client.run("image", diff_format="none")).diff_error == ""
+
+
 # Faults
 
 FAULTS: dict[str, tuple[Code, tuple[pb.ExecuteResponse, ...], Any, type[RunError], type[AfsError], bool]] = {
@@ -245,10 +276,18 @@ async def test_other_ends_are_final() -> None:
         for limited in (RunRequest("image", queue_timeout=1), RunRequest("image", max_retries=3)):
             with pytest.raises(ResourceExhausted):
                 await client.run(limited, retry_backoff=0.001)
-        assert len(fake.starts) == 7
+        fake.script = failing(9, Code.DEADLINE_EXCEEDED, outcome=pb.OUTCOME_REJECTED, retryable=True)
+        with pytest.raises(DeadlineExceeded):
+            await client.run("image", queue_timeout=1, retry_backoff=0.001)
+        assert len(fake.starts) == 8
+        fake.script = failing(9, Code.RESOURCE_EXHAUSTED)
         with pytest.raises(ResourceExhausted):
             await client.run("image", retries=3, retry_backoff=0.001)
-        assert len(fake.starts) == 11
+        assert len(fake.starts) == 12
+        fake.script = failing(9, Code.UNAVAILABLE, accepted(), result(), *diff(b"ta"))
+        with pytest.raises(Unavailable):
+            await client.run("image", retry_backoff=0.001)
+        assert len(fake.starts) == 13, "the result is known already"
         with pytest.raises(InvalidArgument, match="retries must not be negative"):
             await client.run("image", retries=-1)
 
@@ -341,6 +380,29 @@ async def test_a_run_of_another_proxy_is_cancelled_by_its_call() -> None:
         await fake.ended.acquire()
 
 
+@pytest.mark.parametrize("fault", [DeadlineExceeded("slow"), Internal("broken"), ResourceExhausted("full")])
+async def test_what_cannot_be_cancelled_by_asking_is_cancelled_by_its_call(fault: AfsError) -> None:
+    async with fake_afslet() as fake, AfsClient(fake.address) as client:
+        fake.script, fake.cancel_fault = endless(fake.cancelled), fault
+        async with client.open("image") as run:
+            await anext(run)
+            await run.cancel()
+            with pytest.raises(RunCancelled):
+                await run.result()
+        await fake.ended.acquire()
+
+
+async def test_cancel_after_the_client_was_closed() -> None:
+    async with fake_afslet() as fake, AfsClient(fake.address) as client:
+        fake.script = endless(fake.cancelled)
+        async with client.open("image") as run:
+            await anext(run)
+            await client.close()
+            await run.cancel()
+            with pytest.raises(RunCancelled):
+                await run.result()
+
+
 @pytest.mark.parametrize("how", ["break", "task", "close"])
 async def test_who_leaves_early_cancels_the_run(how: str) -> None:
     async with fake_afslet() as fake, AfsClient(fake.address) as client:
@@ -369,6 +431,33 @@ async def test_who_leaves_early_cancels_the_run(how: str) -> None:
                 with pytest.raises(RunCancelled, match="the client was closed"):
                     await task
         await fake.ended.acquire()
+
+
+@pytest.mark.parametrize("upload", [None, [Upload(b"x", "/f")]])
+async def test_closing_while_it_connects(upload: list[Upload] | None) -> None:
+    """The peer accepts the connection and says nothing: no message of a call can be sent before its settings come."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.setblocking(False)
+        client = AfsClient(f"127.0.0.1:{silent.getsockname()[1]}")
+        running = asyncio.create_task(client.run("image", upload=upload))
+        connection, _ = await asyncio.get_running_loop().sock_accept(silent)
+        with connection:
+            await client.close()
+        async with asyncio.timeout(10):
+            with pytest.raises(RunCancelled, match="the client was closed"):
+                await running
+
+
+async def test_a_closed_client_says_so() -> None:
+    async with fake_afslet() as fake:
+        client = AfsClient(fake.address)
+        assert (await client.run("image")).ok
+        await client.close()
+        with pytest.raises(FailedPrecondition, match="the client is closed"):
+            await client.run("image")
+        with pytest.raises(FailedPrecondition, match="the client is closed"):
+            await client.runs()
+        await client.close()
 
 
 async def test_another_one_s_run_can_be_listed_and_cancelled() -> None:

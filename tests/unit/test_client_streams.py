@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,12 @@ from afs.client import (
     SyncAfsClient,
     Upload,
 )
+from afs.client.sync import _Loop
 from afs.core.errors import FailedPrecondition, InvalidArgument, NotFound
 from tests.testbed.fakeafslet import Context, abort, accepted, diff, done, fake_afslet, fake_in_thread, log, result
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from afs.proto.v1 import afslet_pb2 as pb
 
@@ -176,6 +178,25 @@ async def test_a_command_that_does_not_read_holds_the_writer_back() -> None:
             await feeding
 
 
+async def test_writing_after_the_upload_has_failed() -> None:
+    """The writer learns why, as the reader does."""
+    async with (
+        fake_afslet(cat) as fake,
+        AfsClient(fake.address) as client,
+        client.open("image", stdin=True, upload="/does not exist") as run,
+    ):
+        for use in (run.write(b"x"), run.result(), run.close_stdin()):
+            with pytest.raises(InvalidArgument, match="does not exist"):
+                await use
+
+
+async def test_writing_to_a_run_that_was_cancelled_here() -> None:
+    async with fake_afslet(cat) as fake, AfsClient(fake.address) as client, client.open("image", stdin=True) as run:
+        run._call.cancel()
+        with pytest.raises(RunEnded, match="the run has ended"):
+            await run.write(b"x")
+
+
 # The blocking client
 
 
@@ -248,3 +269,102 @@ def test_sync_lists_and_cancellation() -> None:
     with pytest.raises(FailedPrecondition, match="the client is closed"):
         next(events)
     client.close()
+
+
+def stuck(started: threading.Event) -> Any:
+    """A script that never ends. Who gives a command has read that it was accepted when *started* is set."""
+
+    async def script(start: pb.StartRequest, requests: Any, context: Context) -> AsyncIterator[pb.ExecuteResponse]:
+        if start.command:
+            yield accepted("n1", "r1")
+        async for _ in requests:  # an upload waits for being accepted
+            pass
+        started.set()
+        await asyncio.Event().wait()
+
+    return script
+
+
+def talk(client: SyncAfsClient) -> None:
+    with client.open("image", ["x"], upload=[Upload(b"x", "/f")]) as run:
+        run.result()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda client: client.run("image", ["x"]),
+        lambda client: list(client.execute("image")),
+        lambda client: list(client.map([RunRequest("image")])),
+        talk,
+    ],
+    ids=["run", "execute", "map", "open"],
+)
+def test_sync_client_closed_by_another_thread(use: Callable[[SyncAfsClient], Any]) -> None:
+    started, ends = threading.Event(), list[BaseException]()
+    with fake_in_thread(stuck(started)) as fake:
+        client = SyncAfsClient(fake.address)
+
+        def work() -> None:
+            try:
+                use(client)
+            except BaseException as error:
+                ends.append(error)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        assert started.wait(10)
+        client.close()
+        thread.join(10)
+        assert not thread.is_alive()
+    assert [type(end) for end in ends] == [RunCancelled]
+    assert str(ends[0]) == "the run was cancelled: the client was closed"
+
+
+def test_nothing_is_begun_while_a_client_is_being_closed() -> None:
+    loop, ending, go = _Loop(), threading.Event(), threading.Event()
+    tasks: list[asyncio.Task[None]] = []
+
+    async def last() -> None:
+        # What it leaves behind is cancelled, too.
+        tasks.append(asyncio.create_task(asyncio.Event().wait()))  # type: ignore[arg-type]
+        ending.set()
+        await asyncio.to_thread(go.wait)
+
+    closing = [threading.Thread(target=loop.close, args=(last,)) for _ in range(2)]
+    for thread in closing:
+        thread.start()
+    assert ending.wait(10)
+    try:
+        with pytest.raises(FailedPrecondition, match="the client is closed"):
+            loop.call(asyncio.sleep(0))
+    finally:
+        go.set()
+        for thread in closing:
+            thread.join(10)
+    assert not any(thread.is_alive() for thread in closing)
+    assert tasks[0].cancelled()
+
+
+@pytest.mark.parametrize("how", ["map", "execute"])
+def test_ctrl_c_in_a_blocking_iterator(how: str) -> None:
+    """Closing the iterator waits for the step that was interrupted."""
+    main = threading.main_thread().ident
+    assert main is not None
+    ended = threading.Semaphore(0)
+
+    async def interrupt(start: pb.StartRequest, requests: Any, context: Context) -> AsyncIterator[pb.ExecuteResponse]:
+        try:
+            async for _ in requests:
+                pass
+            signal.pthread_kill(main, signal.SIGINT)
+            await asyncio.Event().wait()
+            yield accepted()
+        finally:
+            ended.release()
+
+    with fake_in_thread(interrupt) as fake, SyncAfsClient(fake.address) as client:
+        events: Any = client.map([RunRequest("image")]) if how == "map" else client.execute("image")
+        with pytest.raises(KeyboardInterrupt):
+            next(events)
+        assert ended.acquire(timeout=10)

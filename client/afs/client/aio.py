@@ -92,11 +92,12 @@ class AfsClient:
         left = allowed_retries(request, retries)
         tries = 1
         for pause in pauses(backoff, self._rng):
+            run = Run(self._connections, self._peer, request, progress=False)
             try:
-                async with Run(self._connections, self._peer, request, progress=False) as run:
+                async with run:
                     result = await run.result(request.diff_to)
             except AfsError as error:
-                if not left or not is_worth_repeating(error, request):
+                if not left or not is_worth_repeating(error, run):
                     raise
             else:
                 return result if tries == 1 else replace(result, attempts=tries)

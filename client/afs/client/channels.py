@@ -8,6 +8,7 @@ State: touched from the event loop only, nothing is held across an await.
 
 from typing import TYPE_CHECKING
 
+from afs.core.errors import FailedPrecondition
 from afs.core.rpc import channel
 from afs.proto.v1.afslet_pb2_grpc import AfsletStub
 from afs.proto.v1.proxy_pb2_grpc import AfsProxyStub
@@ -33,20 +34,23 @@ class Connection:
 
 
 class Connections:
-    """All connections to *address*, each made when it is needed first."""
+    """All connections to *address*, each made when it is needed first. After :meth:`close` FailedPrecondition."""
 
     def __init__(self, address: str) -> None:
         self._address = address
         self._open: list[Connection] = []
+        self._closed = False
 
     def first(self) -> Connection:
         """A connection for what is no run."""
+        self._check()
         if not self._open:
             self._open.append(Connection(self._address, shared=True))
         return self._open[0]
 
     def take(self) -> Connection:
         """A connection for one more run; :meth:`give_back` has to follow."""
+        self._check()
         for connection in self._open:
             if connection.runs < RUNS_PER_CONNECTION:
                 connection.runs += 1
@@ -63,7 +67,12 @@ class Connections:
     def __len__(self) -> int:
         return len(self._open)
 
+    def _check(self) -> None:
+        if self._closed:
+            raise FailedPrecondition("the client is closed")
+
     async def close(self) -> None:
         """Close all of them; runs on them are cancelled."""
+        self._closed = True
         for connection in self._open:
             await connection.channel.close()

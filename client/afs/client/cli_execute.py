@@ -75,6 +75,7 @@ class _Session:
         self._output = Output()
         self._notes: list[str] = []
         self._run: Run | None = None
+        self._diff_error = ""
         self._interrupts = 0
         self._cancelling: asyncio.Task[None] | None = None
         self.terminal = Terminal() if request.tty and request.stdin else None
@@ -125,10 +126,12 @@ class _Session:
         """Run it, again after faults that may go away; but what was printed cannot be taken back."""
         left = self._flags["retries"]
         for pause in pauses(DEFAULT_BACKOFF_S, random.random):
+            run = client.open(self._request)
             try:
-                return await self._once(client)
+                return await self._once(run)
             except AfsError as error:
-                if not left or self._output.began or not is_worth_repeating(error, self._request):
+                final = self._interrupts or self._output.began
+                if not left or final or not is_worth_repeating(error, run):
                     raise
                 if not self._flags["as_json"]:
                     click.echo(f"afs_cli: {error.line}; trying again", err=True)
@@ -136,9 +139,9 @@ class _Session:
             left -= 1
         raise AssertionError("pauses never end")
 
-    async def _once(self, client: AfsClient) -> int:
+    async def _once(self, run: Run) -> int:
         request = self._request
-        async with client.open(request) as run:
+        async with run:
             self._run = run
             if request.stdin:
                 pass_stdin_on(run)
@@ -147,7 +150,9 @@ class _Session:
             display = Display(run) if not request.tty else None
             try:
                 if self._flags["as_json"]:
-                    click.echo(to_json(await run.result(request.diff_to)))
+                    result = await run.result(request.diff_to)
+                    self._diff_error = result.diff_error
+                    click.echo(to_json(result))
                 else:
                     await self._print(run, display)
             finally:
@@ -168,14 +173,14 @@ class _Session:
                 case _:
                     pass
         if self._request.diff_to is not None:
-            await run.result(self._request.diff_to)
+            self._diff_error = (await run.result(self._request.diff_to)).diff_error
         else:
             async for _ in run:
                 pass
         self._note(run)
 
     def _note(self, run: Run) -> None:
-        finished, done, out = run.finished, run.done, self._request.diff_to
+        finished, out = run.finished, self._request.diff_to
         if finished is None:
             return
         for source, dropped in (("stdout", finished.stdout_dropped), ("stderr", finished.stderr_dropped)):
@@ -185,13 +190,13 @@ class _Session:
             self._notes.append("the run had ended before: this is its result, without output and changed files")
         if finished.error:
             self._notes.append(finished.error)
-        if out is not None and not (done is not None and done.diff_error):
+        if out is not None and not self._diff_error:
             self._notes.append(f"changed files: {out} ({format_size(run.diff_received)})")
 
     def _exit_code(self, run: Run) -> int:
         """The command's. An incomplete diff is an error, but never hides that the command failed."""
         code = run.finished.exit_code if run.finished is not None else 0
-        if run.done is not None and run.done.diff_error:
-            self._notes.append(f"{self._request.diff_to} was not written: {run.done.diff_error}")
+        if self._diff_error:
+            self._notes.append(f"{self._request.diff_to} was not written: {self._diff_error}")
             return code or status_of(ResourceExhausted()).exit_code
         return code

@@ -27,26 +27,39 @@ async def collect(run: "Run", diff_to: Path | str | None) -> RunResult:
 async def _collect(run: "Run", out: IO[bytes] | None) -> RunResult:
     stdout, stderr = bytearray(), bytearray()
     diff: bytearray | None = None
+    begun = False
     async for event in run:
         match event:
             case Log():
                 (stderr if event.source == "stderr" else stdout).extend(event.data)
-            case DiffStart() if out is None:
-                diff = bytearray()
+            case DiffStart():
+                begun = True
+                diff = bytearray() if out is None else None
             case DiffChunk() if out is not None:
                 out.write(event.data)
             case DiffChunk() if diff is not None:
                 diff += event.data
             case _:
                 pass
-    return _result(run, bytes(stdout), bytes(stderr), diff)
+    missing = _missing(run, begun=begun, wanted=out is not None)
+    return _result(run, bytes(stdout), bytes(stderr), diff, missing)
 
 
-def _result(run: "Run", stdout: bytes, stderr: bytes, diff: bytearray | None) -> RunResult:
+def _missing(run: "Run", *, begun: bool, wanted: bool) -> str:
+    """Why the diff is not all here; empty if it is, or if there need not be one. *wanted*: there is a file for it."""
+    if run.done is not None and run.done.diff_error:
+        return run.done.diff_error
+    if run.finished is not None and run.finished.replayed and run.request.diff_format != "none":
+        return "the run was replayed: its changed files are not kept"
+    if begun and run.done is None:
+        return "the run ended before its changed files were complete"
+    return "" if begun or not wanted else "no changed files came"
+
+
+def _result(run: "Run", stdout: bytes, stderr: bytes, diff: bytearray | None, missing: str) -> RunResult:
     finished, done = run.finished, run.done
     if finished is None:
         raise Internal("the run has ended without a result")
-    whole = diff is not None and not (done is not None and done.diff_error)
     return RunResult(
         run.accepted.node_id if run.accepted is not None else finished.node_id,
         finished.exit_code,
@@ -54,7 +67,7 @@ def _result(run: "Run", stdout: bytes, stderr: bytes, diff: bytearray | None) ->
         finished.error,
         stdout,
         stderr,
-        bytes(diff) if diff is not None and whole else None,
+        bytes(diff) if diff is not None and not missing else None,
         finished.peak_memory,
         finished.cpu_time,
         {**finished.timings, **done.timings} if done is not None else finished.timings,
@@ -68,7 +81,7 @@ def _result(run: "Run", stdout: bytes, stderr: bytes, diff: bytearray | None) ->
         finished.replayed,
         done.diff_bytes if done is not None else 0,
         done.diff_entries if done is not None else 0,
-        done.diff_error if done is not None else "",
+        missing,
     )
 
 

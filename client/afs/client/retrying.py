@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator
 
 from afs.client.errors import RunError, RunRejected
 from afs.client.options import RunRequest
-from afs.core.errors import AfsError, InvalidArgument, ResourceExhausted
+from afs.client.run import Run
+from afs.core.errors import AfsError, DeadlineExceeded, InvalidArgument, ResourceExhausted
 
 DEFAULT_RETRIES = 2
 DEFAULT_BACKOFF_S = 0.2
@@ -21,15 +22,16 @@ def allowed_retries(request: RunRequest, wanted: int | None) -> int:
     return 0 if once else DEFAULT_RETRIES if wanted is None else wanted
 
 
-def is_worth_repeating(error: AfsError, request: RunRequest) -> bool:
-    """Whether *error* may go away by itself. Never after a result, since that is no error.
+def is_worth_repeating(error: AfsError, run: Run) -> bool:
+    """Whether *error*, which ended *run*, may go away by itself. Never once the command has ended: its result is known.
 
-    Who limits the wait for room with *queue_timeout* or *max_retries* means it: then no room is final.
+    Who limits the wait for room with *queue_timeout* or *max_retries* means it: then no room is final. A proxy calls the end
+    of the wait DeadlineExceeded.
     """
-    if not isinstance(error, RunError) or not error.retryable:
+    if not isinstance(error, RunError) or not error.retryable or run.finished is not None:
         return False
-    no_room = isinstance(error, RunRejected) and isinstance(error, ResourceExhausted)
-    return not (no_room and (request.queue_timeout or request.max_retries))
+    no_room = isinstance(error, RunRejected) and isinstance(error, ResourceExhausted | DeadlineExceeded)
+    return not (no_room and (run.request.queue_timeout or run.request.max_retries))
 
 
 def pauses(backoff: float, rng: Callable[[], float]) -> Iterator[float]:

@@ -31,7 +31,7 @@ from afs.client.events import (
 from afs.client.options import RunRequest, start_message
 from afs.client.uploads import batches, data_size, messages
 from afs.client.wire import event_of, finished_of
-from afs.core.errors import AfsError, Cancelled, Internal, InvalidArgument, NotFound, Unavailable, Unimplemented
+from afs.core.errors import AfsError, Cancelled, Internal, InvalidArgument
 from afs.core.rpc import CALL_ENDED, EOF, calling, send, to_afs_error
 from afs.core.threads import ahead
 from afs.proto.v1 import afslet_pb2 as pb
@@ -143,7 +143,7 @@ class Run:
     async def write(self, data: bytes) -> None:
         """Write to the command's standard input; waits while the command does not read. The run needs ``stdin=True``.
 
-        RunEnded after the run's end or :meth:`close_stdin`.
+        RunEnded after the run's end or :meth:`close_stdin`; if the upload has failed here, what it failed of.
         """
         if self._stdin_closed:
             raise RunEnded("the run's standard input was closed")
@@ -168,11 +168,11 @@ class Run:
             await asyncio.wait([self._sending])
         async with self._writing:
             if self._ended or self.finished is not None:
-                raise RunEnded("the run has ended")
+                raise self._upload_failure or RunEnded("the run has ended")
             try:
                 await self._put(message)
             except CALL_ENDED:
-                raise RunEnded("the run has ended") from None
+                raise self._upload_failure or RunEnded("the run has ended") from None
 
     # Receiving
 
@@ -283,10 +283,10 @@ class Run:
             with calling(self._peer):
                 request = runs_pb2.CancelRunRequest(run_id=self.run_id, reason=reason)
                 await self._connection.lists.Cancel(request, timeout=10.0)
-        except (NotFound, Unimplemented, Unavailable) as error:
-            # Another proxy's run, an old server, or one that is away. The call is the lease, so ending it will do; only
-            # nobody tells when the node has given everything back.
-            log.info("run %s is cancelled by its call: %s", self.run_id, error.line)
+        except (AfsError, grpc.aio.UsageError) as error:
+            # Another proxy's run, an old server, one that is away or too slow, or a client that is closed. The call is the
+            # lease, so ending it will do; only nobody tells when the node has given everything back.
+            log.info("run %s is cancelled by its call: %s", self.run_id, error)
             self._call.cancel()
         async with self._reading:
             while not self._ended:

@@ -85,16 +85,24 @@ def to_afs_error(error: grpc.aio.AioRpcError, peer: str) -> AfsError:
 
 
 CALL_ENDED = (grpc.aio.AioRpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
-"""What :func:`send` raises if the other side has ended the call; the call's status comes with the read."""
+"""What :func:`send` raises if the call has ended, on either side; the call's status comes with the read."""
 
 
 async def send(call: Any, message: bytes) -> None:
     """Write a serialized *message* to a streaming *call* of grpc.aio; waits while the other side does not read.
 
-    The call's own write() says INTERNAL in place of the server's status if the server ends the call meanwhile (grpcio
-    1.85, aio/_call.py), and why a run was refused would be lost.
+    One of CALL_ENDED if the call has ended, also if this side has cancelled it; CancelledError if the task was cancelled.
+
+    The call's own write() says INTERNAL in place of the server's status if the server ends the call meanwhile, and why a
+    run was refused would be lost; and it waits for ever if the call is cancelled while it connects, since that ends the
+    task that would have told that the connection is there (grpcio 1.85, aio/_call.py).
     """
-    await call.wait_for_connection()
+    connected: asyncio.Event = call._metadata_sent
+    if not connected.is_set():
+        call.add_done_callback(lambda _: connected.set())
+        await connected.wait()
+    if call.done():
+        raise asyncio.InvalidStateError("the call has ended")
     await call._cython_call.send_serialized_message(message)
 
 
