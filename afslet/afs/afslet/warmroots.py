@@ -92,7 +92,14 @@ class WarmRoots:
 
     async def clear(self) -> None:
         """Give all unused roots back."""
-        await asyncio.gather(*(self._release(each) for each in [*self._idle]), return_exceptions=True)
+        await asyncio.gather(*(self._release(each) for each in self._take_all()), return_exceptions=True)
+
+    def _take_all(self) -> list[WarmRoot]:
+        """At once: whoever waited for its release to begin could be given it meanwhile."""
+        idle = [*self._idle]
+        for each in idle:
+            self._forget(each)
+        return idle
 
     @contextlib.asynccontextmanager
     async def taking(self, image: OpenImage, wanted: MountRoot) -> AsyncIterator[WarmRoot]:
@@ -187,12 +194,15 @@ class WarmRoots:
 
     def _keep(self, root: WarmRoot) -> None:
         while len(self._idle) >= self._most:
-            oldest = next(iter(self._idle))
-            self._forget(oldest)
-            self._begin(self._release(oldest))
+            self._drop(next(iter(self._idle)))
         self._idle[root] = None
         self._by_key[root.key].append(root)
-        root.timer = asyncio.get_running_loop().call_later(_IDLE_S, lambda: self._begin(self._release(root)))
+        root.timer = asyncio.get_running_loop().call_later(_IDLE_S, self._drop, root)
+
+    def _drop(self, root: WarmRoot) -> None:
+        """Give an idle root back; nobody can take it from now on."""
+        self._forget(root)
+        self._begin(self._release(root))
 
     async def _mount_ahead(self, root: WarmRoot, wanted: MountRoot) -> None:
         try:
