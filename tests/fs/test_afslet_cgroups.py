@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from afs.afslet import cgroups
 from afs.afslet.cgroups import Cgroup, CgroupV2, Limits, clean_up, hierarchies, open_cgroup
 
 pytestmark = pytest.mark.root
@@ -107,6 +108,7 @@ def test_v2_on_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             Path(path, name).touch()
 
     monkeypatch.setattr(os, "makedirs", make)
+    monkeypatch.setattr(cgroups, "_is_member", lambda pid, group: True)
     group = CgroupV2(tmp_path, "parent", "run", LIMITS)
     top = tmp_path / "parent" / "run"
     assert group.path == "/parent/run"

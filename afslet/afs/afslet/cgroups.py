@@ -16,7 +16,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -39,11 +39,15 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """*oom* tells whether the kernel killed for want of memory; peak in bytes, CPU time in microseconds."""
+    """*oom* tells whether the kernel killed for want of memory; peak in bytes, CPU time in microseconds.
+
+    *machine_oom*: it did so, but not because of this group's limit: the machine, or a group around ours, had no memory left.
+    """
 
     oom: bool
     peak_memory: int
     cpu_us: int
+    machine_oom: bool = False
 
 
 class Cgroup(Protocol):
@@ -113,7 +117,7 @@ def clean_up(parent: str, patience_s: float = 10.0) -> int:
             continue
         runs = max(runs, sum(1 for entry in top.iterdir() if entry.is_dir()))
         while True:
-            alive = _kill_tree(str(top))
+            alive = _kill_tree(str(top), f"/{parent}")
             try:
                 if not alive:
                     _remove_tree(str(top))
@@ -166,13 +170,41 @@ def _pids_in(directory: str) -> list[int]:
         return []
 
 
-def _kill_tree(top: str) -> bool:
+def signal_members(group: str, pids: Iterable[int], signum: int) -> bool:
+    """Send *signum* to those of *pids* that are in *group* (``/parent/name``) or below it; False if there was none.
+
+    Processes end and numbers are used again while a list of them is gone through, so each is held by a descriptor first and
+    has to be in the group then.
+    """
     found = False
-    for pid in _pids_below(top):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-            found = True
+    for pid in pids:
+        try:
+            fd = os.pidfd_open(pid)
+        except OSError as error:
+            if error.errno not in (errno.ESRCH, errno.EINVAL):  # EINVAL: not the leader of its threads
+                raise
+            continue
+        try:
+            if _is_member(pid, group):
+                signal.pidfd_send_signal(fd, signum)
+                found = True
+        except ProcessLookupError:
+            pass
+        finally:
+            os.close(fd)
     return found
+
+
+def _is_member(pid: int, group: str) -> bool:
+    try:
+        with open(f"/proc/{pid}/cgroup", encoding="utf-8", errors="replace") as lines:
+            return any(f"{group}/" in f"{line.rstrip()}/" for line in lines)
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def _kill_tree(top: str, group: str) -> bool:
+    return signal_members(group, list(_pids_below(top)), signal.SIGKILL)
 
 
 def _remove_group(top: str) -> None:
@@ -232,8 +264,7 @@ class CgroupV1:
         _write(f"{cpu}/cpu.cfs_period_us", CPU_PERIOD_US)
         _write(f"{cpu}/cpu.cfs_quota_us", max(int(limits.cpus * CPU_PERIOD_US), 1000))  # the kernel's least
         _write(f"{pids}/pids.max", limits.pids)
-        # The eventfd is signalled when the limit of this group leads to an OOM kill anywhere below it. (The oom_kill
-        # counter of v1 counts in the victim's own group only, which is gone by the time we could read it.)
+        # The eventfd is signalled when the limit of this group is what memory was wanting for.
         control = os.open(f"{self._memory}/memory.oom_control", os.O_RDONLY | os.O_CLOEXEC)
         try:
             _write(f"{self._memory}/cgroup.event_control", f"{self._oom} {control}")
@@ -241,10 +272,15 @@ class CgroupV1:
             os.close(control)
 
     def counters(self) -> Counters:
+        killed = False
+        with contextlib.suppress(FileNotFoundError):  # the runtime removes the group if it cannot start the command
+            killed = (
+                re.search(r"^oom_kill [1-9]", _read(f"{self._memory}/memory.oom_control"), re.MULTILINE) is not None
+            )
         try:
-            oom = os.eventfd_read(self._oom) > 0
+            limit = os.eventfd_read(self._oom) > 0  # also when a group is removed, so it counts only with a kill
         except BlockingIOError:
-            oom = False
+            limit = False
         cpu = 0
         if self._cpuacct is not None:
             with contextlib.suppress(FileNotFoundError):  # the runtime never came so far as to make it
@@ -252,13 +288,13 @@ class CgroupV1:
         peak = 0
         with contextlib.suppress(FileNotFoundError):  # the runtime removes the group if it cannot start the command
             peak = int(_read(f"{self._memory}/memory.max_usage_in_bytes"))
-        return Counters(oom, peak, cpu)
+        return Counters(killed and limit, peak, cpu, killed and not limit)
 
     def pids(self) -> list[int]:
         return list(_pids_below(self._memory))
 
     def kill(self) -> bool:
-        return _kill_tree(self._memory)
+        return _kill_tree(self._memory, self.path)
 
     def remove(self) -> None:
         if self._oom >= 0:
@@ -292,7 +328,8 @@ class CgroupV2:
         peak = 0
         with contextlib.suppress(FileNotFoundError):  # before kernel 5.19
             peak = int(_read(f"{self._directory}/memory.peak"))
-        return Counters(events.get("oom_kill", 0) > 0, peak, self._table("cpu.stat").get("usage_usec", 0))
+        killed, limit = events.get("oom_kill", 0) > 0, events.get("oom", 0) > 0
+        return Counters(killed and limit, peak, self._table("cpu.stat").get("usage_usec", 0), killed and not limit)
 
     def _table(self, name: str) -> dict[str, int]:
         if not os.path.isdir(self._directory):  # the runtime removes it if it cannot start the command
@@ -303,7 +340,7 @@ class CgroupV2:
         return list(_pids_below(self._directory))
 
     def kill(self) -> bool:
-        return _kill_tree(self._directory)
+        return _kill_tree(self._directory, self.path)
 
     def remove(self) -> None:
         _remove_group(self._directory)

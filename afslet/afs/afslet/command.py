@@ -25,6 +25,7 @@ from afs.core.errors import InvalidArgument
 from afs.proto.v1 import afslet_pb2 as pb
 
 _REMEMBERED = 1000
+_MAX_PATH = 4096  # of a PATH with which something is remembered
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ class Commands:
         wanted = _wanted(start, settings, place.where)
         key = (place.unchanged, place.first_id, wanted)
         found = self._known.pop(key, None) or _look_up(place, wanted)
-        if place.unchanged:
+        if place.unchanged and len(wanted.path) < _MAX_PATH:
             self._known[key] = found
             if len(self._known) > _REMEMBERED:
                 self._known.popitem(last=False)

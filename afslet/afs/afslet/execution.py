@@ -235,6 +235,8 @@ class Execution:
             message = outputs.message(source, data)
             if message is not None:
                 await self._send(message)
+            else:
+                await asyncio.sleep(0)  # what is dropped waits for nobody, and others want their turn
 
         stdio = self._stdio()
         feeding = self._feed(incoming, stdio)

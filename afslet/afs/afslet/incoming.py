@@ -12,6 +12,8 @@ from afs.afslet.upload import Staging
 from afs.core.errors import InvalidArgument
 from afs.proto.v1 import afslet_pb2 as pb
 
+_MAX_SIDE = 0xFFFF  # struct winsize has 16 bits
+
 
 class Incoming:
     """The *requests* of a run after its *start*."""
@@ -34,7 +36,8 @@ class Incoming:
             if request.WhichOneof("payload") is not None:
                 raise InvalidArgument("files cannot be uploaded once the upload has ended")
             if request.HasField("terminal_size"):
-                stdio.resize(Window(request.terminal_size.rows, request.terminal_size.columns))
+                size = request.terminal_size
+                stdio.resize(Window(min(size.rows, _MAX_SIDE), min(size.columns, _MAX_SIDE)))
             if request.stdin:
                 await stdio.write(request.stdin)
             if request.stdin_end:

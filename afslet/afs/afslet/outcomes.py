@@ -1,10 +1,11 @@
 """How a container's end looks to the client: a Result for what says something about the command, an error for our faults."""
 
+import re
 from dataclasses import dataclass
 
 from afs.afslet.rootfs import Command
 from afs.afslet.runc import Ended
-from afs.core.errors import Internal
+from afs.core.errors import Internal, Unavailable
 from afs.proto.v1 import afslet_pb2 as pb
 
 TIMED_OUT, NOT_EXECUTABLE, NOT_FOUND, KILLED = 124, 126, 127, 137  # as timeout(1) and sh
@@ -23,6 +24,8 @@ class Subject:
 def result_of(subject: Subject, ended: Ended) -> pb.Result:
     """The Result; Internal if the runtime could not start the container for a reason that is not the image's."""
     counters, name = ended.counters, subject.name
+    if counters.machine_oom and not counters.oom and (ended.code != 0 or ended.start_error):
+        raise Unavailable(f"the machine ran out of memory, and the kernel killed a process of {name!r}")
     if ended.start_error and not ended.timed_out and not counters.oom:
         return _start_failure(subject, ended)
     result = pb.Result(exit_code=ended.code, peak_memory_bytes=counters.peak_memory, cpu_time_us=counters.cpu_us)
@@ -44,14 +47,17 @@ def result_of(subject: Subject, ended: Ended) -> pb.Result:
 
 def _start_failure(subject: Subject, ended: Ended) -> pb.Result:
     """The runtime could not start the command: the image's fault, or ours."""
-    message = ended.start_error.lower()  # runc and crun differ in that
-    if "no such file or directory" in message and "exec" in message:  # a script whose interpreter is missing
+    # runc says `exec: "x": ...` or `exec /x: ...`, crun `exec container process` and `executable file`; a path of ours that
+    # holds the word, or runc's own `exec fifo`, is not the command.
+    message = ended.start_error.lower()
+    of_command = re.search(r"(^|: )exec(:| /| container process)|executable", message) is not None
+    if "no such file or directory" in message and of_command:  # a script whose interpreter is missing
         return cannot_run(subject, Command(found=False, executable=False))
     if "argument list too long" in message:
         return cannot_run(
             subject, Command(found=True, executable=False, why="its arguments and environment are too long")
         )
-    if "exec format error" in message or ("permission denied" in message and "exec" in message):
+    if "exec format error" in message or ("permission denied" in message and of_command):
         return cannot_run(subject, Command(found=True, executable=False))
     raise Internal(f"the runtime could not start the container of {subject.where}: {ended.start_error}")
 

@@ -12,6 +12,7 @@ from afs.proto.v1 import afslet_pb2 as pb
 MAX_PRIORITY = 100
 MAX_KEY = 256  # bytes of a tenant, an idempotency key, a label
 MAX_LABELS = 64
+MAX_IMAGE = 8192  # characters: local ones are paths
 MIN_PIDS = 16  # the runtime's threads count too, until the command runs: with four it sometimes could not start it
 _NOT_NEGATIVE = (
     "cpu_millis",
@@ -57,6 +58,8 @@ def check_start(start: pb.StartRequest) -> None:
     """InvalidArgument for a start request that can never work."""
     if not start.image:
         raise InvalidArgument("image is missing")
+    if len(start.image) + len(start.tag) > MAX_IMAGE:
+        raise InvalidArgument(f"the image's name is longer than {MAX_IMAGE} characters")
     for name in _NOT_NEGATIVE:
         if getattr(start, name) < 0:
             raise InvalidArgument(f"{name} must not be negative")

@@ -24,6 +24,7 @@ _LOADERS_32BIT = (
     *("lib/ld-linux.so.2", "lib/ld-musl-i386.so.1"),
     *("lib/ld-linux-armhf.so.3", "lib/ld-linux.so.3", "lib/ld-musl-armhf.so.1"),
 )
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.ENAMETOOLONG, errno.ENXIO)
 _BINFMT = "/proc/sys/fs/binfmt_misc"
 _PT_INTERP = 3
 
@@ -60,7 +61,9 @@ def read_file(root: int, path: str) -> str | None:
             return None
         with file:
             return file.read(_MAX_PASSWD).decode(errors="replace")
-    except OSError:
+    except OSError as error:
+        if error.errno not in _ABSENT:
+            raise  # a layer that cannot be read says nothing about who is in its files
         return None
 
 
@@ -69,7 +72,7 @@ def stat_inside(root: int, path: str) -> os.stat_result | None:
     try:
         fd = syscalls.openat2(root, os.fsencode(path), os.O_PATH, _INSIDE)
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.ENAMETOOLONG):
+        if error.errno in _ABSENT:
             return None
         raise
     try:

@@ -17,22 +17,27 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from afs.afslet.cgroups import Cgroup, Counters, Limits, open_cgroup
+from afs.afslet.cgroups import Cgroup, Counters, Limits, open_cgroup, signal_members
 from afs.afslet.runtimebinary import RuntimeBinary
 from afs.afslet.stdio import Output, Stdio
 from afs.core import syscalls
-from afs.core.errors import Internal
+from afs.core.errors import Internal, Unavailable
 from afs.core.run import Child, popen, wait
+from afs.core.together import ended
 
 log = logging.getLogger(__name__)
 # An environment of its own: with our NOTIFY_SOCKET runc would make /run/notify in the container's root. One thread of Go
 # code is enough for it: 4 % less CPU.
 _ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "GOMAXPROCS": "1"}
+
+
+# A runtime that takes longer hangs. That is no timeout of the command, but who gives it little time waits little for its start.
+_START_S, _LEAST_START_S = 60.0, 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +90,19 @@ async def run_container(runtime: Runtime, job: Job, output: Output, started: Cal
         (job.bundle / "config.json").write_text(json.dumps(job.config), encoding="utf-8")
         return await _Container(runtime, job, cgroup).run(output, started)
     finally:
-        await _kill_all(cgroup)
-        await _remove(cgroup)
+        await _to_its_end(_clear_group(cgroup), job.name)
+
+
+async def _to_its_end(clearing: Coroutine[Any, Any, None], name: str) -> None:
+    """Await what clears up in a task of its own: a cancellation that comes now must not leave half of it."""
+    task = asyncio.create_task(clearing, name=f"clear {name}")
+    await ended([task])
+    task.result()
+
+
+async def _clear_group(cgroup: Cgroup) -> None:
+    await _kill_all(cgroup)
+    await _remove(cgroup)
 
 
 async def _kill_all(cgroup: Cgroup) -> None:
@@ -126,25 +142,30 @@ class _Container:
         timed_out = False
         try:
             try:
+                limit = min(_START_S, max(self._job.timeout, _LEAST_START_S))
+                async with asyncio.timeout(limit):
+                    failed = await wait(runtime)
+            except TimeoutError:
+                name = self._runtime.binary.name
+                raise Unavailable(f"the runtime {name} did not start the command within {limit:g} s") from None
+            if failed:
+                await copying
+                return self._not_started(runtime)
+            init = _Init(self._pid_file)
+            self._running = True
+            started()
+            try:
                 async with asyncio.timeout(self._job.timeout):
-                    if await wait(runtime):
-                        await copying
-                        return self._not_started(runtime)
-                    init = _Init(self._pid_file)
-                    self._running = True
-                    started()
                     await init.ended()
             except TimeoutError:
                 timed_out = True
                 await self._terminate(init)
-            if init is None:  # the runtime itself took too long
-                return Ended(128 + signal.SIGKILL, signal.SIGKILL, timed_out, self._cgroup.counters(), "")
             code, signum = await init.ended()
             await _kill_all(self._cgroup)  # what is left of it could keep the pipes open
             await copying  # as fast as the client takes it
             return Ended(code, signum, timed_out, self._cgroup.counters(), "")
         finally:
-            await self._clear(runtime, init, copying)
+            await _to_its_end(self._clear(runtime, init, copying), self._job.name)
 
     def _start(self) -> Child:
         job = self._job
@@ -181,9 +202,9 @@ class _Container:
 
         return filtered
 
-    async def _terminate(self, init: "_Init | None") -> None:
+    async def _terminate(self, init: "_Init") -> None:
         """After the timeout: SIGTERM to every process, and SIGKILL after the grace, or at once if none would notice."""
-        if init is not None and _send_term(self._cgroup.pids()):
+        if _send_term(self._cgroup):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._job.grace):
                     await init.ended()
@@ -192,10 +213,11 @@ class _Container:
     async def _clear(self, runtime: Child, init: "_Init | None", copying: "asyncio.Task[None]") -> None:
         """Leave nothing, whatever happened."""
         if init is None:
+            known = {*_children(runtime.pid), _read_pid(self._pid_file) or 0}
             if runtime.poll() is None:
                 runtime.kill()
                 await wait(runtime)
-            await self._reap_start(runtime.pid)
+            await self._reap_start(runtime.pid, known | {_read_pid(self._pid_file) or 0})
         await _kill_all(self._cgroup)
         if init is not None:
             await init.ended()
@@ -207,11 +229,14 @@ class _Container:
         self._job.stdio.close()
         self._forget()
 
-    async def _reap_start(self, session: int) -> None:
+    async def _reap_start(self, session: int, known: set[int]) -> None:
         """Killed in the middle of a start, the runtime leaves us children that nobody else would reap.
 
-        They are in the session that the runtime began, or in the cgroup: the first one enters it before it does anything.
+        They are in the session that the runtime began, or in the cgroup: the first one enters it before it does anything. A
+        dead one that has begun a session of its own is in neither: it was *known* as the runtime's child, or by its pid file.
         """
+        for pid in known - {0}:
+            await _end_child(pid)
         while pids := {*_of_session(session), *self._cgroup.pids()}:
             self._cgroup.kill()
             for pid in pids:
@@ -332,17 +357,21 @@ def _children(pid: int) -> list[int]:
     return found
 
 
-def _send_term(pids: list[int]) -> bool:
-    """SIGTERM to all of *pids*; whether one of them does something about it.
+def _send_term(cgroup: Cgroup) -> bool:
+    """SIGTERM to all processes of the group; whether one of them does something about it.
 
     The first process of a pid namespace does not even see a SIGTERM that it has no handler for (pid_namespaces(7)), so for
     most commands a grace would be spent in vain.
     """
-    caught = False
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
-            status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
-            mask = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), "0")
-            caught = caught or bool(int(mask, 16) >> (signal.SIGTERM - 1) & 1)
-            os.kill(pid, signal.SIGTERM)
+    pids = cgroup.pids()
+    caught = any(_catches_term(pid) for pid in pids)
+    signal_members(cgroup.path, pids, signal.SIGTERM)
     return caught
+
+
+def _catches_term(pid: int) -> bool:
+    with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
+        mask = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), "0")
+        return bool(int(mask, 16) >> (signal.SIGTERM - 1) & 1)
+    return False

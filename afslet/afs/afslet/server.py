@@ -63,6 +63,9 @@ class AfsletService(pb_grpc.AfsletServicer):
             self._serve(run, request_iterator, responses, may_wait=not owner), name=f"run {run.run_id}"
         )
         task.add_done_callback(lambda _: None if responses.full() else responses.put_nowait(None))
+        task.add_done_callback(
+            lambda _: self._runs.remove(run)
+        )  # one that is cancelled before its first step has no `finally`
         try:
             while not (task.done() and responses.empty()):
                 if (response := await responses.get()) is not None:
@@ -80,11 +83,8 @@ class AfsletService(pb_grpc.AfsletServicer):
     async def _serve(
         self, run: Run, requests: AsyncIterator[pb.ExecuteRequest], responses: Responses, *, may_wait: bool
     ) -> None:
-        try:
-            await self._admit(run, responses, may_wait=may_wait)
-            await Execution(self._node, run, responses.put).perform(requests)
-        finally:
-            self._runs.remove(run)
+        await self._admit(run, responses, may_wait=may_wait)
+        await Execution(self._node, run, responses.put).perform(requests)
 
     async def _admit(self, run: Run, responses: Responses, *, may_wait: bool) -> None:
         start, began = run.start, time.monotonic_ns()

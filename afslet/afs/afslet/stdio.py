@@ -13,12 +13,15 @@ import contextlib
 import errno
 import fcntl
 import os
+import select
 import socket
 import struct
 import termios
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import NamedTuple, Protocol
+
+from afs.core.errors import Internal
 
 Output = Callable[[str, bytes], Awaitable[None]]
 """Takes what came from ``stdout`` or ``stderr``."""
@@ -143,6 +146,7 @@ class Pipes:
         pass
 
     def close(self) -> None:
+        self._input = -1  # who still writes must not write to what has its number next
         self._fds.close_all()
 
 
@@ -158,7 +162,7 @@ class Terminal:
         self._window = window
         self._master: int | None = None
         self._made = asyncio.Event()  # set with the terminal, or when there will be none
-        self._ended = False
+        self._ended = self._accepted = False
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             self._socket.bind(str(path))
@@ -185,7 +189,7 @@ class Terminal:
         try:
             # The runtime's end closes the pipe; if it sent no terminal by then, it never will.
             await asyncio.wait({receiving, errors}, return_when=asyncio.FIRST_COMPLETED)
-            if not receiving.done():
+            if not receiving.done() and not self._is_coming():
                 return
             self._master = await receiving
             self._fds.own(self._master)
@@ -202,9 +206,14 @@ class Terminal:
                 task.cancel()
             await asyncio.wait({errors, receiving})
 
+    def _is_coming(self) -> bool:
+        """Whether the runtime has connected; what it sent is in the kernel then, however late we look."""
+        return self._accepted or bool(select.select([self._socket], [], [], 0)[0])
+
     async def _receive(self) -> int:
         loop = asyncio.get_running_loop()
         connection, _ = await loop.sock_accept(self._socket)
+        self._accepted = True
         with connection:
             readable = asyncio.Event()
             loop.add_reader(connection, readable.set)
@@ -217,6 +226,8 @@ class Terminal:
         for level, kind, data in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+        if not fds:
+            raise Internal("the runtime connected for a terminal, and sent none")
         return fds[0]
 
     async def write(self, data: bytes) -> None:
@@ -237,6 +248,7 @@ class Terminal:
             fcntl.ioctl(self._master, termios.TIOCSWINSZ, size)  # the kernel tells the foreground processes: SIGWINCH
 
     def close(self) -> None:
+        self._master = None  # who still writes must not write to what has its number next
         self._fds.close_all()
         self._socket.close()
         self._path.unlink(missing_ok=True)

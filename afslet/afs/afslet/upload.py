@@ -82,9 +82,9 @@ class Staging:
     def add_directory(self, path: str, attributes: Attributes) -> None:
         """A directory; one that exists keeps its entries and gets the attributes."""
         name = check_path(path)
-        self.entries += 1
         if not name:  # the root itself: its attributes are the image's
             return
+        self.entries += 1
         parent, base = self._parent(path, name)
         with contextlib.suppress(FileExistsError):
             os.mkdir(base, 0o755, dir_fd=parent)
