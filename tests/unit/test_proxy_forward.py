@@ -83,6 +83,17 @@ async def test_errors_of_the_request_go_back_at_once(error: AfsError) -> None:
         assert front.outcomes == ["rejected"]
 
 
+@pytest.mark.parametrize("text", ["x" * 9000, "\u00fc" * 600])
+async def test_a_long_error_keeps_its_status(node: TalkingNode, text: str) -> None:
+    async with proxy(node) as front:
+        node.refusals.append(NotFound(text))
+        ended = await run(front.address)
+        assert (ended.code, ended.details[:500]) == (Code.NOT_FOUND, text[:500])
+        assert ended.fault is not None
+        assert ended.fault.error == text.encode()[:1000].decode() + " ..."
+        assert ended.fault.outcome == pb.OUTCOME_REJECTED
+
+
 async def test_broken_nodes_are_not_asked_for_ever(node: TalkingNode) -> None:
     async with proxy(node) as front:
         node.refusals = [Internal("broken")] * 9

@@ -135,6 +135,13 @@ async def test_nobody_answers(nodes: Nodes, caplog: pytest.LogCaptureFixture) ->
         empty.check(ONE)
 
 
+async def test_not_every_silent_node_is_named() -> None:
+    many = Nodes([f"127.0.0.1:{port}" for port in range(1, 101)], random.Random(0))  # noqa: S311 - not for secrets
+    with pytest.raises(Unavailable, match=r"^no afslet answers: .*; 127.0.0.1:5: not asked yet; and 95 more$"):
+        many.check(ONE)
+    await many.close()
+
+
 async def test_a_draining_node_takes_no_new_runs(nodes: Nodes) -> None:
     nodes.report(nodes.nodes[3], report("node3", 8, 800, draining=True))
     assert {chosen(nodes) for _ in range(50)} == {"node2"}, "the emptier of those left"

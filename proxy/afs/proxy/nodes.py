@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 _SAME_LOAD = 0.05  # nodes whose loads differ by less are equals: then the image decides
 _FAILURES = 3  # in a row, until a node is avoided
 _AVOID_S, _AVOID_MAX_S = 1.0, 60.0
+_MAX_REASONS = 5  # in one error: it has to fit into a line, and into gRPC's metadata
 
 
 class NobodyAnswers(Unavailable):
@@ -175,7 +176,9 @@ class Nodes:
 
     def _why_nobody(self) -> str:
         reasons = [f"{node.endpoint}: {node.error or _why_not(node)}" for node in self.nodes if not node.gone]
-        return "; ".join([*reasons, *self.unresolved]) or "none is configured"
+        reasons = [*self.unresolved, *reasons]
+        more = [f"and {len(reasons) - _MAX_REASONS} more"] if len(reasons) > _MAX_REASONS else []
+        return "; ".join(reasons[:_MAX_REASONS] + more) or "none is configured"
 
     def no_room(self, wanted: Resources) -> ResourceExhausted:
         """What to say when nothing is free."""
