@@ -73,6 +73,21 @@ async def test_fractions_disk_and_numbers_of_runs_are_room_too(nodes: Nodes) -> 
     assert chosen(nodes, Resources(100, 1), "node0") == ""
 
 
+async def test_a_run_that_asks_for_no_disk_takes_the_nodes_default(nodes: Nodes) -> None:
+    node = nodes.nodes[0]
+    limits = {"limit_disk_mb": 100, "run_disk_mb": 40}
+    nodes.report(node, report("node0", 8, 800, **limits))
+    first, second = (node.take(Resources(100, 1)) for _ in range(2))
+    assert (first.wanted, node.free().disk_mb) == (Resources(100, 1, 40), 20)
+    assert chosen(nodes, Resources(100, 1), "node0") == "", "the node would refuse it"
+    assert chosen(nodes, Resources(100, 1, 20), "node0") == "node0"
+    nodes.report(node, report("node0", 8, 800, used_disk_mb=80, used_cpu_millis=200, **limits | {"run_disk_mb": 10}))
+    assert chosen(nodes, Resources(100, 1), "node0") == "node0"
+    for placement in (first, second):
+        node.give_back(placement)
+    assert node.mine == Room()
+
+
 async def test_own_runs_and_reports_are_counted_once_each(nodes: Nodes) -> None:
     node = nodes.nodes[3]
     placement = node.take(Resources(3000, 300))

@@ -155,6 +155,7 @@ class Dispatcher:
         if waiter.waiting:
             self._count(waiter, -1)
         self._give_back(waiter)
+        self._queue.left(waiter)
         self._forget(waiter.tenant)
         self.room_changed()
 
@@ -165,6 +166,7 @@ class Dispatcher:
     def put_aside(self, waiter: Waiter) -> None:
         """*waiter*, which was placed, was refused everywhere: it waits, but not in the queue until :meth:`resume`."""
         self._give_back(waiter)
+        self._queue.refused(waiter)
         self._count(waiter, 1)
         self.room_changed()
 
@@ -215,7 +217,7 @@ class Dispatcher:
 
     def _serve_reserved(self, waiter: Waiter, node: AfsletNode) -> None:
         place = self.nodes.pick(waiter.wanted, waiter.node_id, waiter.image)
-        if place is None and node.usable and node.free().fits(waiter.wanted) and not self.nodes.avoided(node):
+        if place is None and node.usable and node.has_room(waiter.wanted) and not self.nodes.avoided(node):
             place = node
         if place is not None:
             self._drop(waiter)
@@ -289,7 +291,7 @@ class Dispatcher:
             node
             for node in self.nodes.nodes
             if node.usable
-            and node.limit.fits(entry.wanted)
+            and node.could_take(entry.wanted)
             and (not entry.node_id or node.status.node_id == entry.node_id)
         ]
         if able:

@@ -62,6 +62,7 @@ class Forwarder(grpc.GenericRpcHandler):
                     if descriptor.type == descriptor.TYPE_INT64:
                         setattr(total, descriptor.name, getattr(total, descriptor.name) + value)
         total.queued_runs += self._dispatcher.queued
+        total.ClearField("run_disk_mb")  # each node's own: a sum means nothing
         return total.SerializeToString()
 
     async def _execute(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:

@@ -148,13 +148,13 @@ class Nodes:
             alive = self._named(node_id, alive)
         elif not alive:
             raise NobodyAnswers(f"no afslet answers: {self._why_nobody()}")
-        able = [node for node in alive if node.limit.fits(wanted)]
+        able = [node for node in alive if node.could_take(wanted)]
         if able:
             return
         if not node_id:
             # A larger node that is just being restarted must not turn a run into one that can never work.
             silent = [node for node in self.nodes if not node.usable and not node.gone]
-            maybe = [node for node in silent if not node.status.node_id or node.limit.fits(wanted)]
+            maybe = [node for node in silent if not node.status.node_id or node.could_take(wanted)]
             if maybe:
                 raise NobodyAnswers(
                     f"no afslet that answers has {wanted}, and {maybe[0].endpoint} {_why_not(maybe[0])}"
