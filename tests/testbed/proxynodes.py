@@ -76,6 +76,8 @@ class TalkingNode(AfsletServicer, RunsServicer):
         self.hold = False  # whether runs last until the test ends them
         self.seen: asyncio.Queue[Seen] = asyncio.Queue()
         self.cancelled: list[str] = []
+        self.listed = ["told"]  # the runs that it tells of
+        self.lists = 0
         self.mute = asyncio.Event()  # while it is set, nothing is pushed
         self._changed = asyncio.Event()
         self.address = ""
@@ -113,7 +115,8 @@ class TalkingNode(AfsletServicer, RunsServicer):
     async def List(self, request: Any, context: Any) -> runs_pb2.ListRunsResponse:
         if not self.pushes:
             raise Unimplemented("List")
-        return runs_pb2.ListRunsResponse(runs=[runs_pb2.Run(run_id="told", node_id=self.node_id)])
+        self.lists += 1
+        return runs_pb2.ListRunsResponse(runs=[runs_pb2.Run(run_id=each, node_id=self.node_id) for each in self.listed])
 
     @override
     async def Cancel(self, request: runs_pb2.CancelRunRequest, context: Any) -> runs_pb2.CancelRunResponse:

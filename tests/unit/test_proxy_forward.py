@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import grpc
 import grpc.aio
@@ -281,6 +282,34 @@ async def test_a_run_without_a_result_is_run_again(node: TalkingNode) -> None:
         codes = [(await caller.end()).code for caller in waiting]
         assert sorted(code.name for code in codes) == ["OK", "UNAVAILABLE"]
         assert node.offers == 3
+
+
+async def test_the_next_run_of_a_key_begins_when_the_node_has_cleared_up(node: TalkingNode) -> None:
+    node.hold = True
+    node.listed = ["node1-1"]
+    async with proxy(node) as front:
+        gone = await (await Caller(front.address, idempotency_key="k").start()).until_accepted()
+        await node.seen.get()
+        await gone.cancel()
+        again = await Caller(front.address, idempotency_key="k").start()
+        await until(lambda: node.lists >= 3)
+        assert node.offers == 1, "the first one is still there"
+        node.listed = ["another"]
+        (await node.seen.get()).end.set()
+        assert (await again.end()).kinds == ["accepted", "log", "result", "done"]
+
+
+async def test_a_node_that_does_not_tell_has_cleared_up_after_the_lease(node: TalkingNode) -> None:
+    node.pushes, node.hold = False, True
+    async with proxy(node, lease_ttl=0.3) as front:
+        gone = await (await Caller(front.address, idempotency_key="k").start()).until_accepted()
+        await node.seen.get()
+        began = time.monotonic()
+        await gone.cancel()
+        again = await Caller(front.address, idempotency_key="k").start()
+        (await node.seen.get()).end.set()
+        assert time.monotonic() - began >= 0.3
+        assert (await again.end()).code is Code.OK
 
 
 async def test_stopping_sends_those_that_wait_elsewhere(node: TalkingNode) -> None:
