@@ -198,6 +198,50 @@ async def test_nodes_that_names_stop_naming_go_when_they_are_idle(nodes: Nodes) 
         await node.channel.close()
 
 
+async def test_a_node_that_is_not_named_just_now_is_not_the_request_s_fault(nodes: Nodes) -> None:
+    clock = Clock()
+    nodes._clock = clock
+    big, large = nodes.nodes[3], Resources(16000, 1)
+    nodes.report(big, report("big", 16, 800))
+    nodes.update(["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3"])
+    for swept in (False, True):
+        if swept:
+            assert nodes.sweep() == [big]
+            await big.channel.close()
+        with pytest.raises(Unavailable, match=r"16 CPUs and 1 MiB, and 127.0.0.1:4 was named until a moment ago$"):
+            nodes.check(large)
+        with pytest.raises(Unavailable, match=r"^node 'big' is unknown, and 127.0.0.1:4 was named until"):
+            nodes.check(ONE, "big")
+        with pytest.raises(InvalidArgument):
+            nodes.check(Resources(17000, 1))
+        with pytest.raises(NotFound):
+            nodes.check(ONE, "nobody")
+    clock.now += 60
+    with pytest.raises(InvalidArgument):
+        nodes.check(large)
+    with pytest.raises(NotFound):
+        nodes.check(ONE, "big")
+    assert nodes.sweep() == []
+    assert not nodes._missing
+
+
+async def test_a_replaced_node_is_missing_no_more(nodes: Nodes) -> None:
+    nodes.report(nodes.nodes[3], report("node3", 16, 800))
+    (new,) = nodes.update([*(node.endpoint for node in nodes.nodes[:3]), "127.0.0.1:9"])
+    nodes.report(new, report("node3", 8, 800))
+    with pytest.raises(InvalidArgument):
+        nodes.check(Resources(16000, 1))
+
+
+async def test_a_name_that_cannot_be_resolved_may_hide_a_node(nodes: Nodes) -> None:
+    nodes.unresolved = ["dns:///big:1 cannot be resolved: timed out"]
+    nodes.check(ONE)
+    with pytest.raises(Unavailable, match=r"9 CPUs and 1 MiB, and dns:///big:1 cannot be resolved: timed out$"):
+        nodes.check(Resources(9000, 1))
+    with pytest.raises(Unavailable, match=r"^node 'x' is unknown, and dns:///big:1 cannot be resolved: timed out$"):
+        nodes.check(ONE, "x")
+
+
 async def test_a_name_that_comes_back_is_the_same_node(nodes: Nodes) -> None:
     endpoints = [node.endpoint for node in nodes.nodes]
     nodes.update(endpoints[:3])

@@ -1,6 +1,6 @@
 """The afslets that a proxy knows, and the choice between them.
 
-State, on one event loop: one :class:`AfsletNode` per address. Reports come in by :meth:`Nodes.report` (see watching.py), the
+State, on one event loop: one :class:`AfsletNode` per address, and for a while what those were that are not named any more. Reports come in by :meth:`Nodes.report` (see watching.py), the
 addresses by :meth:`Nodes.update`; both call ``changed``, which has the queue looked at. Nothing here awaits but ``close``.
 """
 
@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 _SAME_LOAD = 0.05  # nodes whose loads differ by less are equals: then the image decides
 _FAILURES = 3  # in a row, until a node is avoided
 _AVOID_S, _AVOID_MAX_S = 1.0, 60.0
+_REMEMBER_S = 60.0  # a node that is replaced is away from DNS for some time
 _MAX_REASONS = 5  # in one error: it has to fit into a line, and into gRPC's metadata
 
 
@@ -42,6 +43,7 @@ class Nodes:
         self.unresolved: Collection[str] = ()
         self.changed: Callable[[], None] = lambda: None
         self.total = Room(1, 1)
+        self._missing: dict[str, tuple[float, AfsletNode]] = {}  # by endpoint: until when it is remembered
         self._rng = rng
         self._clock = clock
         self._open_channel = open_channel
@@ -54,6 +56,10 @@ class Nodes:
             if node.gone is not (gone := node.endpoint not in wanted):
                 log.info("afslet %s is %s", node.endpoint, "not named any more" if gone else "named again")
                 node.gone = gone
+                if gone:
+                    self._missing[node.endpoint] = (self._clock() + _REMEMBER_S, node)
+        for endpoint in wanted:
+            self._missing.pop(endpoint, None)
         new = [AfsletNode(endpoint, self._open_channel(endpoint)) for endpoint in wanted if endpoint not in known]
         self.nodes += new
         self.changed()
@@ -61,6 +67,8 @@ class Nodes:
 
     def sweep(self) -> list[AfsletNode]:
         """Forget the nodes that are gone and have nothing of ours; whoever calls closes their channels."""
+        now = self._clock()
+        self._missing = {endpoint: found for endpoint, found in self._missing.items() if found[0] > now}
         idle = [node for node in self.nodes if node.gone and not node.mine.runs]
         self.nodes = [node for node in self.nodes if node not in idle]
         return idle
@@ -140,8 +148,8 @@ class Nodes:
     def check(self, wanted: Resources, node_id: str = "") -> None:
         """Raise unless waiting for room makes sense.
 
-        NobodyAnswers if no node, or not the wanted one, answers or takes runs; NotFound for an unknown *node_id*;
-        InvalidArgument if no node could ever give *wanted*.
+        NobodyAnswers if no node, or not the wanted one, answers or takes runs, or if one might that is not here now;
+        NotFound for an unknown *node_id*; InvalidArgument if no node could ever give *wanted*.
         """
         alive = [node for node in self.nodes if node.usable]
         if node_id:
@@ -159,6 +167,8 @@ class Nodes:
                 raise NobodyAnswers(
                     f"no afslet that answers has {wanted}, and {maybe[0].endpoint} {_why_not(maybe[0])}"
                 )
+            if why := self._incomplete(lambda node: node.could_take(wanted)):
+                raise NobodyAnswers(f"no afslet that answers has {wanted}, and {why}")
         most = max((node.limit for node in alive), key=lambda room: (room.cpu_millis, room.memory_mb))
         disk = most.disk_mb if wanted.disk_mb else 0
         largest = Resources(most.cpu_millis, most.memory_mb, disk)
@@ -168,11 +178,23 @@ class Nodes:
         named = [node for node in self.nodes if node.status.node_id == node_id and not node.gone]
         if not named and any(not node.status.node_id for node in self.nodes):
             raise NobodyAnswers(f"node {node_id!r} is unknown, and not every afslet has answered yet")
+        if not named and (why := self._incomplete(lambda node: node.status.node_id == node_id)):
+            raise NobodyAnswers(f"node {node_id!r} is unknown, and {why}")
         if not named:
             raise NotFound(f"no afslet that answers is node {node_id!r}")
         if not (usable := [node for node in named if node in alive]):
             raise NobodyAnswers(f"node {node_id!r} {_why_not(named[0])}")
         return usable
+
+    def _incomplete(self, wanted: Callable[[AfsletNode], bool]) -> str:
+        """Why there may be a *wanted* node that is not known now; empty if there is none."""
+        if self.unresolved:
+            return next(iter(self.unresolved))
+        now, ids = self._clock(), {node.status.node_id for node in self.nodes if not node.gone}
+        for until, node in self._missing.values():
+            if until > now and node.status.node_id not in ids and wanted(node):
+                return f"{node.endpoint} was named until a moment ago"
+        return ""
 
     def _why_nobody(self) -> str:
         reasons = [f"{node.endpoint}: {node.error or _why_not(node)}" for node in self.nodes if not node.gone]
