@@ -73,6 +73,7 @@ class TalkingNode(AfsletServicer, RunsServicer):
         self.offers = 0
         self.polls = 0
         self.watchers = 0
+        self.old = False  # whether it knows nothing of no_upload
         self.hold = False  # whether runs last until the test ends them
         self.seen: asyncio.Queue[Seen] = asyncio.Queue()
         self.cancelled: list[str] = []
@@ -140,7 +141,7 @@ class TalkingNode(AfsletServicer, RunsServicer):
         try:
             accepted = pb.Accepted(accepted=True, node_id=self.node_id, run_id=f"{self.node_id}-{self.offers}")
             yield pb.ExecuteResponse(accepted=accepted)
-            while not first.start.no_upload and (request := await anext(request_iterator, None)) is not None:
+            while (self.old or not first.start.no_upload) and (request := await anext(request_iterator, None)) is not None:
                 seen.requests.append(request)
                 if request.stdin:
                     yield pb.ExecuteResponse(log=pb.LogMessage(source="stdout", data=request.stdin))

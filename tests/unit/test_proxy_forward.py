@@ -60,6 +60,15 @@ async def test_what_nobody_waits_for_is_not_passed_on(node: TalkingNode) -> None
         assert (await caller.end()).kinds == ["accepted", "log", "result", "done"], "without a half-close"
 
 
+async def test_an_old_node_that_waits_for_the_end_of_the_requests_gets_it(node: TalkingNode) -> None:
+    node.old = True
+    async with proxy(node) as front:
+        caller = Caller(front.address, no_upload=True)
+        await caller.start_open()
+        ended = await asyncio.wait_for(caller.end(), 5)
+        assert ended.kinds == ["accepted", "log", "result", "done"]
+
+
 @pytest.mark.parametrize("error", [Unavailable("away"), Internal("broken"), ResourceExhausted("full")])
 async def test_a_refused_run_goes_to_another_node_at_once(error: AfsError) -> None:
     nodes = [TalkingNode("node1"), TalkingNode("node2")]

@@ -138,8 +138,10 @@ class Forwarder(grpc.GenericRpcHandler):
             assert node is not None
             assert call is not None
             run.start = None
-            if start.stdin or start.tty or not start.no_upload:  # else nothing follows that the node waits for
+            if start.stdin or start.tty or not start.no_upload:
                 pumping = asyncio.create_task(_pump(requests, call))
+            else:  # nothing follows; an afslet that does not know no_upload waits for the end of the requests
+                await _half_close(call)
             yield run.accepted
             try:
                 while (response := await call.read()) is not EOF:
@@ -217,12 +219,18 @@ def _fail(context: Context, run: Run | None, error: AfsError, result: pb.Result 
     raise error from None
 
 
+async def _half_close(call: Call) -> None:
+    """Tell the node that nothing more follows; how a call that has ended did so is read elsewhere."""
+    with contextlib.suppress(*CALL_ENDED, grpc.aio.UsageError):
+        await call.done_writing()
+
+
 async def _pump(requests: AsyncIterator[bytes], call: Call) -> None:
     """Pass the client's further messages on; the write waits while the node does not read, and so does the client."""
     try:
         async for request in requests:
             await send(call, request)
-        await call.done_writing()
+        await _half_close(call)
     except (*CALL_ENDED, grpc.aio.UsageError):
         # The node ended the call; its status goes to the client with the response stream.
         log.debug("the node ended the call during the upload")
