@@ -77,6 +77,8 @@ class TalkingNode(AfsletServicer, RunsServicer):
         self.hold = False  # whether runs last until the test ends them
         self.seen: asyncio.Queue[Seen] = asyncio.Queue()
         self.cancelled: list[str] = []
+        self.cancel_error: AfsError | None = None  # what a Cancel is answered with
+        self.cancel_hangs = False
         self.listed = ["told"]  # the runs that it tells of
         self.lists = 0
         self.mute = asyncio.Event()  # while it is set, nothing is pushed
@@ -124,6 +126,10 @@ class TalkingNode(AfsletServicer, RunsServicer):
         if not self.pushes:
             raise Unimplemented("Cancel")
         self.cancelled.append(request.run_id)
+        if self.cancel_error is not None:
+            raise self.cancel_error
+        if self.cancel_hangs:
+            await asyncio.Event().wait()
         return runs_pb2.CancelRunResponse()
 
     @override

@@ -56,8 +56,10 @@ class RunsService(RunsServicer):
         else:
             try:
                 await _cancel(run.node, pb.CancelRunRequest(run_id=run.node_run_id, reason=request.reason))
-            except (Unimplemented, NotFound):
+            except (AfsError, asyncio.CancelledError) as error:  # whatever it was: also that who asked did not wait
                 run.cancel(request.reason)  # the node ends it when its call ends
+                if isinstance(error, asyncio.CancelledError):
+                    raise
         return pb.CancelRunResponse()
 
     def _by_node_id(self, run_id: str) -> Run | None:
