@@ -181,6 +181,15 @@ async def test_a_node_that_fails_offers_in_a_row_is_avoided_for_longer_each_time
         assert chosen(nodes, node_id="node3") == "node3"
 
 
+async def test_a_node_may_fail_for_ever(nodes: Nodes) -> None:
+    clock = Clock()
+    nodes._clock = clock
+    node = nodes.nodes[3]
+    node.failures = 5000
+    nodes.failed(node, Unavailable("broken"))
+    assert node.avoided_until == clock.now + 60
+
+
 async def test_nodes_that_names_stop_naming_go_when_they_are_idle(nodes: Nodes) -> None:
     gone, placement = nodes.nodes[3], nodes.nodes[3].take(ONE)
     changes: list[int] = []

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 _SAME_LOAD = 0.05  # nodes whose loads differ by less are equals: then the image decides
 _FAILURES = 3  # in a row, until a node is avoided
 _AVOID_S, _AVOID_MAX_S = 1.0, 60.0
+_MAX_DOUBLINGS = 10  # more than enough for the longest pause, and no overflow
 _REMEMBER_S = 60.0  # a node that is replaced is away from DNS for some time
 _MAX_REASONS = 5  # in one error: it has to fit into a line, and into gRPC's metadata
 
@@ -99,7 +100,8 @@ class Nodes:
         """*node* answered an offer with an error that is not the request's: after some in a row it is avoided for a while."""
         node.failures += 1
         if node.failures >= _FAILURES:
-            pause = min(_AVOID_S * 2 ** (node.failures - _FAILURES), _AVOID_MAX_S)
+            doublings = min(node.failures - _FAILURES, _MAX_DOUBLINGS)
+            pause = min(_AVOID_S * 2**doublings, _AVOID_MAX_S)
             node.avoided_until = self._clock() + pause
             log.warning(
                 "afslet %s failed %d offers in a row, avoided for %g s: %s",
