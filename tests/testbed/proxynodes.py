@@ -147,7 +147,9 @@ class TalkingNode(AfsletServicer, RunsServicer):
         try:
             accepted = pb.Accepted(accepted=True, node_id=self.node_id, run_id=f"{self.node_id}-{self.offers}")
             yield pb.ExecuteResponse(accepted=accepted)
-            while (self.old or not first.start.no_upload) and (request := await anext(request_iterator, None)) is not None:
+            while (self.old or not first.start.no_upload) and (
+                request := await anext(request_iterator, None)
+            ) is not None:
                 seen.requests.append(request)
                 if request.stdin:
                     yield pb.ExecuteResponse(log=pb.LogMessage(source="stdout", data=request.stdin))

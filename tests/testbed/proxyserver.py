@@ -41,7 +41,9 @@ class Proxy:
 
 
 @asynccontextmanager
-async def proxy(*nodes: TalkingNode, ttl: float = 600.0, lease_ttl: float = 15.0, **limits: Any) -> AsyncIterator[Proxy]:
+async def proxy(
+    *nodes: TalkingNode, ttl: float = 600.0, lease_ttl: float = 15.0, **limits: Any
+) -> AsyncIterator[Proxy]:
     """Serve a proxy over *nodes*, which are served as well."""
     async with AsyncExitStack() as stack:
         for node in nodes:

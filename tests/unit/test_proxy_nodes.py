@@ -193,7 +193,7 @@ async def test_a_node_may_fail_for_ever(nodes: Nodes) -> None:
 async def test_nodes_that_names_stop_naming_go_when_they_are_idle(nodes: Nodes) -> None:
     gone, placement = nodes.nodes[3], nodes.nodes[3].take(ONE)
     changes: list[int] = []
-    nodes.changed = lambda: changes.append(1)
+    nodes.changed = lambda _: changes.append(1)
     (new,) = nodes.update(["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:9"])
     assert changes
     assert (new.endpoint, new.reachable) == ("127.0.0.1:9", False)

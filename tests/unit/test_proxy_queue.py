@@ -10,6 +10,7 @@ from afs.afslet.requests import Resources
 from afs.core.errors import InvalidArgument, ResourceExhausted, Unavailable
 from afs.proxy.dispatch import Dispatcher, Limits, Waiter
 from afs.proxy.fairqueue import Entry, FairQueue
+from afs.proxy.node import AfsletNode
 from afs.proxy.nodes import Nodes
 from tests.testbed.proxynodes import Clock, report
 
@@ -187,6 +188,28 @@ async def test_only_who_gets_room_is_woken() -> None:
     )
     bench.enter("t0")
     assert picks == 2
+
+
+async def test_a_report_has_only_its_node_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(nodes=20)
+    bench.fill(80)
+    waiting = [bench.enter(wanted=Resources(1000 + number, 10)) for number in range(50)]
+    looks: list[AfsletNode] = []
+    open_to = AfsletNode.open_to
+
+    def counting(node: AfsletNode, wanted: Resources) -> bool:
+        looks.append(node)
+        return open_to(node, wanted)
+
+    monkeypatch.setattr(AfsletNode, "open_to", counting)
+    for node in bench.nodes.nodes:
+        bench.nodes.report(node, report(node.status.node_id, 4, 4096))
+    assert not looks, "nothing has changed"
+    used = report("node7", 5, 4096, used_cpu_cores=4)
+    bench.nodes.report(bench.nodes.nodes[7], used)
+    assert set(looks) == {bench.nodes.nodes[7]}
+    assert len(looks) <= len(waiting) + 1
+    assert [waiter for waiter in waiting if waiter.placement] == waiting[:1]
 
 
 async def test_limits_name_themselves() -> None:

@@ -132,6 +132,10 @@ class AfsletNode:
             min(limit.runs - mine.runs, said.runs - mine.runs + then.runs),
         )
 
+    def offered(self) -> tuple[object, ...]:
+        """All that decides whether a run can be placed here."""
+        return self.usable, self.status.node_id, self.status.run_disk_mb, self.limit, self.free()
+
     def open_to(self, wanted: Resources) -> bool:
         """Whether there is room for a run for which nothing was reserved."""
         wanted = self.needs(wanted)

@@ -1,7 +1,8 @@
 """The afslets that a proxy knows, and the choice between them.
 
 State, on one event loop: one :class:`AfsletNode` per address, and for a while what those were that are not named any more. Reports come in by :meth:`Nodes.report` (see watching.py), the
-addresses by :meth:`Nodes.update`; both call ``changed``, which has the queue looked at. Nothing here awaits but ``close``.
+addresses by :meth:`Nodes.update`; both call ``changed``, which has the queue looked at, with the node if it is only one.
+Nothing here awaits but ``close``.
 """
 
 import logging
@@ -42,7 +43,7 @@ class Nodes:
     ) -> None:
         self.nodes: list[AfsletNode] = []
         self.unresolved: Collection[str] = ()
-        self.changed: Callable[[], None] = lambda: None
+        self.changed: Callable[[AfsletNode | None], None] = lambda _: None
         self.total = Room(1, 1)
         self._missing: dict[str, tuple[float, AfsletNode]] = {}  # by endpoint: until when it is remembered
         self._rng = rng
@@ -63,7 +64,7 @@ class Nodes:
             self._missing.pop(endpoint, None)
         new = [AfsletNode(endpoint, self._open_channel(endpoint)) for endpoint in wanted if endpoint not in known]
         self.nodes += new
-        self.changed()
+        self.changed(None)
         return new
 
     def sweep(self) -> list[AfsletNode]:
@@ -85,10 +86,13 @@ class Nodes:
             log.info("afslet %s is there", node.endpoint)
         if status.draining and not node.status.draining:
             log.info("afslet %s is draining", node.endpoint)
+        before = node.offered()
         node.report(status)
+        if node.offered() == before:  # a heartbeat
+            return
         limits = [node.limit for node in self.nodes if node.usable]
         self.total = Room(sum(room.cpu_millis for room in limits) or 1, sum(room.memory_mb for room in limits) or 1)
-        self.changed()
+        self.changed(node)
 
     def lost(self, node: AfsletNode, error: AfsError) -> None:
         """Do not choose *node* until it reports again."""
@@ -124,15 +128,20 @@ class Nodes:
         return "avoided" if self.avoided(node) else "ready"
 
     def pick(
-        self, wanted: Resources, node_id: str = "", image: int = 0, tried: Collection[AfsletNode] = ()
+        self,
+        wanted: Resources,
+        node_id: str = "",
+        image: int = 0,
+        tried: Collection[AfsletNode] = (),
+        only: AfsletNode | None = None,
     ) -> AfsletNode | None:
         """The emptier of two random nodes with room (power of two choices), but for *tried*; None if there is none.
 
-        Of two that are equally full, one on which the image ran lately.
+        With *only*, no other is looked at. Of two that are equally full, one on which the image ran lately.
         """
         roomy = [
             node
-            for node in self.nodes
+            for node in (self.nodes if only is None else (only,))
             if node.usable
             and (not node_id or node.status.node_id == node_id)
             and node not in tried
