@@ -73,9 +73,14 @@ class TalkingNode(AfsletServicer, RunsServicer):
         self.offers = 0
         self.polls = 0
         self.watchers = 0
+        self.old = False  # whether it knows nothing of no_upload
         self.hold = False  # whether runs last until the test ends them
         self.seen: asyncio.Queue[Seen] = asyncio.Queue()
         self.cancelled: list[str] = []
+        self.cancel_error: AfsError | None = None  # what a Cancel is answered with
+        self.cancel_hangs = False
+        self.listed = ["told"]  # the runs that it tells of
+        self.lists = 0
         self.mute = asyncio.Event()  # while it is set, nothing is pushed
         self._changed = asyncio.Event()
         self.address = ""
@@ -113,13 +118,18 @@ class TalkingNode(AfsletServicer, RunsServicer):
     async def List(self, request: Any, context: Any) -> runs_pb2.ListRunsResponse:
         if not self.pushes:
             raise Unimplemented("List")
-        return runs_pb2.ListRunsResponse(runs=[runs_pb2.Run(run_id="told", node_id=self.node_id)])
+        self.lists += 1
+        return runs_pb2.ListRunsResponse(runs=[runs_pb2.Run(run_id=each, node_id=self.node_id) for each in self.listed])
 
     @override
     async def Cancel(self, request: runs_pb2.CancelRunRequest, context: Any) -> runs_pb2.CancelRunResponse:
         if not self.pushes:
             raise Unimplemented("Cancel")
         self.cancelled.append(request.run_id)
+        if self.cancel_error is not None:
+            raise self.cancel_error
+        if self.cancel_hangs:
+            await asyncio.Event().wait()
         return runs_pb2.CancelRunResponse()
 
     @override
@@ -137,7 +147,9 @@ class TalkingNode(AfsletServicer, RunsServicer):
         try:
             accepted = pb.Accepted(accepted=True, node_id=self.node_id, run_id=f"{self.node_id}-{self.offers}")
             yield pb.ExecuteResponse(accepted=accepted)
-            while not first.start.no_upload and (request := await anext(request_iterator, None)) is not None:
+            while (self.old or not first.start.no_upload) and (
+                request := await anext(request_iterator, None)
+            ) is not None:
                 seen.requests.append(request)
                 if request.stdin:
                     yield pb.ExecuteResponse(log=pb.LogMessage(source="stdout", data=request.stdin))

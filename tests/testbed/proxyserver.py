@@ -41,7 +41,9 @@ class Proxy:
 
 
 @asynccontextmanager
-async def proxy(*nodes: TalkingNode, ttl: float = 600.0, **limits: Any) -> AsyncIterator[Proxy]:
+async def proxy(
+    *nodes: TalkingNode, ttl: float = 600.0, lease_ttl: float = 15.0, **limits: Any
+) -> AsyncIterator[Proxy]:
     """Serve a proxy over *nodes*, which are served as well."""
     async with AsyncExitStack() as stack:
         for node in nodes:
@@ -50,7 +52,8 @@ async def proxy(*nodes: TalkingNode, ttl: float = 600.0, **limits: Any) -> Async
         stack.push_async_callback(known.close)
         dispatcher = Dispatcher(known, Limits(**{"feedback": 0.02, **limits}))
         outcomes: list[str] = []
-        forwarder = Forwarder(dispatcher, idempotency.Runs(ttl, 100), outcomes.append)
+        forwarder = Forwarder(dispatcher, idempotency.Runs(ttl, 100), outcomes.append, lease_ttl)
+        stack.push_async_callback(forwarder.close)
         watcher = Watcher(known, Endpoints(node.address for node in nodes), Timing(0.2, 1.0, 0.05, 5.0))
         stack.push_async_callback(watcher.close)
         await watcher.start()

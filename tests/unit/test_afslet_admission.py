@@ -10,6 +10,7 @@ import pytest
 
 from afs.afslet.admission import Admission, Capacity, Reservation
 from afs.afslet.requests import Resources
+from afs.afslet.runs import Runs
 from afs.core.errors import InvalidArgument, ResourceExhausted, Unavailable
 from afs.proto.v1 import afslet_pb2 as pb
 
@@ -75,6 +76,10 @@ def test_defaults_are_filled_in() -> None:
     assert limit.wanted(pb.StartRequest(cpu_cores=2, cpu_millis=10, memory_mb=3, disk_mb=7)) == Resources(10, 3, 7)
     with pytest.raises(InvalidArgument, match="needs a limit below it for each run, not 0 MiB"):
         Capacity(1000, 1, disk_mb=100)
+
+
+async def test_the_status_tells_the_default_disk() -> None:
+    assert Runs("node1", node().limit).status().run_disk_mb == 100
 
 
 async def test_disk_and_number_of_runs() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import grpc
 import grpc.aio
@@ -59,6 +60,15 @@ async def test_what_nobody_waits_for_is_not_passed_on(node: TalkingNode) -> None
         assert (await caller.end()).kinds == ["accepted", "log", "result", "done"], "without a half-close"
 
 
+async def test_an_old_node_that_waits_for_the_end_of_the_requests_gets_it(node: TalkingNode) -> None:
+    node.old = True
+    async with proxy(node) as front:
+        caller = Caller(front.address, no_upload=True)
+        await caller.start_open()
+        ended = await asyncio.wait_for(caller.end(), 5)
+        assert ended.kinds == ["accepted", "log", "result", "done"]
+
+
 @pytest.mark.parametrize("error", [Unavailable("away"), Internal("broken"), ResourceExhausted("full")])
 async def test_a_refused_run_goes_to_another_node_at_once(error: AfsError) -> None:
     nodes = [TalkingNode("node1"), TalkingNode("node2")]
@@ -81,6 +91,17 @@ async def test_errors_of_the_request_go_back_at_once(error: AfsError) -> None:
         assert ended.fault is not None
         assert (ended.fault.outcome, ended.fault.retryable) == (pb.OUTCOME_REJECTED, False)
         assert front.outcomes == ["rejected"]
+
+
+@pytest.mark.parametrize("text", ["x" * 9000, "\u00fc" * 600])
+async def test_a_long_error_keeps_its_status(node: TalkingNode, text: str) -> None:
+    async with proxy(node) as front:
+        node.refusals.append(NotFound(text))
+        ended = await run(front.address)
+        assert (ended.code, ended.details[:500]) == (Code.NOT_FOUND, text[:500])
+        assert ended.fault is not None
+        assert ended.fault.error == text.encode()[:1000].decode() + " ..."
+        assert ended.fault.outcome == pb.OUTCOME_REJECTED
 
 
 async def test_broken_nodes_are_not_asked_for_ever(node: TalkingNode) -> None:
@@ -270,6 +291,34 @@ async def test_a_run_without_a_result_is_run_again(node: TalkingNode) -> None:
         codes = [(await caller.end()).code for caller in waiting]
         assert sorted(code.name for code in codes) == ["OK", "UNAVAILABLE"]
         assert node.offers == 3
+
+
+async def test_the_next_run_of_a_key_begins_when_the_node_has_cleared_up(node: TalkingNode) -> None:
+    node.hold = True
+    node.listed = ["node1-1"]
+    async with proxy(node) as front:
+        gone = await (await Caller(front.address, idempotency_key="k").start()).until_accepted()
+        await node.seen.get()
+        await gone.cancel()
+        again = await Caller(front.address, idempotency_key="k").start()
+        await until(lambda: node.lists >= 3)
+        assert node.offers == 1, "the first one is still there"
+        node.listed = ["another"]
+        (await node.seen.get()).end.set()
+        assert (await again.end()).kinds == ["accepted", "log", "result", "done"]
+
+
+async def test_a_node_that_does_not_tell_has_cleared_up_after_the_lease(node: TalkingNode) -> None:
+    node.pushes, node.hold = False, True
+    async with proxy(node, lease_ttl=0.3) as front:
+        gone = await (await Caller(front.address, idempotency_key="k").start()).until_accepted()
+        await node.seen.get()
+        began = time.monotonic()
+        await gone.cancel()
+        again = await Caller(front.address, idempotency_key="k").start()
+        (await node.seen.get()).end.set()
+        assert time.monotonic() - began >= 0.3
+        assert (await again.end()).code is Code.OK
 
 
 async def test_stopping_sends_those_that_wait_elsewhere(node: TalkingNode) -> None:

@@ -16,7 +16,7 @@ from afs.proxy import httpd
 from afs.proxy.httpd import Answer, json_answer, serving_http
 from afs.proxy.idempotency import Ended, Runs, fingerprint
 from afs.proxy.peers import PeerWatch
-from tests.testbed.proxynodes import Clock
+from tests.testbed.proxynodes import Clock, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -87,6 +87,23 @@ async def test_who_says_nothing_or_half_of_it_is_let_go(monkeypatch: pytest.Monk
         assert await exchange(address, b"") == b""
         assert await exchange(address, b"GET /page HTT") == b""
         assert json.loads(await httpd.get(address, "/page", 5)) == {}
+
+
+async def test_who_does_not_read_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(httpd, "_TIMEOUT_S", 0.05)
+    body = bytes(32 << 20)  # more than the kernel buffers
+
+    async def large(query: Query) -> Answer:
+        return Answer(body)
+
+    async with serving_http(LOOPBACK, {"/": large}) as address:
+        before = len(asyncio.all_tasks())
+        reader, writer = await asyncio.open_connection(*httpd.split_address(address), limit=1024)
+        writer.write(b"GET / HTTP/1.1\r\n\r\n")
+        await until(lambda: len(asyncio.all_tasks()) > before)
+        await until(lambda: len(asyncio.all_tasks()) == before)
+        assert len(await asyncio.wait_for(reader.read(), 5)) < len(body)
+        writer.close()
 
 
 async def test_an_address_that_is_taken() -> None:

@@ -73,6 +73,21 @@ async def test_fractions_disk_and_numbers_of_runs_are_room_too(nodes: Nodes) -> 
     assert chosen(nodes, Resources(100, 1), "node0") == ""
 
 
+async def test_a_run_that_asks_for_no_disk_takes_the_nodes_default(nodes: Nodes) -> None:
+    node = nodes.nodes[0]
+    limits = {"limit_disk_mb": 100, "run_disk_mb": 40}
+    nodes.report(node, report("node0", 8, 800, **limits))
+    first, second = (node.take(Resources(100, 1)) for _ in range(2))
+    assert (first.wanted, node.free().disk_mb) == (Resources(100, 1, 40), 20)
+    assert chosen(nodes, Resources(100, 1), "node0") == "", "the node would refuse it"
+    assert chosen(nodes, Resources(100, 1, 20), "node0") == "node0"
+    nodes.report(node, report("node0", 8, 800, used_disk_mb=80, used_cpu_millis=200, **limits | {"run_disk_mb": 10}))
+    assert chosen(nodes, Resources(100, 1), "node0") == "node0"
+    for placement in (first, second):
+        node.give_back(placement)
+    assert node.mine == Room()
+
+
 async def test_own_runs_and_reports_are_counted_once_each(nodes: Nodes) -> None:
     node = nodes.nodes[3]
     placement = node.take(Resources(3000, 300))
@@ -135,6 +150,13 @@ async def test_nobody_answers(nodes: Nodes, caplog: pytest.LogCaptureFixture) ->
         empty.check(ONE)
 
 
+async def test_not_every_silent_node_is_named() -> None:
+    many = Nodes([f"127.0.0.1:{port}" for port in range(1, 101)], random.Random(0))  # noqa: S311 - not for secrets
+    with pytest.raises(Unavailable, match=r"^no afslet answers: .*; 127.0.0.1:5: not asked yet; and 95 more$"):
+        many.check(ONE)
+    await many.close()
+
+
 async def test_a_draining_node_takes_no_new_runs(nodes: Nodes) -> None:
     nodes.report(nodes.nodes[3], report("node3", 8, 800, draining=True))
     assert {chosen(nodes) for _ in range(50)} == {"node2"}, "the emptier of those left"
@@ -159,10 +181,19 @@ async def test_a_node_that_fails_offers_in_a_row_is_avoided_for_longer_each_time
         assert chosen(nodes, node_id="node3") == "node3"
 
 
+async def test_a_node_may_fail_for_ever(nodes: Nodes) -> None:
+    clock = Clock()
+    nodes._clock = clock
+    node = nodes.nodes[3]
+    node.failures = 5000
+    nodes.failed(node, Unavailable("broken"))
+    assert node.avoided_until == clock.now + 60
+
+
 async def test_nodes_that_names_stop_naming_go_when_they_are_idle(nodes: Nodes) -> None:
     gone, placement = nodes.nodes[3], nodes.nodes[3].take(ONE)
     changes: list[int] = []
-    nodes.changed = lambda: changes.append(1)
+    nodes.changed = lambda _: changes.append(1)
     (new,) = nodes.update(["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:9"])
     assert changes
     assert (new.endpoint, new.reachable) == ("127.0.0.1:9", False)
@@ -174,6 +205,50 @@ async def test_nodes_that_names_stop_naming_go_when_they_are_idle(nodes: Nodes) 
     assert nodes.sweep() == [gone]
     for node in (*idle, gone):
         await node.channel.close()
+
+
+async def test_a_node_that_is_not_named_just_now_is_not_the_request_s_fault(nodes: Nodes) -> None:
+    clock = Clock()
+    nodes._clock = clock
+    big, large = nodes.nodes[3], Resources(16000, 1)
+    nodes.report(big, report("big", 16, 800))
+    nodes.update(["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3"])
+    for swept in (False, True):
+        if swept:
+            assert nodes.sweep() == [big]
+            await big.channel.close()
+        with pytest.raises(Unavailable, match=r"16 CPUs and 1 MiB, and 127.0.0.1:4 was named until a moment ago$"):
+            nodes.check(large)
+        with pytest.raises(Unavailable, match=r"^node 'big' is unknown, and 127.0.0.1:4 was named until"):
+            nodes.check(ONE, "big")
+        with pytest.raises(InvalidArgument):
+            nodes.check(Resources(17000, 1))
+        with pytest.raises(NotFound):
+            nodes.check(ONE, "nobody")
+    clock.now += 60
+    with pytest.raises(InvalidArgument):
+        nodes.check(large)
+    with pytest.raises(NotFound):
+        nodes.check(ONE, "big")
+    assert nodes.sweep() == []
+    assert not nodes._missing
+
+
+async def test_a_replaced_node_is_missing_no_more(nodes: Nodes) -> None:
+    nodes.report(nodes.nodes[3], report("node3", 16, 800))
+    (new,) = nodes.update([*(node.endpoint for node in nodes.nodes[:3]), "127.0.0.1:9"])
+    nodes.report(new, report("node3", 8, 800))
+    with pytest.raises(InvalidArgument):
+        nodes.check(Resources(16000, 1))
+
+
+async def test_a_name_that_cannot_be_resolved_may_hide_a_node(nodes: Nodes) -> None:
+    nodes.unresolved = ["dns:///big:1 cannot be resolved: timed out"]
+    nodes.check(ONE)
+    with pytest.raises(Unavailable, match=r"9 CPUs and 1 MiB, and dns:///big:1 cannot be resolved: timed out$"):
+        nodes.check(Resources(9000, 1))
+    with pytest.raises(Unavailable, match=r"^node 'x' is unknown, and dns:///big:1 cannot be resolved: timed out$"):
+        nodes.check(ONE, "x")
 
 
 async def test_a_name_that_comes_back_is_the_same_node(nodes: Nodes) -> None:

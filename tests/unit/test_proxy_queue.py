@@ -10,6 +10,7 @@ from afs.afslet.requests import Resources
 from afs.core.errors import InvalidArgument, ResourceExhausted, Unavailable
 from afs.proxy.dispatch import Dispatcher, Limits, Waiter
 from afs.proxy.fairqueue import Entry, FairQueue
+from afs.proxy.node import AfsletNode
 from afs.proxy.nodes import Nodes
 from tests.testbed.proxynodes import Clock, report
 
@@ -189,6 +190,28 @@ async def test_only_who_gets_room_is_woken() -> None:
     assert picks == 2
 
 
+async def test_a_report_has_only_its_node_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(nodes=20)
+    bench.fill(80)
+    waiting = [bench.enter(wanted=Resources(1000 + number, 10)) for number in range(50)]
+    looks: list[AfsletNode] = []
+    open_to = AfsletNode.open_to
+
+    def counting(node: AfsletNode, wanted: Resources) -> bool:
+        looks.append(node)
+        return open_to(node, wanted)
+
+    monkeypatch.setattr(AfsletNode, "open_to", counting)
+    for node in bench.nodes.nodes:
+        bench.nodes.report(node, report(node.status.node_id, 4, 4096))
+    assert not looks, "nothing has changed"
+    used = report("node7", 5, 4096, used_cpu_cores=4)
+    bench.nodes.report(bench.nodes.nodes[7], used)
+    assert set(looks) == {bench.nodes.nodes[7]}
+    assert len(looks) <= len(waiting) + 1
+    assert [waiter for waiter in waiting if waiter.placement] == waiting[:1]
+
+
 async def test_limits_name_themselves() -> None:
     bench = Bench(max_queued=3, max_queued_tenant=2)
     bench.fill()
@@ -252,6 +275,37 @@ async def test_a_refused_run_keeps_its_place() -> None:
     assert (first.placement is not None, second.placement) == (True, None)
 
 
+async def test_a_refused_offer_is_no_turn() -> None:
+    bench = Bench()
+    held = bench.fill()
+    unlucky = [bench.enter("unlucky") for _ in range(2)]
+    other = [bench.enter("other") for _ in range(3)]
+    assert bench.served([*unlucky, *other], 1, held) == unlucky[:1]
+    bench.nodes.nodes[0].refused = True
+    bench.dispatcher.put_aside(unlucky[0])
+    bench.dispatcher.resume(unlucky[0], patient=True)
+    bench.nodes.report(bench.nodes.nodes[0], report("node0", 4, 4096))
+    assert [waiter.tenant for waiter in (*unlucky, *other) if waiter.placement] == ["unlucky"]
+    assert [waiter.tenant for waiter in bench.served([*unlucky, *other], 2, held)] == ["other", "unlucky"]
+
+
+async def test_a_refused_offer_does_not_make_its_class_young() -> None:
+    bench = Bench(priority_ageing=10.0)
+    held = bench.fill()
+    low = bench.enter("low", -2)
+    high = [bench.enter("high", 0) for _ in range(3)]
+    bench.clock.now += 21
+    assert bench.served([low, *high], 1, held) == high[:1]
+    bench.clock.now += 2
+    assert bench.served([low, *high], 1, held) == [low]
+    bench.nodes.nodes[0].refused = True
+    bench.dispatcher.put_aside(low)
+    bench.clock.now += 1
+    bench.dispatcher.resume(low, patient=True)
+    bench.nodes.report(bench.nodes.nodes[0], report("node0", 4, 4096))
+    assert low.placement is not None
+
+
 async def test_positions() -> None:
     bench = Bench()
     bench.fill()
@@ -284,5 +338,6 @@ async def test_nothing_is_remembered_of_tenants_that_left() -> None:
     for number in range(10):
         bench.dispatcher.leave(bench.enter(f"tenant{number}"))
     assert bench.dispatcher.tenants() == {}
-    assert not bench.dispatcher._queue._turns
+    queue = bench.dispatcher._queue
+    assert not any((queue._turns, queue._turns_given, queue._served_given))
     assert bench.dispatcher.running == 0

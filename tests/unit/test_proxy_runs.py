@@ -8,11 +8,12 @@ import grpc
 import grpc.aio
 import pytest
 
+from afs.core.errors import AfsError, DeadlineExceeded, Internal, Unavailable
 from afs.core.rpc import channel
 from afs.proto.v1 import afslet_pb2 as pb
 from afs.proto.v1 import runs_pb2
 from afs.proto.v1.runs_pb2_grpc import RunsStub
-from tests.testbed.proxynodes import Caller, TalkingNode
+from tests.testbed.proxynodes import Caller, TalkingNode, until
 from tests.testbed.proxyserver import full, proxy
 
 Code = grpc.StatusCode
@@ -64,6 +65,26 @@ async def test_a_running_one_ends_with_its_call_if_the_node_cannot_cancel(node: 
         assert ended.fault is not None
         assert ended.fault.outcome == pb.OUTCOME_CANCELLED
         await asyncio.wait_for((await node.seen.get()).over.wait(), GRACE)
+
+
+@pytest.mark.parametrize("error", [Unavailable("busy"), DeadlineExceeded("late"), Internal("broken")], ids=repr)
+async def test_a_running_one_ends_with_its_call_if_its_node_fails_to_cancel(node: TalkingNode, error: AfsError) -> None:
+    node.hold, node.cancel_error = True, error
+    async with proxy(node) as front:
+        caller = await (await Caller(front.address).start()).until_accepted()
+        await cancel(front.address, "node1-1")
+        assert (await caller.end()).code is Code.CANCELLED
+        await asyncio.wait_for((await node.seen.get()).over.wait(), GRACE)
+
+
+async def test_a_running_one_ends_although_who_asked_did_not_wait(node: TalkingNode) -> None:
+    node.hold, node.cancel_hangs = True, True
+    async with proxy(node) as front:
+        caller = await (await Caller(front.address).start()).until_accepted()
+        asking = asyncio.create_task(cancel(front.address, "node1-1"))
+        await until(lambda: bool(node.cancelled))
+        asking.cancel()
+        assert (await asyncio.wait_for(caller.end(), 1)).code is Code.CANCELLED
 
 
 async def test_nodes_are_asked_to_list_and_to_cancel(node: TalkingNode) -> None:

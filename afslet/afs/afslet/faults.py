@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 RESULT_METADATA = "afs-result-bin"
+_MAX_ERROR = 1000  # bytes: with metadata of 8 KiB and more, gRPC puts RESOURCE_EXHAUSTED in place of the status
 _RETRYABLE = (Unavailable, ResourceExhausted, Internal)  # of the moment or of the node, not of the request
 
 
@@ -36,7 +37,13 @@ def fault(error: AfsError, *, accepted: bool, node_id: str = "") -> pb.Result:
 
 
 def to_metadata(result: pb.Result) -> tuple[tuple[str, bytes], ...]:
-    """What the call's trailing metadata gets."""
+    """What the call's trailing metadata gets; a long error is cut, also one that another process wrote."""
+    text = result.error.encode()
+    if len(text) > _MAX_ERROR:
+        shorter = pb.Result()
+        shorter.CopyFrom(result)
+        shorter.error = text[:_MAX_ERROR].decode(errors="ignore") + " ..."
+        result = shorter
     return ((RESULT_METADATA, result.SerializeToString()),)
 
 

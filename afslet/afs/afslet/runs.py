@@ -188,5 +188,6 @@ class Runs:
                 queued_runs=admission.queued,
                 draining=self.draining,
                 images=self._images,
+                run_disk_mb=limit.run_disk_mb,
             )
         return self._status

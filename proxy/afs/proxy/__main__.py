@@ -95,7 +95,8 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         service = ProxyService(dispatcher, watcher, peers, config.discovery)
         stack.push_async_callback(service.close)
         results = idempotency.Runs(config.idempotency_ttl, config.idempotency_results)
-        forwarder = Forwarder(dispatcher, results, metrics.count)
+        forwarder = Forwarder(dispatcher, results, metrics.count, config.lease_ttl)
+        stack.push_async_callback(forwarder.close)
 
         def register(server: grpc.aio.Server) -> None:
             add_AfsProxyServicer_to_server(service, server)

@@ -2,7 +2,8 @@
 
 State, on one event loop: the queue, and per tenant what its runs have in use. Nothing is awaited while either is changed: a
 run that ends, a report of a node or a new run makes :meth:`Dispatcher.pump` place whoever is next, and only those placed are
-woken. A :class:`Waiter` belongs to one call, whose handler alone awaits it and gives back what it got, by :meth:`leave`.
+woken. Between two looks nothing that waits fits anywhere, so if one node has changed, only that one is looked at.
+A :class:`Waiter` belongs to one call, whose handler alone awaits it and gives back what it got, by :meth:`leave`.
 
 A run that others have passed for *patience* seconds gets a reservation, one at a time: on the node with the most room all but
 what it needs is for others, so it fits once what runs there now has ended, and those behind it may use the rest meanwhile.
@@ -89,6 +90,7 @@ class Dispatcher:
         self._waiting: dict[str, int] = {}  # by tenant, those aside included
         self._lost: dict[tuple[Resources, str], float] = {}
         self._reserved: tuple[Waiter, AfsletNode] | None = None
+        self._only: AfsletNode | None = None  # where pump() looks; None: everywhere
         self._closed = False
         self._feedback_wanted = 0
         self.queued = 0
@@ -147,16 +149,21 @@ class Dispatcher:
         if self._reserved is not None and self._reserved[0] is waiter:
             self._reserved[1].reservation = None
             self._reserved = None
+            self._only = None  # that node has room for others now
             self._queue.room_freed()
 
     def leave(self, waiter: Waiter) -> None:
         """The call of *waiter* ends, whatever it had reached."""
+        held = self._reserved is not None and self._reserved[0] is waiter
+        node = waiter.placement.node if waiter.placement is not None else None
         self._drop(waiter)
         if waiter.waiting:
             self._count(waiter, -1)
         self._give_back(waiter)
+        self._queue.left(waiter)
         self._forget(waiter.tenant)
-        self.room_changed()
+        if held or node is not None:
+            self.room_changed(None if held else node)
 
     def _forget(self, tenant: str) -> None:
         if tenant not in self._usage and tenant not in self._waiting:
@@ -164,9 +171,11 @@ class Dispatcher:
 
     def put_aside(self, waiter: Waiter) -> None:
         """*waiter*, which was placed, was refused everywhere: it waits, but not in the queue until :meth:`resume`."""
+        node = waiter.placement.node if waiter.placement is not None else None
         self._give_back(waiter)
+        self._queue.refused(waiter)
         self._count(waiter, 1)
-        self.room_changed()
+        self.room_changed(node)
 
     def resume(self, waiter: Waiter, *, patient: bool) -> None:
         """Queue *waiter*, which was aside, in its old place.
@@ -186,24 +195,27 @@ class Dispatcher:
         node = self.nodes.pick(waiter.wanted, waiter.node_id, waiter.image, tried)
         if node is None:
             return False
+        before = waiter.placement.node if waiter.placement is not None else None
         self._give_back(waiter)
         self._place(waiter, node)
+        self.room_changed(before)
         return True
 
-    def room_changed(self) -> None:
-        """Room may have been freed."""
+    def room_changed(self, node: AfsletNode | None = None) -> None:
+        """Room may have been freed, on *node* or anywhere."""
         self._queue.room_freed()
         if self._queue.length:
-            self.pump()
+            self.pump(node)
 
-    def pump(self) -> None:
-        """Place whoever is next until nobody fits."""
+    def pump(self, only: AfsletNode | None = None) -> None:
+        """Place whoever is next until nobody fits; with *only*, nothing has changed elsewhere since the last time."""
+        self._only = only
         if self._reserved is not None:
             self._serve_reserved(*self._reserved)
         found: list[AfsletNode | None] = [None]
 
         def fits(entry: Entry) -> bool:
-            found[0] = self.nodes.pick(entry.wanted, entry.node_id, _image(entry))
+            found[0] = self.nodes.pick(entry.wanted, entry.node_id, _image(entry), (), self._only)
             return found[0] is not None
 
         while (entry := self._queue.next(fits, self._share, self._clock())) is not None:
@@ -215,7 +227,7 @@ class Dispatcher:
 
     def _serve_reserved(self, waiter: Waiter, node: AfsletNode) -> None:
         place = self.nodes.pick(waiter.wanted, waiter.node_id, waiter.image)
-        if place is None and node.usable and node.free().fits(waiter.wanted) and not self.nodes.avoided(node):
+        if place is None and node.usable and node.has_room(waiter.wanted) and not self.nodes.avoided(node):
             place = node
         if place is not None:
             self._drop(waiter)
@@ -289,7 +301,7 @@ class Dispatcher:
             node
             for node in self.nodes.nodes
             if node.usable
-            and node.limit.fits(entry.wanted)
+            and node.could_take(entry.wanted)
             and (not entry.node_id or node.status.node_id == entry.node_id)
         ]
         if able:

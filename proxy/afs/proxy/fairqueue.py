@@ -7,6 +7,9 @@ comes first, and of those with the same the one whose turn is longest ago. Withi
 
 A run that does not fit lets those behind it pass; :meth:`FairQueue.starved` tells who was passed for too long. Runs that want
 the same (``Entry.shape``) fit or do not fit together, so of each tenant only the first of each shape is looked at.
+
+A turn counts from the moment that a run is dispatched, but not if its node refuses it: what the run then waits for again
+must not be put off by offers that came to nothing.
 """
 
 import itertools
@@ -14,6 +17,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from afs.afslet.requests import Resources
 
@@ -31,6 +35,7 @@ class Entry:
     number: int = 0
     since: float = 0.0
     passed_since: float = math.inf  # when a later run was first dispatched although this one waited
+    aged_since: float = math.inf  # when its class had got something last, before this one was taken out
 
     @property
     def shape(self) -> Shape:
@@ -55,6 +60,23 @@ class _Class:
     tenants: dict[str, _Tenant] = field(default_factory=dict)
 
 
+_Number = TypeVar("_Number", int, float)
+
+
+def _last(given: dict[Entry, _Number] | None, before: _Number) -> _Number:
+    """The last of the numbers that were *given* in rising order, or the one from *before* if that is larger."""
+    return max(next(reversed(given.values())), before) if given else before
+
+
+def _take(given: dict[Any, dict[Entry, _Number]], key: object, entry: Entry) -> _Number | None:
+    """Take out the number of *entry*, if it has one."""
+    found = given.get(key, {})
+    number = found.pop(entry, None)
+    if not found:
+        given.pop(key, None)
+    return number
+
+
 class FairQueue:
     """*ageing* in seconds per level of priority; 0: classes do not age."""
 
@@ -62,6 +84,9 @@ class FairQueue:
         self._ageing = ageing
         self._classes: dict[int, _Class] = {}
         self._turns: dict[str, int] = {}  # by tenant: when it was last served, as a number
+        # What was dispatched and has not left, in that order, by tenant and by class: any of it may still be refused.
+        self._turns_given: dict[str, dict[Entry, int]] = {}
+        self._served_given: dict[int, dict[Entry, float]] = {}
         self._counter = itertools.count(1)
         self._full: set[Shape] = set()  # what did not fit since room was last freed
         self._passed: set[Entry] = set()
@@ -71,7 +96,7 @@ class FairQueue:
     def add(self, entry: Entry, now: float) -> None:
         """Queue it: behind the others of its kind, or where its number says if it was queued before."""
         entry.number = entry.number or next(self._counter)
-        level = self._classes.setdefault(entry.priority, _Class(now))
+        level = self._classes.setdefault(entry.priority, _Class(min(now, entry.aged_since)))
         tenant = level.tenants.setdefault(entry.tenant, _Tenant())
         entries = tenant.shapes.setdefault(entry.shape, deque())
         at = len(entries)
@@ -85,6 +110,7 @@ class FairQueue:
     def remove(self, entry: Entry) -> None:
         """Take it out, whether its turn has come or not."""
         level = self._classes[entry.priority]
+        entry.aged_since = level.served_at
         tenant = level.tenants[entry.tenant]
         entries = tenant.shapes[entry.shape]
         if entries[0] is entry:
@@ -131,10 +157,26 @@ class FairQueue:
         return None
 
     def served(self, entry: Entry, now: float) -> None:
-        """It is its tenant's last turn, and its class's."""
-        self._turns[entry.tenant] = next(self._counter)
-        if entry.priority in self._classes:
-            self._classes[entry.priority].served_at = now
+        """It is its tenant's last turn, and its class's, until :meth:`refused`; or for good, by :meth:`left`."""
+        self._turns_given.setdefault(entry.tenant, {})[entry] = next(self._counter)
+        self._served_given.setdefault(entry.priority, {})[entry] = now
+
+    def refused(self, entry: Entry) -> None:
+        """As if it had not been served."""
+        _take(self._turns_given, entry.tenant, entry)
+        _take(self._served_given, entry.priority, entry)
+
+    def left(self, entry: Entry) -> None:
+        """It ended; if it was served, that stands."""
+        turn = _take(self._turns_given, entry.tenant, entry)
+        if turn is not None:
+            self._turns[entry.tenant] = max(self._turns.get(entry.tenant, 0), turn)
+        served_at = _take(self._served_given, entry.priority, entry)
+        if served_at is not None and (level := self._classes.get(entry.priority)) is not None:
+            level.served_at = max(level.served_at, served_at)
+
+    def _turn(self, tenant: str) -> int:
+        return _last(self._turns_given.get(tenant), self._turns.get(tenant, 0))
 
     def forget(self, tenant: str) -> None:
         """*tenant* has nothing here any more."""
@@ -167,7 +209,7 @@ class FairQueue:
         """Everyone's place if all fitted and tenants took turns, 1 is next: an estimate."""
         place = 0
         for _, level in sorted(self._classes.items(), reverse=True):
-            tenants = sorted(level.tenants.items(), key=lambda item: self._turns.get(item[0], 0))
+            tenants = sorted(level.tenants.items(), key=lambda item: self._turn(item[0]))
             lines = [
                 sorted((entry for entries in tenant.shapes.values() for entry in entries), key=lambda e: e.number)
                 for _, tenant in tenants
@@ -195,7 +237,7 @@ class FairQueue:
             tenants = level.tenants
             names = list(tenants)
             if len(names) > 1:
-                names.sort(key=lambda name: (usage(name), self._turns.get(name, 0)))
+                names.sort(key=lambda name: (usage(name), self._turn(name)))
             for name in names:
                 yield from tenants[name].heads()
 
@@ -204,7 +246,8 @@ class FairQueue:
             return list(self._classes.values())
 
         def key(item: tuple[int, _Class]) -> tuple[float, int]:
-            age = (now - item[1].served_at) / self._ageing if self._ageing else 0.0
+            served_at = _last(self._served_given.get(item[0]), item[1].served_at)
+            age = (now - served_at) / self._ageing if self._ageing else 0.0
             return item[0] + age, item[0]
 
         return [level for _, level in sorted(self._classes.items(), key=key, reverse=True)]

@@ -2,7 +2,8 @@
 
 A run is tried elsewhere only before a node accepted it: until then nothing has happened, and nothing but the start has been
 read from the client, whose upload gRPC's flow control holds back. Each call is one task, with a second one for the client's
-further messages while the run is under way; both end with the call.
+further messages while the run is under way; both end with the call. If the node has not ended the call, it may be clearing
+up still: then a task of the Forwarder keeps the run's idempotency key until it has, or the next run would overlap.
 """
 
 import asyncio
@@ -24,6 +25,7 @@ from afs.proxy.dispatch import Dispatcher
 from afs.proxy.offer import EXECUTE, RESULT, Call, NodeFailed, QueueTimeout, failure, fault
 from afs.proxy.placing import Placer, wait_limit
 from afs.proxy.run import Run, queued, read_start, waiter_of
+from afs.proxy.runs import until_over
 
 log = logging.getLogger(__name__)
 _STATUS = "/afsletpb.Afslet/GetRuntimeStatus"
@@ -33,17 +35,30 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class Forwarder(grpc.GenericRpcHandler):
     """Register it with ``server.add_generic_rpc_handlers``. *runs* are the calls under way, by the proxy's own ids.
 
-    *count* is told how each call ended: completed, replayed, cancelled, rejected or failed.
+    *count* is told how each call ended: completed, replayed, cancelled, rejected or failed. Nothing is left of a run on a node that
+    has not been heard of for *lease_ttl* seconds.
     """
 
     def __init__(
-        self, dispatcher: Dispatcher, results: idempotency.Runs, count: Callable[[str], None] = lambda _: None
+        self,
+        dispatcher: Dispatcher,
+        results: idempotency.Runs,
+        count: Callable[[str], None] = lambda _: None,
+        lease_ttl: float = 15.0,
     ) -> None:
         self.runs: dict[str, Run] = {}
         self._dispatcher = dispatcher
         self._results = results
         self._placer = Placer(dispatcher)
         self._count = count
+        self._lease_ttl = lease_ttl
+        self._releasing: set[asyncio.Task[None]] = set()
+
+    async def close(self) -> None:
+        """Stop waiting for nodes that clear up; call it when no calls are left."""
+        for task in self._releasing:
+            task.cancel()
+        await asyncio.gather(*self._releasing, return_exceptions=True)
 
     @override
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[Any, Any] | None":
@@ -62,6 +77,7 @@ class Forwarder(grpc.GenericRpcHandler):
                     if descriptor.type == descriptor.TYPE_INT64:
                         setattr(total, descriptor.name, getattr(total, descriptor.name) + value)
         total.queued_runs += self._dispatcher.queued
+        total.ClearField("run_disk_mb")  # each node's own: a sum means nothing
         return total.SerializeToString()
 
     async def _execute(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
@@ -122,8 +138,10 @@ class Forwarder(grpc.GenericRpcHandler):
             assert node is not None
             assert call is not None
             run.start = None
-            if start.stdin or start.tty or not start.no_upload:  # else nothing follows that the node waits for
+            if start.stdin or start.tty or not start.no_upload:
                 pumping = asyncio.create_task(_pump(requests, call))
+            else:  # nothing follows; an afslet that does not know no_upload waits for the end of the requests
+                await _half_close(call)
             yield run.accepted
             try:
                 while (response := await call.read()) is not EOF:
@@ -132,7 +150,10 @@ class Forwarder(grpc.GenericRpcHandler):
                         run.result = data
                     yield data
             except grpc.aio.AioRpcError as error:
-                raise failure(error, node) from None
+                failed = failure(error, node)
+                run.over = failed.spoken
+                raise failed from None
+            run.over = True
         finally:
             if pumping is not None:
                 pumping.cancel()
@@ -140,7 +161,20 @@ class Forwarder(grpc.GenericRpcHandler):
                 run.call.cancel()  # does nothing to a call that has ended
             self._dispatcher.leave(run.waiter)
             if key[1]:
-                self._results.end(key, idempotency.Ended(run.accepted, run.result) if run.result else None)
+                self._release(key, run)
+
+    def _release(self, key: idempotency.Key, run: Run) -> None:
+        """End this call's claim on *key*, once the node is done with the run."""
+        if run.result:
+            self._results.end(key, idempotency.Ended(run.accepted, run.result))
+        elif run.call is None or run.node is None or run.over:
+            self._results.end(key, None)
+        else:
+            waiting = until_over(run.node, run.node_run_id, self._lease_ttl)
+            task = asyncio.create_task(waiting, name=f"end of run {run.run_id}")
+            self._releasing.add(task)
+            task.add_done_callback(lambda _: self._results.end(key, None))
+            task.add_done_callback(self._releasing.discard)
 
     async def _claimed(self, run: Run, key: idempotency.Key, start: pb.StartRequest) -> AsyncGenerator[bytes, None]:
         """Wait until *key* is this call's; or, with ``run.result``, the responses of the run that it names."""
@@ -185,12 +219,18 @@ def _fail(context: Context, run: Run | None, error: AfsError, result: pb.Result 
     raise error from None
 
 
+async def _half_close(call: Call) -> None:
+    """Tell the node that nothing more follows; how a call that has ended did so is read elsewhere."""
+    with contextlib.suppress(*CALL_ENDED, grpc.aio.UsageError):
+        await call.done_writing()
+
+
 async def _pump(requests: AsyncIterator[bytes], call: Call) -> None:
     """Pass the client's further messages on; the write waits while the node does not read, and so does the client."""
     try:
         async for request in requests:
             await send(call, request)
-        await call.done_writing()
+        await _half_close(call)
     except (*CALL_ENDED, grpc.aio.UsageError):
         # The node ended the call; its status goes to the client with the response stream.
         log.debug("the node ended the call during the upload")

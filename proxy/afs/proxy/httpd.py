@@ -58,6 +58,7 @@ async def serving_http(address: str, handlers: dict[str, Handler]) -> AsyncItera
                     await _serve_one(reader, writer, handlers)
         except (TimeoutError, OSError) as error:
             log.debug("HTTP: %r", error)
+            writer.transport.abort()  # close() would wait for as long as the other side does not read
         finally:
             open_now.discard(task)
             writer.transport.abort() if writer.is_closing() else writer.close()

@@ -5,7 +5,7 @@ node reported, which is late, and what this proxy has under way on it, which is 
 ``free`` is the lesser of limit - own runs, and what was reported as free less the own runs begun since, plus those ended.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import grpc.aio
 
@@ -55,7 +55,7 @@ class Reservation:
 
 @dataclass(slots=True, eq=False)
 class Placement:
-    """A run's place on a node; *held* is the reservation that it had to leave room for."""
+    """A run's place on a node; *wanted* is what it takes there, *held* is the reservation that it had to leave room for."""
 
     node: "AfsletNode"
     wanted: Resources
@@ -106,6 +106,20 @@ class AfsletNode:
         )
         self._mine_then = self.mine.copy()
 
+    def needs(self, wanted: Resources) -> Resources:
+        """What a run that wants this takes here: the node counts its default disk for one that asks for none."""
+        if wanted.disk_mb or not self.status.run_disk_mb:
+            return wanted
+        return replace(wanted, disk_mb=self.status.run_disk_mb)
+
+    def could_take(self, wanted: Resources) -> bool:
+        """Whether the run would fit if nothing else ran here."""
+        return self.limit.fits(self.needs(wanted))
+
+    def has_room(self, wanted: Resources) -> bool:
+        """Whether the run should fit now, whatever is reserved."""
+        return self.free().fits(self.needs(wanted))
+
     def free(self) -> Room:
         """What should be free now."""
         if self.refused:
@@ -118,15 +132,19 @@ class AfsletNode:
             min(limit.runs - mine.runs, said.runs - mine.runs + then.runs),
         )
 
+    def offered(self) -> tuple[object, ...]:
+        """All that decides whether a run can be placed here."""
+        return self.usable, self.status.node_id, self.status.run_disk_mb, self.limit, self.free()
+
     def open_to(self, wanted: Resources) -> bool:
         """Whether there is room for a run for which nothing was reserved."""
-        free = self.free()
-        if not free.fits(wanted):
+        wanted = self.needs(wanted)
+        if not self.free().fits(wanted):
             return False
         if self.reservation is None:
             return True
         # What the reserved run leaves over may be used meanwhile; what runs there already gives way by ending.
-        held, others = self.reservation.wanted, self.reservation.others
+        held, others = self.needs(self.reservation.wanted), self.reservation.others
         left = Room(
             self.limit.cpu_millis - held.cpu_millis - others.cpu_millis,
             self.limit.memory_mb - held.memory_mb - others.memory_mb,
@@ -147,6 +165,7 @@ class AfsletNode:
 
     def take(self, wanted: Resources) -> Placement:
         """Place a run here."""
+        wanted = self.needs(wanted)
         self.mine.add(wanted, 1)
         if self.reservation is not None:
             self.reservation.others.add(wanted, 1)

@@ -12,7 +12,7 @@ import grpc
 import grpc.aio
 
 from afs.afslet import faults
-from afs.core.errors import AfsError, DeadlineExceeded, Internal, ResourceExhausted, Unavailable
+from afs.core.errors import AfsError, Cancelled, DeadlineExceeded, Internal, ResourceExhausted, Unavailable
 from afs.core.rpc import CALL_ENDED, EOF, send, to_afs_error
 from afs.proto.v1 import afslet_pb2 as pb
 from afs.proxy.node import AfsletNode
@@ -34,6 +34,11 @@ class NodeFailed(Exception):
     def retryable(self) -> bool:
         """Whether another node, or this one later, may do better."""
         return self.result.retryable if self.result is not None else faults.is_retryable(self.error)
+
+    @property
+    def spoken(self) -> bool:
+        """Whether the node itself said so; else the call ended here or on the way, and the node may be at work still."""
+        return self.result is not None or not isinstance(self.error, Unavailable | DeadlineExceeded | Cancelled)
 
 
 class QueueTimeout(DeadlineExceeded):

@@ -20,7 +20,7 @@ class Run:
     """*first* is the client's first message as it came; *start* is dropped once a node has accepted the run.
 
     *owner* is the client's address. *ends* is when waiting for room ends, in monotonic seconds, and *limit* says whose wish
-    that is. *failed* is why the last offers came to nothing.
+    that is. *failed* is why the last offers came to nothing. *over*: the node itself has ended the call.
     """
 
     first: bytes
@@ -36,6 +36,7 @@ class Run:
     accepted: bytes = b""
     result: bytes = b""
     failed: NodeFailed | None = None
+    over: bool = False
     cancelled: Cancelled | None = None
 
     @property

@@ -1,6 +1,7 @@
 """``afs.v1.Runs`` on the proxy: what waits here and what runs on the nodes, and ending one of them."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from afs.proxy.run import Run
 
 Context = grpc.aio.ServicerContext[Any, Any]
 _TIMEOUT_S = 2.0
+_FIRST_PAUSE_S, _MAX_PAUSE_S = 0.02, 1.0  # between two looks whether a run is over
 
 
 class RunsService(RunsServicer):
@@ -54,8 +56,10 @@ class RunsService(RunsServicer):
         else:
             try:
                 await _cancel(run.node, pb.CancelRunRequest(run_id=run.node_run_id, reason=request.reason))
-            except (Unimplemented, NotFound):
+            except (AfsError, asyncio.CancelledError) as error:  # whatever it was: also that who asked did not wait
                 run.cancel(request.reason)  # the node ends it when its call ends
+                if isinstance(error, asyncio.CancelledError):
+                    raise
         return pb.CancelRunResponse()
 
     def _by_node_id(self, run_id: str) -> Run | None:
@@ -73,11 +77,27 @@ class RunsService(RunsServicer):
         raise NotFound(f"no run {request.run_id!r} is under way")
 
 
+async def until_over(node: AfsletNode, run_id: str, lease_ttl: float) -> None:
+    """Wait until *node* has cleared up what is left of a run whose call was cancelled: until it does not list it.
+
+    If it does not tell, or the run's name there is not known (empty), for *lease_ttl* seconds: by then it has.
+    """
+    pause = _FIRST_PAUSE_S
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(lease_ttl):
+            while True:
+                told = await _list(node) if run_id else None
+                if told is not None and all(run.run_id != run_id for run in told):
+                    return
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, _MAX_PAUSE_S)
+
+
 async def _list(node: AfsletNode) -> list[pb.Run] | None:
     try:
         with calling(f"afslet {node.endpoint}"):
             return list((await RunsStub(node.channel).List(pb.ListRunsRequest(), timeout=_TIMEOUT_S)).runs)
-    except AfsError:
+    except (AfsError, grpc.aio.UsageError):  # UsageError: the node was forgotten, its channel is closed
         return None  # older than this, or gone: its runs are told as far as they are known here
 
 

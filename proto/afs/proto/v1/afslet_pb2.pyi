@@ -944,6 +944,7 @@ class GetRuntimeStatusResponse(_message.Message):
     QUEUED_RUNS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     IMAGES_FIELD_NUMBER: _builtins.int
+    RUN_DISK_MB_FIELD_NUMBER: _builtins.int
     running_containers: _builtins.int
     limit_cpu_cores: _builtins.int
     limit_memory_mb: _builtins.int
@@ -964,6 +965,8 @@ class GetRuntimeStatusResponse(_message.Message):
     """accepted by nobody yet: they wait on the node"""
     draining: _builtins.bool
     """takes no more runs"""
+    run_disk_mb: _builtins.int
+    """what a run gets that asks for no disk, and the most that one may have; 0: not limited"""
     @_builtins.property
     def images(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """what has run here lately, see afs.afslet.requests.image_hash; in Runs.Watch only"""
@@ -987,10 +990,11 @@ class GetRuntimeStatusResponse(_message.Message):
         queued_runs: _builtins.int = ...,
         draining: _builtins.bool = ...,
         images: _abc.Iterable[_builtins.int] | None = ...,
+        run_disk_mb: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_cpu_cores", b"available_cpu_cores", "available_memory_mb", b"available_memory_mb", "draining", b"draining", "images", b"images", "limit_cpu_cores", b"limit_cpu_cores", "limit_cpu_millis", b"limit_cpu_millis", "limit_disk_mb", b"limit_disk_mb", "limit_memory_mb", b"limit_memory_mb", "limit_runs", b"limit_runs", "node_id", b"node_id", "queued_runs", b"queued_runs", "running_containers", b"running_containers", "used_cpu_cores", b"used_cpu_cores", "used_cpu_millis", b"used_cpu_millis", "used_disk_mb", b"used_disk_mb", "used_memory_mb", b"used_memory_mb"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_cpu_cores", b"available_cpu_cores", "available_memory_mb", b"available_memory_mb", "draining", b"draining", "images", b"images", "limit_cpu_cores", b"limit_cpu_cores", "limit_cpu_millis", b"limit_cpu_millis", "limit_disk_mb", b"limit_disk_mb", "limit_memory_mb", b"limit_memory_mb", "limit_runs", b"limit_runs", "node_id", b"node_id", "queued_runs", b"queued_runs", "run_disk_mb", b"run_disk_mb", "running_containers", b"running_containers", "used_cpu_cores", b"used_cpu_cores", "used_cpu_millis", b"used_cpu_millis", "used_disk_mb", b"used_disk_mb", "used_memory_mb", b"used_memory_mb"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
