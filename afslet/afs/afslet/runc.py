@@ -141,8 +141,8 @@ class _Container:
         init: _Init | None = None
         timed_out = False
         try:
+            limit = min(_START_S, max(self._job.timeout, _LEAST_START_S))
             try:
-                limit = min(_START_S, max(self._job.timeout, _LEAST_START_S))
                 async with asyncio.timeout(limit):
                     failed = await wait(runtime)
             except TimeoutError:
