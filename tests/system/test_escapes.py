@@ -51,7 +51,8 @@ ERRORS: dict[str, tuple[str, ...]] = {
     "core_pattern": ("EROFS", "EACCES"),  # a user namespace's root does not even own it
     "sysrq": ("EROFS", "EACCES", "ENOENT"),
     "cgroup": ("EROFS", "ENOENT"),
-    "unshare_user_i386": (DENIED, "ENOSYS", "SIGSEGV"),  # without calls of 32-bit programs in the kernel
+    # Killed where the image has no loader for such programs; the others without calls of 32-bit programs in the kernel.
+    "unshare_user_i386": (DENIED, "SIGSYS", "ENOSYS", "SIGSEGV"),
     "unshare_user_x32": ("SIGSYS", "ENOSYS"),
     "disk": ("EACCES", DENIED),
     "priority": ("EACCES",),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
+import tarfile
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,6 +18,7 @@ from afs.core.cluster import start_process
 from afs.core.rpc import EOF
 from afs.proto.v1 import afslet_pb2 as pb
 from tests.testbed import capabilities, leaks, netns
+from tests.testbed.cluster import BIN
 from tests.testbed.leaseclient import BRIDGED, PHASES, TALKING, reached, start
 from tests.testbed.leased import GRACE, calling, end, fault_of, keeper_of, nothing_left, other_flags, until
 
@@ -187,12 +190,13 @@ async def test_client_that_stops_reading(leased: RealCluster, busybox_image: Bus
 
 
 @asynccontextmanager
-async def afslet_on(host: netns.Host, running: RealCluster) -> AsyncIterator[Process]:
-    """The node's afslet on a host of its own instead."""
+async def afslet_on(host: netns.Host, running: RealCluster, *flags: str) -> AsyncIterator[Process]:
+    """The node's afslet on a host of its own instead, with more `flags`."""
     afslet = running.nodes[0].afslet
     afslet.popen.terminate()
     await asyncio.to_thread(afslet.popen.wait, GRACE)
     arguments = [*map(str, cast("list[str]", afslet.popen.args)[3:]), f"--listen={host.address}:61051", "--insecure"]
+    arguments += flags
     remote = await start_process("remote-afslet", "afs.afslet", arguments, running.directory, prefix=host.prefix)
     with leaks.exempt(pids=[remote.popen.pid]):
         try:
@@ -214,6 +218,39 @@ async def test_a_link_is_cut(leased: RealCluster, busybox_image: BusyboxImage, s
             assert leased.processes_of_runs(leased.nodes[0])
             hosts[2 if side == "client" else 1].cut()
             await nothing_left(leased)
+
+
+async def test_a_run_on_the_bridge(leased: RealCluster, busybox_image: BusyboxImage, tmp_path: Path) -> None:
+    """It reaches what operator and request allow, not its node, and what the runtime mounts on is not in its diff."""
+    capabilities.require("netns")
+    with netns.hosts([1, 2]) as hosts:
+        there = hosts[2].address
+        server = hosts[2].call(lambda: socket.create_server((there, 8080)))
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.sendall(b"hello\n")
+
+        script = (
+            f"nc {there} 8080; nc {there} 8081 || echo closed; nc {hosts[1].address} 61051 || echo closed; touch /made"
+        )
+        with server:
+            async with afslet_on(hosts[1], leased, f"--egress-allow={there}") as afslet:
+                answering = asyncio.create_task(asyncio.to_thread(answer))
+                flags = ["--network=bridge", f"--allow={there}:8080", f"--out={tmp_path}/diff.tar.gz", "--memory-mb=64"]
+                argv = [
+                    str(BIN / "afs_cli"),
+                    "execute",
+                    f"--proxy={afslet.address}",
+                    f"--image={busybox_image.reference}",
+                ]
+                out = await asyncio.to_thread(hosts[1].run, *argv, *flags, "--", "sh", "-c", script)
+                await answering
+        assert out == "hello\nclosed\nclosed\n"
+    with tarfile.open(tmp_path / "diff.tar.gz") as tar:
+        assert {"etc/hosts", "etc/resolv.conf"}.isdisjoint(tar.getnames())
+        assert "made" in tar.getnames()
 
 
 async def test_networks_of_a_killed_afslet(leased: RealCluster, busybox_image: BusyboxImage) -> None:
