@@ -476,6 +476,7 @@ async def test_a_full_disk_is_told_to_the_writer(small_disk: Path) -> None:
                 assert lost_writes(root.path) == ""
                 assert not fills_on(root.path / "more")
                 assert (root.path / "file").read_bytes() == b"\xa5" * size
+                assert running.roots.was_full(root.path)
             with pytest.raises(ResourceExhausted, match=r"are free at .*/scratch, and 20\.0 MiB have to stay so"):
                 async with running.root():
                     pass
@@ -485,6 +486,7 @@ async def test_a_full_disk_is_told_to_the_writer(small_disk: Path) -> None:
         await until(lambda: not running.scratch.full)
         async with running.root() as root:
             assert fills_on(root.path / "file")
+            assert not running.roots.was_full(root.path)
 
 
 async def test_writes_go_on_when_there_is_space_again(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import struct
+import tempfile
 from typing import TYPE_CHECKING
 
 import pytest
 
-from afs.client import Finished, Log, Outcome
+from afs.client import Finished, InfrastructureError, Log, Outcome
 from afs.core.errors import InvalidArgument
+from tests.testbed.cluster import cluster
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -168,3 +171,14 @@ async def test_32bit_programs_run_where_they_are_expected(
         (tmp_path / "lib/ld-linux.so.2").touch()
         expected = await client.run(image, ["sh", "-c", "/tool; exit $?"], memory_mb=64, upload=tmp_path)
         assert expected.exit_code == 7
+
+
+async def test_a_full_disk_of_the_node_is_no_result(busybox_image: BusyboxImage) -> None:
+    """Of the run's own 10 GiB it gets 256 MiB, for the snapshotter has to leave the rest of the disk alone."""
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    with cluster(1, snapshotter_flags=(f"--reserve={free - (256 << 20)}",)) as running:
+        async with running.client() as client:
+            with pytest.raises(InfrastructureError, match="the node's disk was full during the run") as caught:
+                script = "dd if=/dev/zero of=/big bs=1M count=2048"
+                await client.run(busybox_image.reference, ["sh", "-c", script], memory_mb=64, retries=0)
+    assert caught.value.retryable

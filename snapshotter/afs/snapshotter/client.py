@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc.aio
 
-from afs.core.errors import Unavailable
+from afs.core.errors import ResourceExhausted, Unavailable
 from afs.core.rpc import EOF, calling, channel
 from afs.proto.v1 import mounts_pb2 as pb
 from afs.proto.v1.mounts_pb2_grpc import MountsStub
@@ -59,20 +59,22 @@ class Hold:
         return self._mounted(answer, then) if then is not None else None
 
     async def check(self, *, written: bool = True) -> None:
-        """Unavailable if what ran on the image cannot be trusted.
+        """Unavailable or ResourceExhausted if what ran on the image cannot be trusted.
 
-        That is if a read of its layers failed since it was opened, or if what was *written* to a root of limited size was
-        lost, for the disk is damaged or was filled by others.
+        That is if a read of its layers failed since it was opened, or if something was *written* to a root of limited size
+        and was lost, or could not be written although it should have fit: the disk is damaged, or was filled by others.
         """
         for root in self._limited if written else ():
             if why := lost_writes(root):
                 raise Unavailable(f"what was written to {root} could not all be kept: {why}")
-        if not self._lazy:
+        if not self._lazy and not (written and self._limited):
             return
         faults = (await self._ask(pb.HoldRequest(check=pb.CheckReads()))).faults
         self.bytes_fetched = faults.bytes_fetched
         if faults.layers:
             raise Unavailable(f"layer {faults.layers[0]} could not be read during the run")
+        if written and faults.disk_full:
+            raise ResourceExhausted("the node's disk was full during the run")
 
     async def _ask(self, request: pb.HoldRequest) -> pb.HoldResponse:
         self._asking = True

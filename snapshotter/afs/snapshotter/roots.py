@@ -66,6 +66,7 @@ class Roots:
         self._base = base.resolve()
         self._mounts = mounts
         self._scratch = scratch
+        self._limited: dict[Path, Scratch] = {}  # by where the root is
         self._next = 0
         self._removing: set[asyncio.Task[None]] = set()
         self._targets: set[Path] = set()
@@ -138,9 +139,16 @@ class Roots:
             keep_upper(root)
             return syscalls.mount_id(str(root.path)) if root.path.parent == root.home else 0
 
+        if root.scratch is not None:
+            self._limited[root.path] = root.scratch
         making = self._push(stack, root, layers, asyncio.to_thread(make), steps.leaving)
         await asyncio.shield(making)
         return MountedRoot(root.path, root.upper, lower.directories)
+
+    def was_full(self, path: Path) -> bool:
+        """Whether the disk was full while the root at *path* was there, so that what should have fit could not be written."""
+        scratch = self._limited.get(path)
+        return scratch is not None and scratch.was_squeezed
 
     def _take(self, disk_bytes: int) -> Scratch | None:
         if not disk_bytes:
@@ -198,6 +206,7 @@ class Roots:
 
         async def remove() -> None:
             await asyncio.wait([making])  # a thread cannot be cancelled: what it mounts has to be unmounted after it
+            self._limited.pop(root.path, None)
             mount_id = 0 if making.cancelled() or making.exception() else making.result()
             gone = False
             try:

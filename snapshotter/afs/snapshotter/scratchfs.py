@@ -133,7 +133,10 @@ def _written(fd: int) -> Iterator[tuple[int, bytes]]:
 
 @dataclass(slots=True, eq=False)
 class Scratch:
-    """The file system for *size* bytes that is mounted at *path*, or is to be: *made*. *squeezed*: nobody may write to it."""
+    """The file system for *size* bytes that is mounted at *path*, or is to be: *made*. *squeezed*: nobody may write to it.
+
+    *was_squeezed*: so it was at a time since a root got it, so programs may have failed for the machine's want of space.
+    """
 
     size: int
     path: Path
@@ -146,6 +149,7 @@ class Scratch:
     reserved: int = 0
     least: int = 0  # bytes of the disk that it took when it was new
     squeezed: bool = False
+    was_squeezed: bool = False
 
     @property
     def image(self) -> Path:
@@ -245,6 +249,7 @@ class Scratch:
         """
         self._sysfs("reserved_clusters").write_text(str(self.blocks - 1 if on else self.reserved), encoding="ascii")
         self.squeezed = on
+        self.was_squeezed = self.was_squeezed or on
 
     def _sysfs(self, name: str) -> Path:
         return Path("/sys/fs/ext4", self.device, name)

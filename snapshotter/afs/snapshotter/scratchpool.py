@@ -82,6 +82,7 @@ class ScratchPool:
         else:
             self._next += 1
             found = Scratch(size, self._directory / str(self._next))
+        found.was_squeezed = False
         self._used.add(found)
         self._look_again(margin)
         return found

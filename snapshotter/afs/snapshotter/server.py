@@ -149,7 +149,8 @@ class _Held:
                 self._bytes = max(now - sum(self._fetched.values()), self._bytes)
             except AfsError as error:  # a count that nobody's result depends on
                 log.info("what was fetched for %d layers is not known: %s", len(self._fetched), error.line)
-        return pb.ReadFaults(layers=sorted(failed), bytes_fetched=max(self._bytes, 0))
+        full = any(self._roots.was_full(path) for path in self._mounted)
+        return pb.ReadFaults(layers=sorted(failed), bytes_fetched=max(self._bytes, 0), disk_full=full)
 
     async def _mount(self, request: pb.MountRoot) -> pb.MountedRoot:
         if self._layers is None:

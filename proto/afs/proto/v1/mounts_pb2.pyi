@@ -301,8 +301,11 @@ class ReadFaults(_message.Message):
 
     LAYERS_FIELD_NUMBER: _builtins.int
     BYTES_FETCHED_FIELD_NUMBER: _builtins.int
+    DISK_FULL_FIELD_NUMBER: _builtins.int
     bytes_fetched: _builtins.int
     """as OpenedImage has it, until now"""
+    disk_full: _builtins.bool
+    """at a time nothing could be written to a root of limited size, for the machine's disk was full"""
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """diff_ids"""
@@ -312,10 +315,11 @@ class ReadFaults(_message.Message):
         *,
         layers: _abc.Iterable[_builtins.str] | None = ...,
         bytes_fetched: _builtins.int = ...,
+        disk_full: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_fetched", b"bytes_fetched", "layers", b"layers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_fetched", b"bytes_fetched", "disk_full", b"disk_full", "layers", b"layers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
