@@ -173,12 +173,14 @@ async def test_32bit_programs_run_where_they_are_expected(
         assert expected.exit_code == 7
 
 
-async def test_a_full_disk_of_the_node_is_no_result(busybox_image: BusyboxImage) -> None:
+def test_a_full_disk_of_the_node_is_no_result(busybox_image: BusyboxImage) -> None:
     """Of the run's own 10 GiB it gets 256 MiB, for the snapshotter has to leave the rest of the disk alone."""
     free = shutil.disk_usage(tempfile.gettempdir()).free
-    with cluster(1, snapshotter_flags=(f"--reserve={free - (256 << 20)}",)) as running:
-        async with running.client() as client:
-            with pytest.raises(InfrastructureError, match="the node's disk was full during the run") as caught:
-                script = "dd if=/dev/zero of=/big bs=1M count=2048"
-                await client.run(busybox_image.reference, ["sh", "-c", script], memory_mb=64, retries=0)
+    script = "dd if=/dev/zero of=/big bs=1M count=2048"
+    with (
+        cluster(1, snapshotter_flags=(f"--reserve={free - (256 << 20)}",)) as running,
+        running.sync_client() as client,
+        pytest.raises(InfrastructureError, match="the node's disk was full during the run") as caught,
+    ):
+        client.run(busybox_image.reference, ["sh", "-c", script], memory_mb=64, retries=0)
     assert caught.value.retryable
