@@ -31,7 +31,18 @@ from afs.core.errors import (
 from afs.proto.v1 import afslet_pb2 as pb
 from tests.testbed import capabilities, uplink
 from tests.testbed.netns import Namespace
-from tests.testbed.uplink import GATEWAY, METADATA, NODE, NODE_PORT, OTHER, PRIVATE, PUBLIC, Server, Uplink
+from tests.testbed.uplink import (
+    GATEWAY,
+    METADATA,
+    NODE,
+    NODE_PORT,
+    OTHER,
+    PRIVATE,
+    PUBLIC,
+    Server,
+    Uplink,
+    network_settings,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -41,7 +52,7 @@ pytestmark = pytest.mark.root
 NAME = "afs-test-node"
 REFUSED = "ECONNREFUSED"
 BRIDGE = pb.NETWORK_BRIDGE
-SETTINGS = NetworkSettings(name_servers=(PUBLIC,))
+SETTINGS = network_settings(name_servers=(PUBLIC,))
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +163,7 @@ def test_a_namespace_is_for_one_run(up: Uplink, tmp_path: Path) -> None:
         for fd in kept:
             os.close(fd)
 
-    play(up, tmp_path, scenario, NetworkSettings(network_pool=2))
+    play(up, tmp_path, scenario, network_settings(network_pool=2))
 
 
 def test_bridge_reaches_the_world_behind_nat(up: Uplink, tmp_path: Path) -> None:
@@ -193,11 +204,11 @@ def test_name_servers_answer_names_only(up: Uplink, tmp_path: Path) -> None:
         async with networks.network(BRIDGE, [PUBLIC], "") as network:
             assert await tcp(network, METADATA, 53) == REFUSED
 
-    play(up, tmp_path, scenario, NetworkSettings(name_servers=(METADATA,)))
+    play(up, tmp_path, scenario, network_settings(name_servers=(METADATA,)))
 
 
 def test_the_operator_allows_and_denies(up: Uplink, tmp_path: Path) -> None:
-    settings = NetworkSettings(
+    settings = network_settings(
         name_servers=(PUBLIC,),
         egress_allow=("0.0.0.0/0", "10.0.0.0/8:443", "10.20.0.0/16:53"),
         egress_deny=(f"{OTHER}:80",),
@@ -251,7 +262,7 @@ def test_runs_do_not_reach_each_other(up: Uplink, tmp_path: Path) -> None:
                 assert victim.recv(100) == b"x"
 
     allow = ("100.64.0.0/10", "0.0.0.0/0")
-    play(up, tmp_path, scenario, NetworkSettings(name_servers=(PUBLIC,), egress_allow=allow))
+    play(up, tmp_path, scenario, network_settings(name_servers=(PUBLIC,), egress_allow=allow))
 
 
 def test_no_run_speaks_for_another_one(up: Uplink, tmp_path: Path) -> None:
@@ -307,7 +318,7 @@ def test_connections_are_limited(up: Uplink, tmp_path: Path) -> None:
             assert opened == [True, True, False]
             assert await udp(other, PUBLIC, 80) == NODE
 
-    play(up, tmp_path, scenario, NetworkSettings(name_servers=(PUBLIC,), egress_connections=2))
+    play(up, tmp_path, scenario, network_settings(name_servers=(PUBLIC,), egress_connections=2))
 
 
 def connections(up: Uplink, address: str) -> list[str]:
@@ -375,14 +386,15 @@ def test_a_full_bridge_says_so(up: Uplink, tmp_path: Path) -> None:
         async with networks.network(BRIDGE, (), "") as network:
             assert await tcp(network, PUBLIC, 80) == NODE
 
-    play(up, tmp_path, scenario, NetworkSettings(name_servers=(PUBLIC,), bridge_subnet="100.127.0.0/29"))
+    play(up, tmp_path, scenario, network_settings(name_servers=(PUBLIC,), bridge_subnet="100.127.0.0/29"))
 
 
 _KILLED = f"""
 import asyncio, pathlib, sys
-from afs.afslet.networks import Networks, NetworkSettings
+from afs.afslet.networks import Networks
+from tests.testbed.uplink import network_settings
 async def main():
-    networks = Networks(NetworkSettings(name_servers=("{PUBLIC}",)), "{NAME}", pathlib.Path(sys.argv[1]))
+    networks = Networks(network_settings(name_servers=("{PUBLIC}",)), "{NAME}", pathlib.Path(sys.argv[1]))
     await networks.start()
     async with networks.network(2, (), ""):
         print("up", flush=True)
@@ -544,11 +556,11 @@ def test_the_most_specific_entry_counts() -> None:
 @pytest.mark.parametrize(
     ("settings", "mode", "egress", "error", "text"),
     [
-        (NetworkSettings(), pb.NETWORK_HOST, [], PermissionDenied, "network mode host.*networks_allowed=none,bridge"),
-        (NetworkSettings(networks_allowed=("none",)), BRIDGE, [], PermissionDenied, "network mode bridge"),
-        (NetworkSettings(), pb.NETWORK_DEFAULT, ["1.2.3.4"], InvalidArgument, "egress_allow.*network mode none"),
-        (NetworkSettings(), BRIDGE, ["fd00::/8"], InvalidArgument, "IPv4 only"),
-        (NetworkSettings(), BRIDGE, ["somewhere"], InvalidArgument, "ADDRESS"),
+        (network_settings(), pb.NETWORK_HOST, [], PermissionDenied, "network mode host.*networks_allowed=none,bridge"),
+        (network_settings(networks_allowed=("none",)), BRIDGE, [], PermissionDenied, "network mode bridge"),
+        (network_settings(), pb.NETWORK_DEFAULT, ["1.2.3.4"], InvalidArgument, "egress_allow.*network mode none"),
+        (network_settings(), BRIDGE, ["fd00::/8"], InvalidArgument, "IPv4 only"),
+        (network_settings(), BRIDGE, ["somewhere"], InvalidArgument, "ADDRESS"),
     ],
 )
 def test_refusals(
@@ -575,18 +587,18 @@ def test_host_is_the_nodes_own(up: Uplink, tmp_path: Path) -> None:
         async with networks.network(pb.NETWORK_DEFAULT, (), "") as network:
             assert network.path is None
 
-    play(up, tmp_path, scenario, NetworkSettings(network_default="host", networks_allowed=("host",)))
+    play(up, tmp_path, scenario, network_settings(network_default="host", networks_allowed=("host",)))
 
 
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        (NetworkSettings(network_default="bridge", networks_allowed=("none",)), "network_default bridge"),
-        (NetworkSettings(networks_allowed=("none", "wifi")), "networks_allowed: 'wifi'"),
-        (NetworkSettings(bridge_subnet="100.127.0.1/16"), "bridge_subnet"),
-        (NetworkSettings(bridge_subnet="100.127.0.0/30"), "8 to 29"),
-        (NetworkSettings(egress_deny=("x",)), "'x'"),
-        (NetworkSettings(name_servers=("::1",)), "name_servers"),
+        (network_settings(network_default="bridge", networks_allowed=("none",)), "network_default bridge"),
+        (network_settings(networks_allowed=("none", "wifi")), "networks_allowed: 'wifi'"),
+        (network_settings(bridge_subnet="100.127.0.1/16"), "bridge_subnet"),
+        (network_settings(bridge_subnet="100.127.0.0/30"), "8 to 29"),
+        (network_settings(egress_deny=("x",)), "'x'"),
+        (network_settings(name_servers=("::1",)), "name_servers"),
     ],
 )
 def test_settings_that_make_no_sense(tmp_path: Path, settings: NetworkSettings, text: str) -> None:
@@ -598,6 +610,6 @@ def test_a_subnet_in_use_is_refused_at_the_start(up: Uplink, tmp_path: Path) -> 
     async def scenario(networks: Networks) -> None:
         raise AssertionError("it started")
 
-    settings = NetworkSettings(bridge_subnet="198.51.100.0/25")
+    settings = network_settings(bridge_subnet="198.51.100.0/25")
     with pytest.raises(FailedPrecondition, match=r"bridge_subnet 198.51.100.0/25 overlaps .* 198.51.100.0/24 by eth0"):
         play(up, tmp_path, scenario, settings)

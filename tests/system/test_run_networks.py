@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from afs.afslet.cgroups import clean_up
-from afs.afslet.networks import Networks, NetworkSettings, RunNetwork
+from afs.afslet.networks import Networks, RunNetwork
 from afs.proto.v1 import afslet_pb2 as pb
 from tests.testbed import capabilities, leaks, uplink
-from tests.testbed.uplink import METADATA, NODE, NODE_PORT, OTHER, PRIVATE, PUBLIC, Uplink
+from tests.testbed.uplink import METADATA, NODE, NODE_PORT, OTHER, PRIVATE, PUBLIC, Uplink, network_settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -40,7 +40,7 @@ class Containers:
         async def run() -> str:
             files = self.directory / "files"
             files.mkdir(exist_ok=True)
-            networks = Networks(NetworkSettings(name_servers=(PUBLIC,)), "afs-test-containers", files)
+            networks = Networks(network_settings(name_servers=(PUBLIC,)), "afs-test-containers", files)
             await networks.start()
             try:
                 async with networks.network(mode, egress, "box") as network:

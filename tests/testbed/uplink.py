@@ -15,10 +15,12 @@ import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from afs.afslet.__main__ import Config
 from afs.afslet.netns import inside
+from afs.afslet.networks import NetworkSettings
 from tests.testbed.netns import Namespace
 
 if TYPE_CHECKING:
@@ -31,6 +33,12 @@ PRIVATE, METADATA = "10.20.0.5", "169.254.169.254"
 TCP_PORTS, UDP_PORTS = (53, 80, 443), (53, 80)
 NODE_PORT = 61051
 PATIENCE = 20.0
+
+
+def network_settings(**changes: Any) -> NetworkSettings:
+    """What afslet has if it is not told otherwise, with *changes*."""
+    config = Config()
+    return NetworkSettings(**{field.name: getattr(config, field.name) for field in fields(NetworkSettings)} | changes)
 
 
 class Server:

@@ -27,7 +27,6 @@ from afs.afslet.netnames import clear_network, names_of
 from afs.afslet.netns import Pool
 from afs.afslet.netroutes import choose_block
 from afs.afslet.requests import Egress
-from afs.core.config import setting
 from afs.core.errors import InvalidArgument, PermissionDenied, ResourceExhausted
 from afs.proto.v1 import afslet_pb2 as pb
 
@@ -41,18 +40,16 @@ HOSTS, RESOLV_CONF = "/etc/hosts", "/etc/resolv.conf"
 
 @dataclass(frozen=True, slots=True)
 class NetworkSettings:
-    """The operator's policy for networks of runs."""
+    """The operator's policy for networks of runs: the settings of afslet with these names, which tell what each is."""
 
-    network_default: str = setting("none", "Network of a run that asks for none: none, bridge or host.")
-    networks_allowed: tuple[str, ...] = setting(("none", "bridge"), "Networks that runs may have.")
-    network_pool: int = setting(16, "Network namespaces that are made ahead of runs.")
-    bridge_subnet: str = setting("100.127.0.0/16", "Private network that the bridge takes a part of (a /20).")
-    egress_allow: tuple[str, ...] = setting(
-        (), "ADDRESS[/BITS][:PORT] that runs on the bridge may reach although it is private."
-    )
-    egress_deny: tuple[str, ...] = setting((), "ADDRESS[/BITS][:PORT] that runs on the bridge may not reach.")
-    egress_connections: int = setting(4096, "Connections that one run on the bridge may have at a time.")
-    name_servers: tuple[str, ...] = setting((), "Address of a name server of runs on the bridge; the node's if empty.")
+    network_default: str
+    networks_allowed: tuple[str, ...]
+    network_pool: int
+    bridge_subnet: str
+    egress_allow: tuple[str, ...]
+    egress_deny: tuple[str, ...]
+    egress_connections: int
+    name_servers: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
