@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 _TESTS = Path(__file__).parent
 _SEED = os.environ.get("AFS_TEST_SEED", "0")
 os.environ[leaks.TAG_VARIABLE] = f"t{os.getpid()}"  # before any child: what it starts is known by it
+# A shell without job control lets what it starts with & ignore Ctrl-C, and children inherit that: tests that interrupt
+# something would wait for ever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> list[str]:
